@@ -1,0 +1,58 @@
+"""What a pre-training objective is: encoders, then a loss on the gathered embeddings of the whole global batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from shards.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """What one (micro-)batch contributes. b = studies of the (micro-)batch.
+
+    `gather`: tensors [b, ...] that every rank needs from every other (embeddings in fp32, integer keys, `valid`).
+    `local`: per-study losses [b] that need no other study, 0 in void slots; averaged over the global valid count.
+    """
+
+    gather: dict[str, Tensor]
+    local: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """The global batch. `own` are this rank's rows [b, ...], `all` everyone's [B, ...]; own = all[offset:offset + b]."""
+
+    own: dict[str, Tensor]
+    all: dict[str, Tensor]
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """This rank's SHARE of the global loss: the shares of all ranks add up to it, and so do the detached `metrics`.
+
+    (Metrics that are equal on all ranks, such as a scale, are therefore divided by the number of ranks before they are
+    put here; `share_of_constant` does so.)
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Task(nn.Module, ABC):
+    """One pre-training objective. The engine calls `encode`, gathers, calls `objective`; nothing else knows a loss."""
+
+    fields: ClassVar[tuple[str, ...]]  # of shards.batch.FIELDS that encode() reads
+
+    @abstractmethod
+    def encode(self, batch: Batch) -> Encoded:
+        """Run the encoders on this rank's (micro-)batch."""
+
+    @abstractmethod
+    def objective(self, gathered: Gathered, local: dict[str, Tensor]) -> LossOutput:
+        """This rank's share of the loss of the whole global batch; touches no encoder weight."""

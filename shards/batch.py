@@ -1,0 +1,114 @@
+"""The words the project speaks: one study as stored (`Sample`, `StudyRecord`), one step as trained on (`Batch`).
+
+This module holds names, shapes and units only; nothing here reads a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+# Extensions that some reader would unpickle or execute; refused by name wherever a member is met.
+PICKLE_EXTENSIONS = frozenset(
+    {"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib", "dill", "cloudpickle", "npy", "npz"}
+)
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "jp2", "jph", "j2k", "tif", "tiff", "bmp", "webp", "pnm", "pgm"})
+
+NOT_ANNOTATED = -2  # in `Batch["labels"]`; in JSON such a label is absent
+UNCERTAIN = -1
+
+LabelValue = Literal[0, 1, -1]
+
+
+class ViewRecord(BaseModel):
+    """One image of a study. `id` is the part of the member name after the key: `<key>.<id>.jpg`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, Field(pattern=r"^[0-9]+$")]
+    height: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=1)]
+    bits: Literal[8, 16] = 8  # of the stored pixels
+    view: str | None = None  # PA, AP, LATERAL, ...
+    laterality: Literal["L", "R", "B"] | None = None
+    body_part: str | None = None
+    spacing_mm: tuple[float, float] | None = None  # row, column
+    # Stored values shown as black and white. None: 0 and the largest value of `bits`.
+    window: tuple[float, float] | None = None
+    window_hu: tuple[float, float] | None = None
+
+
+class Box(BaseModel):
+    """A finding's box in pixels of one view: left, top, width, height."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    view: str
+    label: str
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+class StudyRecord(BaseModel):
+    """`<key>.json`: everything about a study except its pixels. Unknown members are refused, absent ones default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    study: str  # keyed hash
+    patient: str  # keyed hash
+    language: str = "en"
+    report: dict[str, str] = Field(default_factory=dict)  # section -> text
+    anatomy: dict[str, str] = Field(default_factory=dict)  # anatomy -> its sentences
+    entities: list[dict[str, Any]] = Field(default_factory=list)
+    labels: dict[str, LabelValue] = Field(default_factory=dict)  # absent = not annotated
+    boxes: list[Box] = Field(default_factory=list)
+    structured_report: dict[str, Any] | None = None
+    sex: Literal["F", "M", "O"] | None = None
+    age_years: Annotated[float, Field(ge=0, le=120)] | None = None
+    provenance: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    deidentifier: str | None = None  # version of the tool, or the user's statement, that cleared the text
+    views: list[ViewRecord] = Field(min_length=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImage:
+    """Encoded pixels as they go into, or come out of, a shard member. `extension` has no dot."""
+
+    data: bytes
+    extension: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One study before collation. `images[i]` belongs to `record.views[i]`; `masks` maps (view id, n) to a label map."""
+
+    key: str
+    record: StudyRecord
+    images: tuple[EncodedImage, ...]
+    masks: dict[tuple[str, int], EncodedImage] = field(default_factory=dict)
+    split: str = "train"
+
+
+# One step's tensors. B = studies of this rank, V = images of this rank, C = channels, K = label names of the manifest,
+# L = tokens. Every tensor exists for void slots too, zero-filled, with `valid` False.
+Batch = dict[str, Tensor]
+
+FIELDS: dict[str, str] = {
+    "pixel_values": "[V, C, H, W] float32, normalised by the recipe's mean and standard deviation",
+    "study_index": "[V] int64, row of the study each image belongs to, non-decreasing",
+    "valid": "[B] bool, False for a void slot",
+    "input_ids": "[B, L] int64, padded with the tokenizer's pad id; L is the longest of the batch, at most text_length",
+    "attention_mask": "[B, L] bool, False for padding",
+    "report_key": "[B] int64, equal for equal texts: such pairs are positives of each other",
+    "labels": f"[B, K] int8, 1 present, 0 absent, {UNCERTAIN} uncertain, {NOT_ANNOTATED} not annotated",
+    "patient_key": "[B] int64, equal for studies of one patient",
+    "sample_id": "[B] int64, position of the study (or image) in its set, the id that random choices are keyed by",
+    "set_index": "[B] int64, which set of the mixture",
+    "epoch": "[B] int64, epoch of that set",
+}

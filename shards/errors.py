@@ -1,0 +1,32 @@
+"""Errors that end a program, each with the exit code users script against (design: 2 configuration, 3 data, 4 loss).
+
+They carry one line that names what was wrong, the value seen and the way out; launchers print it without a traceback.
+"""
+
+
+class RoentgenError(Exception):
+    """Base of every error that a user can cause or mend; `exit_code` is what the launcher returns."""
+
+    exit_code = 1
+
+
+class ConfigError(RoentgenError):
+    """Bad arguments, recipe, credentials or paths: nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(RoentgenError):
+    """Data that cannot be used: a broken manifest or shard, or more void slots than allowed."""
+
+    exit_code = 3
+
+
+class StoreUnreachableError(DataError):
+    """The store did not answer after all retries. Never answered by skipping samples."""
+
+
+class NonFiniteError(RoentgenError):
+    """The loss or the gradient norm is NaN or infinite; raised on all ranks before the optimizer moves."""
+
+    exit_code = 4
