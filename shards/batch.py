@@ -86,7 +86,7 @@ class EncodedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One study before collation. `images[i]` belongs to `record.views[i]`; `masks` maps (view id, n) to a label map."""
+    """One study before collation. `images[i]` belongs to `record.views[i]`; `masks`: (view id, n) -> label map."""
 
     key: str
     record: StudyRecord

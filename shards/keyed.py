@@ -1,8 +1,8 @@
 """Random numbers as a pure function of their key: (seed, purpose, ids, counter) -> value, on any machine and NumPy.
 
-A counter-based generator in the sense of Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3"), built on the
-SplitMix64 finaliser (Steele et al. 2014). NumPy's own generators are not used, since their streams may change between
-versions and cost microseconds per key; this one is vectorised over the ids and defined by the lines below.
+A counter-based generator in the sense of Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3"), built on
+the SplitMix64 finaliser (Steele et al. 2014). NumPy's own generators are not used, since their streams may change
+between versions and cost microseconds per key; this one is vectorised over the ids and defined by the lines below.
 """
 
 from __future__ import annotations

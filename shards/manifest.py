@@ -43,7 +43,7 @@ class ChunkTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One `<name>.tar` with its side files `<name>.idx` and `<name>.members.parquet`, all named relative to the manifest.
+    """One `<name>.tar` with side files `<name>.idx` and `<name>.members.parquet`, all named relative to the manifest.
 
     `sha256` is None for adopted shards indexed with `--headers-only`; their members then carry no checksum either.
     """
@@ -117,8 +117,8 @@ class Manifest:
         body["samples"] = self.samples
         body["shards"] = [
             {
-                "name": shard.name, "url": shard.url, "split": shard.split, "bytes": shard.bytes, "sha256": shard.sha256,
-                "samples": shard.samples, "images": shard.images, "index_sha256": shard.index_sha256,
+                "name": shard.name, "url": shard.url, "split": shard.split,
+                "bytes": shard.bytes, "sha256": shard.sha256, "samples": shard.samples, "images": shard.images, "index_sha256": shard.index_sha256,
                 "members_sha256": shard.members_sha256, "void": list(shard.void), "chunks": shard.chunks.to_json(),
             }
             for shard in self.shards

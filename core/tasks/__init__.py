@@ -25,7 +25,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """The global batch. `own` are this rank's rows [b, ...], `all` everyone's [B, ...]; own = all[offset:offset + b]."""
+    """The global batch: `own` this rank's rows [b, ...], `all` everyone's [B, ...]; own = all[offset:offset + b]."""
 
     own: dict[str, Tensor]
     all: dict[str, Tensor]
