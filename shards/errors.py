@@ -22,6 +22,17 @@ class DataError(RoentgenError):
     exit_code = 3
 
 
+class BadSampleError(DataError):
+    """One sample that cannot be used; the loader makes it a void slot. `key` is already hashed for adopted sets."""
+
+    def __init__(self, shard: str, key: str, cause: str) -> None:
+        super().__init__(f"shard {shard}, sample {key}: {cause}")
+        self.shard, self.key, self.cause = shard, key, cause
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:  # crosses process borders
+        return type(self), (self.shard, self.key, self.cause)
+
+
 class StoreUnreachableError(DataError):
     """The store did not answer after all retries. Never answered by skipping samples."""
 
