@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Make .venv at the repository root from the pinned lock. Does nothing when it is up to date.
+# PYTHON names another interpreter than the first of python3, python3.13, python3.12, python3.11 that is new enough.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+umask 022
+
+say() { printf '[setup] %s\n' "$*"; }
+fail() {
+  printf '[setup] error: %s\n' "$*" >&2
+  exit 2
+}
+
+lock=ci/requirements.lock
+stamp=.venv/.roentgen-stamp
+
+# What the environment is made from. The place is part of it: a virtual environment cannot be moved.
+wanted() { { cat "$lock" pyproject.toml ci/setup.sh && pwd; } | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read() + sys.version.encode()).hexdigest())'; }
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+# One setup at a time: two at once would write the same folder. The lock is on the root folder itself.
+if command -v flock >/dev/null; then
+  exec 9<.
+  flock -n 9 || { say "another setup is at work here; waiting for it" && flock 9; }
+fi
+
+if [ -x .venv/bin/python ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted)" ]; then
+  say "up to date"
+  exit 0
+fi
+
+started=$SECONDS
+if ! { [ -x .venv/bin/python ] && new_enough .venv/bin/python; }; then
+  python=""
+  for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    if new_enough "$candidate"; then
+      python=$candidate
+      break
+    fi
+  done
+  [ -n "$python" ] || fail "no Python 3.11 or newer (${PYTHON:-python3} is $("${PYTHON:-python3}" -V 2>&1 || true)); install one and name it: PYTHON=/path/to/python3.11 bash ci/setup.sh"
+  say "virtual environment from $("$python" -V)"
+  rm -rf .venv
+  "$python" -m venv .venv || fail "$python has no venv module; on Debian or Ubuntu: apt-get install python3-venv"
+fi
+rm -f "$stamp"
+
+# DeepSpeed compiles one small C++ extension on first use; better said now than after ten minutes of downloads.
+command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler (${CXX:-c++}); DeepSpeed builds its shared-memory collective with it; on Debian or Ubuntu: apt-get install g++"
+.venv/bin/python -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' ||
+  fail "Python.h is missing; DeepSpeed's C++ extension needs it; on Debian or Ubuntu: apt-get install python3-dev"
+
+say "installing $(grep -c '==' "$lock") pinned packages (about 4 GB on disk, one to two minutes)"
+.venv/bin/python -m pip install --disable-pip-version-check --no-input --quiet --progress-bar off -r "$lock" ||
+  fail "pip could not install $lock; its own message stands above (the index comes from your pip configuration)"
+.venv/bin/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --no-build-isolation -e . ||
+  fail "pip could not install this repository into .venv"
+say "packages ready after $((SECONDS - started)) s"
+
+# The lock a killed compiler leaves behind would make every later run wait for ever; a live build holds it for two
+# minutes at most.
+extensions=${TORCH_EXTENSIONS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/torch_extensions}
+if [ -d "$extensions" ]; then
+  find "$extensions" -path '*deepspeed_shm_comm*' -name lock -mmin +10 -delete
+fi
+say "DeepSpeed's shared-memory collective: compiling once, about 75 s, then cached in $extensions"
+PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu .venv/bin/python - <<'EOF' >.venv/deepspeed-build.log 2>&1 || { tail -n 20 .venv/deepspeed-build.log >&2; fail "DeepSpeed's shared-memory collective did not compile; the whole log is .venv/deepspeed-build.log"; }
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+ShareMemCommBuilder().load(verbose=True)
+EOF
+wanted >"$stamp"
+say "done in $((SECONDS - started)) s"
