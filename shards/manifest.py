@@ -118,8 +118,9 @@ class Manifest:
         body["shards"] = [
             {
                 "name": shard.name, "url": shard.url, "split": shard.split,
-                "bytes": shard.bytes, "sha256": shard.sha256, "samples": shard.samples, "images": shard.images, "index_sha256": shard.index_sha256,
-                "members_sha256": shard.members_sha256, "void": list(shard.void), "chunks": shard.chunks.to_json(),
+                "bytes": shard.bytes, "sha256": shard.sha256, "samples": shard.samples, "images": shard.images,
+                "index_sha256": shard.index_sha256, "members_sha256": shard.members_sha256,
+                "void": list(shard.void), "chunks": shard.chunks.to_json(),
             }
             for shard in self.shards
         ]  # fmt: skip
