@@ -51,10 +51,16 @@ command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler (${CXX:-c++}); Deep
   fail "Python.h is missing; DeepSpeed's C++ extension needs it; on Debian or Ubuntu: apt-get install python3-dev"
 
 say "installing $(grep -c '==' "$lock") pinned packages (about 4 GB on disk, one to two minutes)"
-.venv/bin/python -m pip install --disable-pip-version-check --no-input --quiet --progress-bar off -r "$lock" ||
-  fail "pip could not install $lock; its own message stands above (the index comes from your pip configuration)"
-.venv/bin/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --no-build-isolation -e . ||
-  fail "pip could not install this repository into .venv"
+install() { # what it is, pip arguments...
+  local what=$1
+  shift
+  .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >.venv/pip.log 2>&1 || {
+    grep -v -e '^WARNING: Location' -e '^Requirement already' .venv/pip.log | tail -n 20 >&2
+    fail "pip could not install $what; the end of its log stands above, all of it is in .venv/pip.log (packages come from the index of your pip configuration)"
+  }
+}
+install "$lock" -r "$lock"
+install "this repository" --no-deps --no-build-isolation -e .
 say "packages ready after $((SECONDS - started)) s"
 
 # The lock a killed compiler leaves behind would make every later run wait for ever; a live build holds it for two
@@ -64,7 +70,8 @@ if [ -d "$extensions" ]; then
   find "$extensions" -path '*deepspeed_shm_comm*' -name lock -mmin +10 -delete
 fi
 say "DeepSpeed's shared-memory collective: compiling once, about 75 s, then cached in $extensions"
-PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu .venv/bin/python - <<'EOF' >.venv/deepspeed-build.log 2>&1 || { tail -n 20 .venv/deepspeed-build.log >&2; fail "DeepSpeed's shared-memory collective did not compile; the whole log is .venv/deepspeed-build.log"; }
+build() { PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu .venv/bin/python - >.venv/deepspeed-build.log 2>&1; }
+build <<'EOF' || { tail -n 20 .venv/deepspeed-build.log >&2 && fail "it did not compile; the whole log is .venv/deepspeed-build.log"; }
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
 ShareMemCommBuilder().load(verbose=True)
