@@ -33,8 +33,20 @@ class BadSampleError(DataError):
         return type(self), (self.shard, self.key, self.cause)
 
 
+class EmptyReportError(DataError):
+    """A study without a word in the report sections the recipe reads; the loader makes it a void slot."""
+
+
 class StoreUnreachableError(DataError):
     """The store did not answer after all retries. Never answered by skipping samples."""
+
+
+class MissingObjectError(DataError):
+    """A file or object that was named, by a manifest or a user, is not in the store."""
+
+
+class StoreFullError(DataError):
+    """No room left where something had to be written; what was there before is untouched."""
 
 
 class NonFiniteError(RoentgenError):
