@@ -26,6 +26,7 @@ from shards.errors import ConfigError, EmptyReportError
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 FORMAT = "roentgen-tokenizer"
+SMALLEST_VOCABULARY = 64
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Roles under the names that transformers uses in tokenizer_config.json, so that it can read our folders too.
 ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
@@ -180,6 +181,8 @@ def train_wordpiece(
     continuation characters in the order of a randomly seeded hash map, and breaks ties of merges by those numbers. So
     they are numbered here first.) Holds the normalised corpus in memory. Raises ConfigError for a corpus without text.
     """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(f"vocab_size={vocab_size} is too small to spell words; use at least {SMALLEST_VOCABULARY}")
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     corpus = [normalizer.normalize_str(text) for text in texts]
     counts: Counter[str] = Counter()
@@ -190,12 +193,10 @@ def train_wordpiece(
     if not counts:
         raise ConfigError("the corpus has no text to train a tokenizer on; check the report sections that were chosen")
     # Characters beyond a quarter of the vocabulary are rarities (symbols, foreign scripts) and become unknown.
-    room = max(1, (vocab_size - len(SPECIAL_TOKENS)) // 4)
+    room = (vocab_size - len(SPECIAL_TOKENS)) // 4
     kept = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:room])
     # Punctuation always stands alone after pre-tokenisation, so it needs no form inside a word.
     alphabet = [*kept, *(f"##{c}" for c in kept if not _is_punctuation(c))]
-    if vocab_size < len(SPECIAL_TOKENS) + len(alphabet):
-        raise ConfigError(f"vocab_size={vocab_size} is too small for {len(alphabet)} characters; use at least 256")
     rare = dict.fromkeys((ord(c) for c in counts if c not in set(kept)), " ")
     scratch = tokenizers.Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS[1]))
     scratch.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
