@@ -44,6 +44,13 @@ class LossOutput:
     metrics: dict[str, Tensor]
 
 
+def share_of_constant(value: Tensor, gathered: Gathered) -> Tensor:
+    """This rank's share of a metric that is equal on all ranks: `value []` times own rows over all rows, detached."""
+    own = next(iter(gathered.own.values()))
+    everyone = gathered.all[next(iter(gathered.own))]
+    return value.detach() * (own.shape[0] / max(1, everyone.shape[0]))
+
+
 class Task(nn.Module, ABC):
     """One pre-training objective. The engine calls `encode`, gathers, calls `objective`; nothing else knows a loss."""
 
