@@ -1,0 +1,1157 @@
+"""Bytes of shards, manifests and checkpoints, from a folder or from S3 (the only module that knows boto3).
+
+A `Store` reads ranges in parallel with bounded bytes in flight, retries what a network does to a request, and writes
+atomically. It does not know what the bytes mean: checksums of members belong to the reader.
+
+Errors: `ConfigError` for what the user must change (folder, bucket, credentials, region, endpoint),
+`MissingObjectError` and `DataError` for objects that are absent, too short or changed under us,
+`StoreUnreachableError` when retries are used up, `StoreFullError` when there is no room.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import queue
+import random
+import re
+import shutil
+import socket
+import stat
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import boto3
+from boto3.exceptions import Boto3Error
+from botocore.config import Config as ClientConfig
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    ConnectTimeoutError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ReadTimeoutError,
+    SSLError,
+)
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError as TransportError
+from urllib3.exceptions import ReadTimeoutError as TransportTimeoutError
+
+from shards.errors import (
+    ConfigError,
+    DataError,
+    MissingObjectError,
+    RoentgenError,
+    StoreFullError,
+    StoreUnreachableError,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_Ranges = list[tuple[str, int, int]]  # name, offset, length
+_Futures = list[Future[bytes]]
+
+_PIECE_BYTES = 1 << 20  # a body is read in pieces of at most this, so that its progress can be watched
+_SMALLEST_PART_BYTES = 5 << 20  # S3 refuses smaller parts of a multipart upload
+_MOST_PARTS = 10_000
+_OPEN_FILES = 128  # descriptors a folder keeps open
+_TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<process>[0-9]+)-[0-9]+\.part$")
+
+# Error codes of S3 and of servers that speak it; HEAD answers give the bare status instead.
+_THROTTLED = frozenset(
+    [
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+        "RequestLimitExceeded",
+        "BandwidthLimitExceeded",
+    ]
+)
+_TRANSIENT = frozenset(
+    [
+        "InternalError",
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "ServiceUnavailable",
+        "OperationAborted",
+        "BadDigest",
+        "IncompleteBody",
+    ]
+)
+_CREDENTIALS = frozenset(
+    [
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "InvalidToken",
+        "ExpiredToken",
+        "TokenRefreshRequired",
+        "NotSignedUp",
+        "InvalidSecurity",
+        "MissingAuthenticationToken",
+        "MissingSecurityHeader",
+        "CredentialsNotSupported",
+        "InvalidClientTokenId",
+    ]
+)
+_REGION = frozenset(
+    ["AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "IllegalLocationConstraintException"]
+)
+# errno values of network file systems that pass with time.
+_TRANSIENT_ERRNO = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO})
+_FULL_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """How hard a store is used and how long it is waited for. Endpoint, region and credentials come from boto3's chain
+    (AWS_ENDPOINT_URL, AWS_PROFILE, AWS_REGION, ~/.aws, instance roles)."""
+
+    connections: int = 16
+    bytes_in_flight: int = 128 << 20  # asked for and not yet complete; one larger request is admitted alone
+    part_bytes: int = 8 << 20  # larger reads and writes are split into parallel parts
+    connect_timeout_s: float = 5.0
+    # Silence that ends an attempt: the first attempt gives up early, since one stalled connection says little about the
+    # next; every further attempt waits twice as long, up to `read_timeout_s`, so that a slow store is still read.
+    stall_timeout_s: float = 2.0
+    read_timeout_s: float = 20.0
+    least_bytes_per_s: int = 8 << 10  # a body slower than this over `read_timeout_s` counts as stalled
+    retry_limit_s: float = 120.0  # of one request, first attempt to last; no attempt starts later
+    first_contact_limit_s: float = 15.0  # for an endpoint that nobody answers at when the store is opened
+
+    def __post_init__(self) -> None:
+        for name in ("connections", "bytes_in_flight", "part_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"store.{name}={getattr(self, name)} must be at least 1")
+        for name in ("connect_timeout_s", "stall_timeout_s", "read_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"store.{name}={getattr(self, name)} must be above 0")
+        if self.retry_limit_s < 0:
+            raise ConfigError(f"store.retry_limit_s={self.retry_limit_s} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreRetry:
+    """One failed attempt that will be repeated after `wait_s`; for `events.jsonl`."""
+
+    name: str
+    attempt: int  # 1 for the first failure
+    cause: str  # connect, throttled, server, reset, short, stall, file
+    detail: str
+    wait_s: float
+
+
+@dataclass
+class StoreStats:
+    """Counters since the store was opened; written under `lock`, read at any time."""
+
+    requests: int = 0  # attempts, failed ones too
+    retries: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    most_bytes_in_flight: int = 0
+    retries_by_cause: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, **counts: int) -> None:
+        with self.lock:
+            for name, count in counts.items():
+                setattr(self, name, getattr(self, name) + count)
+
+
+class _TransientError(Exception):
+    """An attempt that may succeed when repeated."""
+
+    def __init__(self, cause: str, detail: str) -> None:
+        super().__init__(detail)
+        self.cause, self.detail = cause, detail
+
+
+class _Piece(NamedTuple):
+    """Bytes of a range, with the size and version (ETag; None for files) of the object they are from."""
+
+    data: bytes
+    object_bytes: int
+    version: str | None
+
+
+class _Backend(Protocol):
+    """One attempt each. Raises `_TransientError` for what `Store` may repeat."""
+
+    splits: bool  # whether parallel parts are worth while
+
+    def size(self, name: str, attempt: int) -> int: ...
+    def read(self, name: str, offset: int, length: int | None, version: str | None, attempt: int) -> _Piece: ...
+    def write(self, name: str, data: bytes | Path, attempt: int) -> int: ...
+    def list(self, prefix: str, attempt: int) -> list[str]: ...
+    def delete(self, name: str, attempt: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Workers:
+    """Daemon threads, started as work comes.
+
+    Not a ThreadPoolExecutor: that one works off its whole queue, back-offs included, before the interpreter may exit.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._idle = 0
+        self._closed = False
+
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        future: Future[T] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the store is closed")
+            self._queue.put((future, function, arguments))
+            if self._idle < self._queue.qsize() and self._threads < self._count:
+                self._threads += 1
+                threading.Thread(target=self._work, name=f"store-{self._threads}", daemon=True).start()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+            work = self._queue.get()
+            with self._lock:
+                self._idle -= 1
+            if work is None:
+                return
+            future, function, arguments = work
+            if self._closed:
+                future.cancel()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:  # whatever it is belongs to whoever waits
+                future.set_exception(error)
+            del work, future, function, arguments  # an idle thread must not keep the last range alive
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for _ in range(self._threads):
+                self._queue.put(None)
+
+
+class _ByteBudget:
+    """Admits requests in the order they came while their bytes fit; one larger than the limit is admitted alone."""
+
+    def __init__(self, limit_bytes: int, stats: StoreStats) -> None:
+        self._limit_bytes, self._stats = limit_bytes, stats
+        self._in_flight = 0
+        self._waiting: deque[object] = deque()
+        self._condition = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, size_bytes: int) -> Iterator[None]:
+        ticket = object()
+        with self._condition:
+            self._waiting.append(ticket)
+            while self._waiting[0] is not ticket or (
+                self._in_flight and self._in_flight + size_bytes > self._limit_bytes
+            ):
+                self._condition.wait()
+            self._waiting.popleft()
+            self._in_flight += size_bytes
+            self._stats.most_bytes_in_flight = max(self._stats.most_bytes_in_flight, self._in_flight)
+            self._condition.notify_all()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._in_flight -= size_bytes
+                self._condition.notify_all()
+
+
+class Store:
+    """A folder or an S3 prefix. Safe to use from many threads; call `close` when done. Opened by `open_store`.
+
+    Names are relative POSIX paths below `url`. Callbacks on returned futures run in the store's own threads and must
+    not call the store.
+    """
+
+    Config = StoreConfig
+
+    def __init__(
+        self,
+        url: str,
+        backend: _Backend,
+        config: StoreConfig,
+        on_retry: Callable[[StoreRetry], None] | None = None,
+    ) -> None:
+        self.url, self.config, self.on_retry = url, config, on_retry
+        self.stats = StoreStats()
+        self._backend = backend
+        self._workers = _Workers(config.connections)
+        self._budget = _ByteBudget(config.bytes_in_flight, self.stats)
+        self._closing = threading.Event()
+        # Spreads retries of ranks in time; it never touches data, so it is seeded by the system and not by the run.
+        self._jitter = random.Random()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Reading
+
+    def size(self, name: str) -> int:
+        """Bytes of an object. Raises MissingObjectError."""
+        clean = _checked_name(name)
+        return self._retry(clean, lambda attempt: self._backend.size(clean, attempt))
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.size(name)
+        except MissingObjectError:
+            return False
+        return True
+
+    def get(self, name: str) -> bytes:
+        """The whole object."""
+        clean = _checked_name(name)
+        if not self._backend.splits:
+            return self._read(clean, 0, None, None).data
+        first = self._workers.submit(self._read, clean, 0, None, None).result()
+        if first.object_bytes <= len(first.data):
+            return first.data
+        rest = self._split(clean, len(first.data), first.object_bytes - len(first.data))
+        return b"".join([first.data, *self._parts(clean, rest, first.version)])
+
+    def get_range(self, name: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`. Raises DataError naming the object when it ends before that."""
+        if not self._backend.splits:
+            return self._read(_checked_name(name), offset, length, None).data if length else b""
+        return self.get_ranges([(name, offset, length)])[0].result()
+
+    def get_ranges(self, requests: Sequence[tuple[str, int, int]]) -> _Futures:
+        """A future for each (name, offset, length), fetched in this order by at most `connections` threads.
+
+        At most `bytes_in_flight` are asked for at a time; what is complete and not yet dropped by the caller does not
+        count, so ask only for what may be held, or use `iterate_ranges`.
+        """
+        return [self._submit(_checked_name(name), offset, length) for name, offset, length in requests]
+
+    def iterate_ranges(self, requests: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+        """The ranges in order, read ahead of the caller by at most `bytes_in_flight`, unconsumed ones included."""
+        ahead: deque[tuple[int, Future[bytes]]] = deque()
+        held_bytes = 0
+        for name, offset, length in requests:
+            while ahead and held_bytes + length > self.config.bytes_in_flight:
+                done_bytes, future = ahead.popleft()
+                yield future.result()
+                held_bytes -= done_bytes
+            ahead.append((length, self._submit(_checked_name(name), offset, length)))
+            held_bytes += length
+        while ahead:
+            yield ahead.popleft()[1].result()
+
+    def get_to_file(self, name: str, path: Path | str) -> int:
+        """The whole object into a local file, in parallel parts, never whole in memory; returns its bytes.
+
+        `path` appears only when complete. Raises StoreFullError when the disk is full.
+        """
+        clean, target = _checked_name(name), Path(path)
+        with _atomic_file(target, f"{self.url}/{clean}") as descriptor:
+            if not self._backend.splits:
+                copied = 0
+                size_bytes = self.size(clean)
+                for part in self._split(clean, 0, size_bytes):
+                    copied += _pwrite(descriptor, self._read(clean, part[1], part[2], None).data, part[1])
+                return copied
+            first = self._workers.submit(self._read, clean, 0, None, None).result()
+            _pwrite(descriptor, first.data, 0)
+            rest = self._split(clean, len(first.data), first.object_bytes - len(first.data))
+
+            def copy(offset: int, length: int) -> None:
+                _pwrite(descriptor, self._read(clean, offset, length, first.version).data, offset)
+
+            _results([self._workers.submit(copy, offset, length) for _, offset, length in rest])
+            return first.object_bytes
+
+    # Writing
+
+    def put(self, name: str, data: bytes | Path) -> None:
+        """Write an object atomically: it appears whole or not at all, and survives a crash once this returns.
+
+        A `Path` is streamed. Raises StoreFullError, ConfigError for a refused permission.
+        """
+        clean = _checked_name(name)
+        if self._backend.splits and isinstance(data, Path):
+            with _source_file(data) as file:
+                size_bytes = os.fstat(file.fileno()).st_size
+                if size_bytes > max(self.config.part_bytes, _SMALLEST_PART_BYTES):
+                    self._put_parts(clean, file, size_bytes)
+                    self.stats.add(bytes_written=size_bytes)
+                    return
+        written = self._retry(clean, lambda attempt: self._backend.write(clean, data, attempt))
+        self.stats.add(bytes_written=written)
+
+    def _put_parts(self, name: str, file: BinaryIO, size_bytes: int) -> None:
+        bucket = self._backend
+        assert isinstance(bucket, _Bucket)
+        part_bytes = max(self.config.part_bytes, _SMALLEST_PART_BYTES, -(-size_bytes // _MOST_PARTS))
+        upload = self._retry(name, lambda attempt: bucket.start_upload(name, attempt))
+
+        def send(number: int, offset: int, length: int) -> str:
+            with self._budget.hold(length):
+                part = _pread(file.fileno(), offset, length)
+                if len(part) != length:
+                    raise DataError(f"{file.name}: shrank while it was uploaded; write it anew and repeat")
+                return self._retry(name, lambda attempt: bucket.send_part(name, upload, number, part, attempt))
+
+        try:
+            futures = [
+                self._workers.submit(send, number, offset, min(part_bytes, size_bytes - offset))
+                for number, offset in enumerate(range(0, size_bytes, part_bytes), start=1)
+            ]
+            tags = _results(futures)
+            self._retry(name, lambda attempt: bucket.finish_upload(name, upload, tags, size_bytes, attempt))
+        except BaseException:
+            # Parts without an end cost money and are invisible. When the store is gone, a lifecycle rule must do it.
+            with contextlib.suppress(RoentgenError, _TransientError):
+                bucket.abort_upload(name, upload)
+            raise
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Sorted names that start with `prefix`, at any depth. Half-written files are not listed."""
+        clean = _checked_name(prefix) + "/" * prefix.endswith("/") if prefix.strip("/") else ""
+        return sorted(self._retry(prefix or "listing", lambda attempt: self._backend.list(clean, attempt)))
+
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is absent already is no error, so that a repeated delete is none either."""
+        clean = _checked_name(name)
+        self._retry(clean, lambda attempt: self._backend.delete(clean, attempt))
+
+    def close(self) -> None:
+        """Cancel what has not begun, end waits between retries, close descriptors. Idempotent."""
+        self._closing.set()
+        self._workers.close()
+        self._backend.close()
+
+    # Machinery
+
+    def _submit(self, name: str, offset: int, length: int) -> Future[bytes]:
+        if offset < 0 or length < 0:
+            raise DataError(
+                f"{self.url}/{name}: range of {length} bytes at {offset} is impossible; is the index broken?"
+            )
+        if length == 0:
+            empty: Future[bytes] = Future()
+            empty.set_result(b"")
+            return empty
+        if not self._backend.splits or length <= self.config.part_bytes:
+            return self._workers.submit(self._read_bytes, name, offset, length)
+        whole: Future[bytes] = Future()
+        whole.set_running_or_notify_cancel()
+        parts = [self._workers.submit(self._read, *part, None) for part in self._split(name, offset, length)]
+        left = [len(parts)]
+        lock = threading.Lock()
+
+        def finish(_: Future[_Piece]) -> None:
+            with lock:
+                left[0] -= 1
+                if left[0]:
+                    return
+            try:
+                pieces = [part.result() for part in parts]
+                if len({piece.version for piece in pieces}) > 1:
+                    raise _changed(f"{self.url}/{name}")
+                whole.set_result(b"".join(piece.data for piece in pieces))
+            except BaseException as error:  # also the cancellation of a part
+                whole.set_exception(error)
+
+        for part in parts:
+            part.add_done_callback(finish)
+        return whole
+
+    def _split(self, name: str, offset: int, length: int) -> _Ranges:
+        end = offset + length
+        step = self.config.part_bytes
+        return [(name, start, min(step, end - start)) for start in range(offset, end, step)]
+
+    def _parts(self, name: str, parts: _Ranges, version: str | None) -> Iterator[bytes]:
+        futures = [self._workers.submit(self._read, *part, version) for part in parts]
+        return (piece.data for piece in _results(futures))
+
+    def _read_bytes(self, name: str, offset: int, length: int) -> bytes:
+        return self._read(name, offset, length, None).data
+
+    def _read(self, name: str, offset: int, length: int | None, version: str | None) -> _Piece:
+        """One range with retries. `length` None: a whole file, or the first `part_bytes` of an object from S3.
+
+        Raises DataError when the object is too short or no longer of `version`.
+        """
+        with self._budget.hold(self.config.part_bytes if length is None else length):
+            piece = self._retry(name, lambda attempt: self._backend.read(name, offset, length, version, attempt))
+        if version is not None and piece.version != version:
+            raise _changed(f"{self.url}/{name}")
+        if length is not None and len(piece.data) < length:
+            raise DataError(
+                f"{self.url}/{name}: has {piece.object_bytes} bytes, {length} were wanted at {offset}; it is truncated"
+                " or older than its index: write or copy it anew"
+            )
+        self.stats.add(bytes_read=len(piece.data))
+        return piece
+
+    def _retry(self, name: str, call: Callable[[int], T], connect_limit_s: float | None = None) -> T:
+        """`call(attempt)` until it succeeds, with full-jitter exponential back-off, for at most `retry_limit_s`."""
+        began = time.monotonic()
+        attempt = 0
+        while True:
+            if self._closing.is_set():
+                raise StoreUnreachableError(f"{self.url}/{name}: the store was closed while it was asked for this")
+            self.stats.add(requests=1)
+            try:
+                return call(attempt)
+            except _TransientError as error:
+                failure = error
+            attempt += 1
+            limit_s = self.config.retry_limit_s
+            if connect_limit_s is not None and failure.cause == "connect":
+                limit_s = min(limit_s, connect_limit_s)
+            wait_s = self._jitter.uniform(0.0, min(10.0, 0.05 * 2.0 ** min(attempt, 10)))
+            if failure.cause == "throttled":
+                wait_s += 0.1
+            elapsed_s = time.monotonic() - began
+            if elapsed_s + wait_s > limit_s:
+                unreachable = StoreUnreachableError(
+                    f"{self.url}/{name}: the store gave no usable answer for {elapsed_s:.0f} s in {attempt} attempts"
+                    f" (last: {failure.detail}); mend the store or the network, or raise store.retry_limit_s"
+                    f" (now {self.config.retry_limit_s:g})"
+                )
+                unreachable.__cause__ = failure
+                raise unreachable
+            with self.stats.lock:
+                self.stats.retries += 1
+                self.stats.retries_by_cause[failure.cause] += 1
+            if self.on_retry is not None:
+                self.on_retry(
+                    StoreRetry(name=name, attempt=attempt, cause=failure.cause, detail=failure.detail, wait_s=wait_s)
+                )
+            if attempt in (4, 8) or attempt % 16 == 0:  # the first ones are everyday life
+                logger.warning("%s/%s: attempt %d failed (%s), trying on", self.url, name, attempt, failure.detail)
+            self._closing.wait(wait_s)
+
+
+def open_store(
+    url: str | Path,
+    config: StoreConfig | None = None,
+    *,
+    create: bool = False,
+    on_retry: Callable[[StoreRetry], None] | None = None,
+) -> Store:
+    """Open a folder (path or file:// URL) or s3://bucket/prefix and check that it can be used.
+
+    `create` makes a missing folder (for outputs); a bucket is never created. Raises ConfigError naming what is wrong:
+    no such folder or bucket, no permission, wrong credentials, region or endpoint.
+    """
+    config = config or StoreConfig()
+    text = str(url)
+    if text.startswith("s3://"):
+        bucket_name, _, prefix = text.removeprefix("s3://").partition("/")
+        text = f"s3://{bucket_name}/{prefix.strip('/')}".rstrip("/")
+        bucket = _Bucket(text, bucket_name, prefix.strip("/"), config)
+        store = Store(text, bucket, config, on_retry)
+        try:
+            store._retry("", bucket.check, connect_limit_s=config.first_contact_limit_s)
+        except StoreUnreachableError as error:
+            store.close()
+            if isinstance(error.__cause__, _TransientError) and error.__cause__.cause == "connect":
+                raise ConfigError(
+                    f"{text}: nothing answers at {bucket.endpoint} ({error.__cause__.detail}); start the server, or"
+                    " correct AWS_ENDPOINT_URL, the region or the network"
+                ) from None
+            raise
+        except BaseException:
+            store.close()
+            raise
+        return store
+    folder = _folder_of(text)
+    return Store(str(folder), _Folder(folder, create), config, on_retry)
+
+
+def split_url(url: str | Path) -> tuple[str, str]:
+    """(store, name) of a file or object: `s3://b/p/manifest.json` -> (`s3://b/p`, `manifest.json`)."""
+    text = str(url)
+    if text.startswith("s3://"):
+        bucket_and_key = text.removeprefix("s3://").rstrip("/")
+        root, slash, name = bucket_and_key.rpartition("/")
+        if not slash or not root:
+            raise ConfigError(f"{text}: names no object; write s3://bucket/name")
+        return f"s3://{root}", name
+    path = _folder_of(text)
+    return str(path.parent), path.name
+
+
+def _folder_of(url: str) -> Path:
+    if url.startswith("file://"):
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost"):
+            raise ConfigError(f"{url}: a file URL has three slashes, file:///folder")
+        return Path(unquote(parts.path))
+    # `pipe:` is webdataset's, and would be a shell command.
+    if "://" in url or url.startswith("pipe:"):
+        raise ConfigError(f"{url}: unknown kind of store; use a folder, file:///folder or s3://bucket/prefix")
+    if not url:
+        raise ConfigError("the store is an empty string; use a folder, file:///folder or s3://bucket/prefix")
+    return Path(url)
+
+
+def _checked_name(name: str) -> str:
+    """Names come from manifests, so one that leaves the store is refused."""
+    parts = name.rstrip("/").split("/")
+    if not name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise DataError(
+            f"{name!r}: not a name below the store (relative, no '..'); is the manifest from a trusted source?"
+        )
+    return "/".join(parts)
+
+
+def _changed(what: str) -> DataError:
+    return DataError(f"{what}: changed while it was read; stop what writes it and start again")
+
+
+def _results(futures: list[Future[T]]) -> list[T]:
+    """All results, or the first error once nothing of this call is at work any more."""
+    try:
+        return [future.result() for future in futures]
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        wait_for_futures(futures)
+        raise
+
+
+def _source_file(path: Path) -> BinaryIO:
+    """A local file that is to be uploaded. Raises DataError."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); it was to be written to a store") from None
+
+
+# Folders
+
+
+def _write_error(target: str, error: OSError) -> RoentgenError:
+    if error.errno in _FULL_ERRNO:
+        return StoreFullError(f"{target}: no room left ({error.strerror}); free space or choose another folder")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ConfigError(
+            f"{target}: may not be written ({error.strerror}); give this user the right or choose another folder"
+        )
+    return ConfigError(f"{target}: cannot be written ({error.strerror or type(error).__name__}); choose another place")
+
+
+_host_tag = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_temporary_count = iter(range(1 << 62))
+
+
+@contextlib.contextmanager
+def _atomic_file(target: Path, what: str) -> Iterator[int]:
+    """A descriptor of a new file that becomes `target` on a clean exit and vanishes on any other.
+
+    Its name tells host and process, so that what a killed process left is removed by the next writer of `target`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{_host_tag}-{os.getpid()}-{next(_temporary_count)}.part"
+    try:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, target)
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _write_error(what, error) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete temporary files that dead processes of this host left in `folder`."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = _TEMPORARY.match(entry.name)
+            if match and match["host"] == _host_tag and not os.path.exists(f"/proc/{match['process']}"):
+                os.unlink(entry.path)
+
+
+class _OpenFile:
+    """A descriptor shared by readers; closed by the last one after it was dropped from the table."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.readers, self.dropped = descriptor, 0, False
+
+
+class _Folder:
+    """A directory tree. Descriptors of files read by range stay open, least recently used out."""
+
+    splits = False
+
+    def __init__(self, root: Path, create: bool) -> None:
+        self._root = root
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+        self._swept: set[Path] = set()
+        try:
+            if create:
+                root.mkdir(parents=True, exist_ok=True)
+            with os.scandir(root):
+                pass
+        except FileNotFoundError:
+            raise ConfigError(f"{root}: no such folder; check the path") from None
+        except (NotADirectoryError, FileExistsError):
+            raise ConfigError(f"{root}: is a file, a folder is needed; give the folder it lies in") from None
+        except OSError as error:
+            raise ConfigError(
+                f"{root}: folder cannot be read ({error.strerror}); give this user the right to read it"
+            ) from None
+
+    def size(self, name: str, attempt: int) -> int:
+        try:
+            status = os.stat(self._root / name)
+        except OSError as error:
+            raise self._read_error(name, error) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise MissingObjectError(f"{self._root / name}: is not a file")
+        return status.st_size
+
+    def read(self, name: str, offset: int, length: int | None, version: str | None, attempt: int) -> _Piece:
+        try:
+            if length is None:
+                # Whole files may have been replaced (`latest`, manifests): never through a kept descriptor.
+                with open(self._root / name, "rb", buffering=0) as file:
+                    data = file.readall() or b""
+                    return _Piece(data, len(data), None)
+            for fresh in (False, True):
+                with self._descriptor(name) as descriptor:
+                    data = _pread(descriptor, offset, length)
+                    object_bytes = os.fstat(descriptor).st_size if len(data) < length else offset + length
+                if len(data) == length or fresh:
+                    break
+                self._drop(name)  # it may have been replaced since it was opened
+            return _Piece(data, object_bytes, None)
+        except OSError as error:
+            self._drop(name)
+            raise self._read_error(name, error) from None
+
+    def write(self, name: str, data: bytes | Path, attempt: int) -> int:
+        target = self._root / name
+        if target.parent not in self._swept:
+            self._swept.add(target.parent)
+            _remove_leftovers(target.parent)
+        try:
+            with contextlib.ExitStack() as stack:
+                source = stack.enter_context(_source_file(data)) if isinstance(data, Path) else None
+                descriptor = stack.enter_context(_atomic_file(target, str(target)))
+                file = stack.enter_context(open(descriptor, "wb", closefd=False))
+                if source is not None:
+                    shutil.copyfileobj(source, file, 1 << 20)
+                elif isinstance(data, bytes):
+                    file.write(data)
+                written = file.tell()
+        except OSError as error:  # making the folder
+            raise _write_error(str(target), error) from None
+        self._drop(name)
+        return written
+
+    def list(self, prefix: str, attempt: int) -> list[str]:
+        top = prefix.rpartition("/")[0]
+        names = []
+        for folder, _, files in os.walk(self._root / top):
+            below = Path(folder).relative_to(self._root).as_posix()
+            for file in files:
+                name = file if below == "." else f"{below}/{file}"
+                if name.startswith(prefix) and not _TEMPORARY.match(file):
+                    names.append(name)
+        return names
+
+    def delete(self, name: str, attempt: int) -> None:
+        self._drop(name)
+        path = self._root / name
+        try:
+            path.unlink(missing_ok=True)
+        except NotADirectoryError:
+            return
+        except OSError as error:
+            raise _write_error(str(path), error) from None
+        with contextlib.suppress(OSError):  # not empty, or not ours
+            for parent in path.parents:
+                if parent == self._root:
+                    break
+                parent.rmdir()
+
+    def close(self) -> None:
+        with self._lock:
+            names = list(self._open)
+        for name in names:
+            self._drop(name)
+
+    @contextlib.contextmanager
+    def _descriptor(self, name: str) -> Iterator[int]:
+        with self._lock:
+            file = self._open.get(name)
+            if file is None:
+                file = self._open[name] = _OpenFile(os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC))
+            self._open.move_to_end(name)
+            file.readers += 1
+            while len(self._open) > _OPEN_FILES:
+                self._close_if_unused(self._open.popitem(last=False)[1])
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.readers -= 1
+                if file.dropped:
+                    self._close_if_unused(file)
+
+    def _drop(self, name: str) -> None:
+        with self._lock:
+            file = self._open.pop(name, None)
+            if file is not None:
+                self._close_if_unused(file)
+
+    @staticmethod
+    def _close_if_unused(file: _OpenFile) -> None:
+        file.dropped = True
+        if file.readers == 0:
+            os.close(file.descriptor)
+
+    def _read_error(self, name: str, error: OSError) -> Exception:
+        path = self._root / name
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return MissingObjectError(f"{path}: no such file; restore it, or write the set anew")
+        if isinstance(error, IsADirectoryError):
+            return MissingObjectError(f"{path}: is a folder, a file was expected")
+        if isinstance(error, PermissionError):
+            return ConfigError(f"{path}: may not be read ({error.strerror}); give this user the right to read it")
+        if error.errno in _TRANSIENT_ERRNO:
+            return _TransientError("file", error.strerror or "read error")
+        return DataError(f"{path}: cannot be read ({error.strerror or type(error).__name__}); check the disk")
+
+
+def _pread(descriptor: int, offset: int, length: int) -> bytes:
+    """`length` bytes, or fewer at the end of the file. One read in the common case: no copy."""
+    data = os.pread(descriptor, length, offset)
+    if len(data) == length or not data:
+        return data
+    pieces = [data]  # a single read gives at most 2 GiB
+    got = len(data)
+    while got < length and (data := os.pread(descriptor, length - got, offset + got)):
+        pieces.append(data)
+        got += len(data)
+    return b"".join(pieces)
+
+
+def _pwrite(descriptor: int, data: bytes, offset: int) -> int:
+    """All of `data`: a single write may stop early, at 2 GiB or where the disk becomes full."""
+    written = 0
+    while written < len(data):
+        written += os.pwrite(descriptor, memoryview(data)[written:], offset + written)
+    return written
+
+
+# S3
+
+
+class _Bucket:
+    """An S3 prefix. botocore's own retries are off, so that the counts and the time limit are ours."""
+
+    splits = True
+
+    def __init__(self, url: str, bucket: str, prefix: str, config: StoreConfig) -> None:
+        if not bucket:
+            raise ConfigError(f"{url}: names no bucket; write s3://bucket/prefix")
+        self._url, self._bucket, self._prefix, self._config = url, bucket, prefix + "/" * bool(prefix), config
+        self._lock = threading.Lock()
+        self._clients: dict[float, Any] = {}
+        try:
+            self._session = boto3.session.Session()
+            self.endpoint: str = self._client(0).meta.endpoint_url
+        except (BotoCoreError, Boto3Error, ValueError) as error:
+            raise ConfigError(
+                f"{url}: {_one_line(error)}; check AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL and ~/.aws"
+            ) from None
+
+    def _client(self, attempt: int) -> Any:
+        """One client for each read timeout: botocore fixes it when a client is made."""
+        config = self._config
+        timeout_s = min(config.read_timeout_s, config.stall_timeout_s * 2.0 ** min(attempt, 10))
+        with self._lock:  # sessions are not thread-safe, clients are
+            if timeout_s not in self._clients:
+                self._clients[timeout_s] = self._session.client(
+                    "s3",
+                    config=ClientConfig(
+                        retries={"total_max_attempts": 1, "mode": "standard"},
+                        connect_timeout=config.connect_timeout_s,
+                        read_timeout=timeout_s,
+                        max_pool_connections=config.connections,
+                        tcp_keepalive=True,
+                        # Uploads carry an MD5; servers other than AWS often refuse the newer trailing checksums.
+                        request_checksum_calculation="when_required",
+                        response_checksum_validation="when_required",
+                    ),
+                )
+            return self._clients[timeout_s]
+
+    def _call(self, name: str, attempt: int, operation: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            return getattr(self._client(attempt), operation)(Bucket=self._bucket, **arguments)
+        except (ClientError, BotoCoreError, TransportError, OSError) as error:
+            raise self._error(name, error) from None
+
+    def check(self, attempt: int) -> None:
+        """First contact, by a listing of one key: unlike HEAD it answers with a reason."""
+        try:
+            # Five seconds at least: a server that has just been started may be slow once.
+            self._call("", max(attempt, 2), "list_objects_v2", Prefix=self._prefix, MaxKeys=1)
+        except _PermissionError:
+            # A policy may allow reading objects and not listing; then reading will tell.
+            logger.debug("%s: listing is not allowed", self._url)
+
+    def size(self, name: str, attempt: int) -> int:
+        try:
+            return int(self._call(name, attempt, "head_object", Key=self._prefix + name)["ContentLength"])
+        except _PermissionError:
+            # HEAD has no body to give the reason: a GET of one byte does, or finds a name that is not there.
+            return self.read(name, 0, 1, None, attempt).object_bytes
+
+    def read(self, name: str, offset: int, length: int | None, version: str | None, attempt: int) -> _Piece:
+        arguments: dict[str, Any] = {"Key": self._prefix + name}
+        if length is not None:
+            arguments["Range"] = f"bytes={offset}-{offset + length - 1}"
+        if version is not None:
+            arguments["IfMatch"] = version
+        try:
+            response = self._call(name, attempt, "get_object", **arguments)
+        except _RangeError:
+            assert length is not None
+            # The range lies beyond the end (AWS: 416; others: 400). Ask how long the object is.
+            head = self._call(name, attempt, "head_object", Key=self._prefix + name)
+            if head["ContentLength"] >= offset + length:
+                raise _TransientError("short", "range refused although the object is long enough") from None
+            return _Piece(b"", head["ContentLength"], head.get("ETag"))
+        with response["Body"] as raw:
+            if length is None:
+                object_bytes = response["ContentLength"]
+                expected = min(object_bytes, self._config.part_bytes)
+            else:
+                expected, object_bytes = self._check_range(name, response, offset, length)
+            data = self._body(raw, expected)
+        return _Piece(data, object_bytes, response.get("ETag"))
+
+    def _check_range(self, name: str, response: dict[str, Any], offset: int, length: int) -> tuple[int, int]:
+        """(bytes of the body, bytes of the object) when the answer is the range that was asked for."""
+        answered = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.get("ContentRange") or "")
+        body_bytes = response["ContentLength"]
+        if answered is None:
+            if offset == 0 and body_bytes <= length:
+                return body_bytes, body_bytes  # the whole object, which is no more than we asked for
+            raise ConfigError(
+                f"{self._url}/{name}: {self.endpoint} ignores ranges (answered {body_bytes} bytes for {length}); use a"
+                " server that supports them"
+            )
+        first, last, object_bytes = (int(group) for group in answered.groups())
+        wanted_last = min(offset + length, object_bytes) - 1
+        if (first, last) != (offset, wanted_last) or body_bytes != last - first + 1:
+            raise _TransientError(
+                "short", f"asked for bytes {offset}-{wanted_last}, answered {first}-{last} with {body_bytes} bytes"
+            )
+        return body_bytes, object_bytes
+
+    def _body(self, raw: Any, length: int) -> bytes:
+        """Exactly `length` bytes of a body, given up when it stalls, is cut, or drips."""
+        pieces: list[bytes] = []
+        got = 0
+        config = self._config
+        window_began, window_got = time.monotonic(), 0
+        try:
+            while got < length:
+                piece = raw.read1(min(_PIECE_BYTES, length - got))
+                if not piece:
+                    raise _TransientError("short", f"body ended after {got} of {length} bytes")
+                pieces.append(piece)
+                got += len(piece)
+                now = time.monotonic()
+                if now - window_began > config.read_timeout_s:
+                    if got - window_got < config.least_bytes_per_s * (now - window_began):
+                        raise _TransientError("stall", f"body slower than {config.least_bytes_per_s} bytes/s")
+                    window_began, window_got = now, got
+        except TransportTimeoutError:
+            raise _TransientError("stall", f"body stalled after {got} of {length} bytes") from None
+        except (TransportError, OSError) as error:
+            cause = "short" if "IncompleteRead" in repr(error) else "reset"
+            raise _TransientError(cause, f"connection lost after {got} of {length} bytes") from None
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def write(self, name: str, data: bytes | Path, attempt: int) -> int:
+        if isinstance(data, Path):
+            with _source_file(data) as file:
+                data = file.read()
+        self._call(name, attempt, "put_object", Key=self._prefix + name, Body=data, ContentMD5=_md5(data))
+        return len(data)
+
+    def start_upload(self, name: str, attempt: int) -> str:
+        return str(self._call(name, attempt, "create_multipart_upload", Key=self._prefix + name)["UploadId"])
+
+    def send_part(self, name: str, upload: str, number: int, data: bytes, attempt: int) -> str:
+        response = self._call(
+            name, attempt, "upload_part", Key=self._prefix + name, UploadId=upload, PartNumber=number, Body=data,
+            ContentMD5=_md5(data),
+        )  # fmt: skip
+        return str(response["ETag"])
+
+    def finish_upload(self, name: str, upload: str, tags: list[str], size_bytes: int, attempt: int) -> None:
+        parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, start=1)]
+        try:
+            self._call(
+                name, attempt, "complete_multipart_upload", Key=self._prefix + name, UploadId=upload,
+                MultipartUpload={"Parts": parts},
+            )  # fmt: skip
+        except MissingObjectError:
+            # The answer to an earlier attempt was lost: the upload is gone because the object is there.
+            if attempt == 0 or self.size(name, attempt) != size_bytes:
+                raise
+
+    def abort_upload(self, name: str, upload: str) -> None:
+        self._call(name, 0, "abort_multipart_upload", Key=self._prefix + name, UploadId=upload)
+
+    def list(self, prefix: str, attempt: int) -> list[str]:
+        names: list[str] = []
+        arguments: dict[str, Any] = {"Prefix": self._prefix + prefix}
+        while True:
+            page = self._call(prefix, attempt, "list_objects_v2", **arguments)
+            names += [row["Key"].removeprefix(self._prefix) for row in page.get("Contents", ())]
+            if not page.get("IsTruncated"):
+                return names
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+    def delete(self, name: str, attempt: int) -> None:
+        with contextlib.suppress(MissingObjectError):
+            self._call(name, attempt, "delete_object", Key=self._prefix + name)
+
+    def close(self) -> None:
+        with self._lock:
+            for client in self._clients.values():
+                client.close()
+
+    def _error(self, name: str, error: Exception) -> Exception:
+        """What an exception of boto3 means: to be repeated, the user's to mend, or about this object."""
+        what = f"{self._url}/{name}".rstrip("/")
+        if isinstance(error, ClientError):
+            return self._answer(what, error)
+        if isinstance(error, (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)):
+            return ConfigError(
+                f"{what}: no usable AWS credentials ({_one_line(error)}); set AWS_PROFILE, or AWS_ACCESS_KEY_ID and"
+                " AWS_SECRET_ACCESS_KEY"
+            )
+        if isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return ConfigError(f"{what}: the certificate of {self.endpoint} is not trusted; set AWS_CA_BUNDLE")
+        if isinstance(error, ResponseParserError):
+            return ConfigError(f"{what}: {self.endpoint} does not answer like S3; check AWS_ENDPOINT_URL")
+        if isinstance(error, (EndpointConnectionError, ConnectTimeoutError)):
+            return _TransientError("connect", f"cannot connect to {self.endpoint}")
+        if isinstance(error, (ReadTimeoutError, TransportTimeoutError)):
+            return _TransientError("stall", f"no answer from {self.endpoint} in time")
+        if isinstance(error, (HTTPClientError, ConnectionError, TransportError, OSError)):
+            return _TransientError("reset", f"connection lost ({type(error).__name__})")
+        return ConfigError(f"{what}: {_one_line(error)}; check bucket name, AWS_REGION and AWS_ENDPOINT_URL")
+
+    def _answer(self, what: str, error: ClientError) -> Exception:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        head = error.operation_name.startswith("Head")
+        if code in _THROTTLED or status in (429, 503):
+            return _TransientError("throttled", f"{status} {code}")
+        if code in _TRANSIENT or (status >= 500 and status not in (501, 505)):
+            return _TransientError("server", f"{status} {code}")
+        if code in ("RequestTimeTooSkewed", "RequestExpired"):
+            return ConfigError(f"{what}: the clock of this machine is wrong ({code}); set it, then start again")
+        if code in _CREDENTIALS:
+            return ConfigError(
+                f"{what}: credentials refused by {self.endpoint} ({code}); check AWS_PROFILE, AWS_ACCESS_KEY_ID,"
+                " AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
+            )
+        if status == 403:
+            return _PermissionError(
+                f"{what}: access denied to bucket {self._bucket} ({code}); ask its owner for the right of"
+                f" {error.operation_name}, or choose other credentials with AWS_PROFILE"
+            )
+        if code in _REGION or status in (301, 307):
+            region = error.response.get("Error", {}).get("Region") or error.response.get("ResponseMetadata", {}).get(
+                "HTTPHeaders", {}
+            ).get("x-amz-bucket-region")
+            return ConfigError(
+                f"{what}: wrong region or endpoint ({code} from {self.endpoint}); set AWS_REGION"
+                + (f"={region}" if region else " to the bucket's region, or correct AWS_ENDPOINT_URL")
+            )
+        if code == "NoSuchBucket":
+            return ConfigError(f"{what}: no bucket {self._bucket} at {self.endpoint}; create it or correct the URL")
+        if code in ("NoSuchKey", "NoSuchUpload", "NotFound") or (head and status == 404):
+            return MissingObjectError(f"{what}: no such object; restore it, or write the set anew")
+        if (
+            status == 416
+            or code == "InvalidRange"
+            or (code == "InvalidArgument" and error.operation_name == "GetObject")
+        ):
+            return _RangeError(what)
+        if status == 412:
+            return _changed(what)
+        if code == str(status):  # no S3 error document
+            return ConfigError(f"{what}: {self.endpoint} answers {status}, not like S3; check AWS_ENDPOINT_URL")
+        if code in ("QuotaExceeded", "XMinioStorageFull", "InsufficientCapacity"):
+            return StoreFullError(f"{what}: the store is full ({code}); free space or choose another bucket")
+        return ConfigError(f"{what}: refused ({status} {code}) by {self.endpoint}; check bucket, region and endpoint")
+
+
+class _PermissionError(ConfigError):
+    """403 without a reason that names the credentials."""
+
+
+class _RangeError(DataError):
+    """The server refused a range."""
+
+
+def _md5(data: bytes) -> str:
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
