@@ -38,7 +38,7 @@ if ! { [ -x .venv/bin/python ] && new_enough .venv/bin/python; }; then
       break
     fi
   done
-  [ -n "$python" ] || fail "no Python 3.11 or newer (${PYTHON:-python3} is $("${PYTHON:-python3}" -V 2>&1 || true)); install one and name it: PYTHON=/path/to/python3.11 bash ci/setup.sh"
+  [ -n "$python" ] || fail "none of ${PYTHON:-python3 python3.13 python3.12 python3.11} is Python 3.11 or newer; install one and name it: PYTHON=/path/to/python3.11 bash ci/setup.sh"
   say "virtual environment from $("$python" -V)"
   rm -rf .venv
   "$python" -m venv .venv || fail "$python has no venv module; on Debian or Ubuntu: apt-get install python3-venv"
@@ -54,7 +54,7 @@ say "installing $(grep -c '==' "$lock") pinned packages (about 4 GB on disk, one
 install() { # what it is, pip arguments...
   local what=$1
   shift
-  .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >.venv/pip.log 2>&1 || {
+  .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off --no-compile "$@" >.venv/pip.log 2>&1 || {
     grep -v -e '^WARNING: Location' -e '^Requirement already' .venv/pip.log | tail -n 20 >&2
     fail "pip could not install $what; the end of its log stands above, all of it is in .venv/pip.log (packages come from the index of your pip configuration)"
   }
@@ -69,7 +69,7 @@ extensions=${TORCH_EXTENSIONS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/torch_extensi
 if [ -d "$extensions" ]; then
   find "$extensions" -path '*deepspeed_shm_comm*' -name lock -mmin +10 -delete
 fi
-say "DeepSpeed's shared-memory collective: compiling once, about 75 s, then cached in $extensions"
+say "DeepSpeed's shared-memory collective: about 75 s the first time, then cached in $extensions"
 build() { PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu .venv/bin/python - >.venv/deepspeed-build.log 2>&1; }
 build <<'EOF' || { tail -n 20 .venv/deepspeed-build.log >&2 && fail "it did not compile; the whole log is .venv/deepspeed-build.log"; }
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
