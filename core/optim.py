@@ -1,0 +1,106 @@
+"""Which parameters decay, and how the learning rate moves. No DeepSpeed here: the engine wraps what this module builds.
+
+The learning rate is a pure function of the step, set before every step: there is no scheduler state to restore.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from shards.errors import ConfigError
+
+# Names of parameters that are not matrices to be shrunk, whatever their shape.
+NO_DECAY_WORDS = ("bias", "scale", "position", "token", "register", "norm", "gain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    `learning_rate` is the peak, reached after `warmup_steps`; the factor then falls to `final_factor` at the last step
+    (`cosine`, `linear`) or stays (`constant`). `multipliers` maps the beginning of a parameter's name, or its last
+    part, to a factor on the learning rate: `{"logit_bias": 10.0}`.
+    """
+
+    learning_rate: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.2
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    final_factor: float = 0.0
+    multipliers: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ConfigError(f"optim.learning_rate={self.learning_rate} must be above 0; try 5e-4")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas={self.betas} must lie in [0, 1); try (0.9, 0.98)")
+        if not self.epsilon > 0:
+            raise ConfigError(f"optim.epsilon={self.epsilon} must be above 0; try 1e-8")
+        if self.weight_decay < 0:
+            raise ConfigError(f"optim.weight_decay={self.weight_decay} must not be negative; 0 switches it off")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"optim.warmup_steps={self.warmup_steps} must not be negative; 0 switches warm-up off")
+        if not 0 <= self.final_factor <= 1:
+            raise ConfigError(f"optim.final_factor={self.final_factor} must lie in [0, 1]")
+
+
+def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Factor on the peak learning rate for the step that leads from `step` to `step + 1`; 0 <= factor <= 1."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    shape = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.final_factor + (1.0 - config.final_factor) * shape
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: matrices and kernels yes; biases, norms, scales, positions and learned tokens no."""
+    last = name.lower().rsplit(".", 1)[-1]
+    return parameter.ndim >= 2 and not any(word in last for word in NO_DECAY_WORDS) and "position" not in name.lower()
+
+
+def _multiplier(name: str, multipliers: dict[str, float]) -> float:
+    for pattern, factor in multipliers.items():
+        if name.startswith(pattern) or name.rsplit(".", 1)[-1] == pattern:
+            return factor
+    return 1.0
+
+
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups of equal decay and learning-rate multiplier, in the order of first appearance (the same on every rank).
+
+    Raises:
+        ConfigError: nothing to train, or a multiplier that matches no parameter.
+    """
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise ConfigError("no parameter is trainable; unfreeze a tower in the recipe")
+    for pattern in config.multipliers:
+        if not any(_multiplier(name, {pattern: 0.0}) == 0.0 for name, _ in named):
+            raise ConfigError(f"optim.multipliers: {pattern!r} matches no trainable parameter, such as {named[0][0]!r}")
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        groups.setdefault((decays(name, parameter), _multiplier(name, config.multipliers)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decay else 0.0,
+            "lr": config.learning_rate * multiplier,
+            "multiplier": multiplier,
+        }
+        for (decay, multiplier), parameters in groups.items()
+    ]
+
+
+def build(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW in one pass over memory (`fused`), which torch offers on CPU too."""
+    return torch.optim.AdamW(parameter_groups(module, config), betas=config.betas, eps=config.epsilon, fused=True)
