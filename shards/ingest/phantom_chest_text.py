@@ -1,0 +1,281 @@
+"""Words of the chest phantom: what a finding is called, how a report states, hedges or denies it; prompts.
+
+Every sentence is chosen by numbers passed in, so a report is a pure function of its scene. Nothing here draws an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+HEDGED_FROM, HEDGED_TO = 0.15, 0.85  # probability of truth between which a report hedges
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What there is to say about one finding. Templates know {side} {zone} {size}; sizes go from faint to strong."""
+
+    organ: str
+    sides: tuple[str, ...]
+    zones: tuple[str, ...]
+    sizes: tuple[str, ...]
+    stated: tuple[str, ...]
+    hedged: tuple[str, ...]
+    concluded: tuple[str, ...]  # for the impression
+    denied: tuple[str, ...]
+
+
+ZONES = ("upper", "mid", "lower")
+FINDINGS: dict[str, Kind] = {
+    "atelectasis": Kind(
+        organ="lungs", sides=("left", "right"), zones=("lower", "mid"), sizes=("minimal", "mild", "marked"),
+        stated=(
+            "There is {size} linear atelectasis in the {side} {zone} zone.",
+            "Plate-like atelectasis in the {side} {zone} lung, {size}, with elevation of the hemidiaphragm.",
+            "{size} {side} {zone} zone atelectasis with volume loss.",
+            "A band of {size} subsegmental atelectasis crosses the {side} {zone} zone.",
+        ),
+        hedged=(
+            "A faint linear density in the {side} {zone} zone may be atelectasis.",
+            "Possible minor atelectasis in the {side} {zone} lung.",
+        ),
+        concluded=("{size} {side} {zone} zone atelectasis.", "{side} {zone} zone linear atelectasis."),
+        denied=("No atelectasis.", "No linear opacity or volume loss.", "The hemidiaphragms are at normal height."),
+    ),
+    "cardiomegaly": Kind(
+        organ="heart", sides=("central",), zones=("lower",), sizes=("mildly", "moderately", "severely"),
+        stated=(
+            "The heart is {size} enlarged.",
+            "The cardiac silhouette is {size} enlarged.",
+            "There is cardiomegaly, {size} increased heart size.",
+            "Heart size is {size} increased.",
+        ),
+        hedged=("The heart is borderline in size.", "Heart size is at the upper limit of normal."),
+        concluded=("Cardiomegaly.", "{size} enlarged heart.", "Enlarged cardiac silhouette."),
+        denied=(
+            "The heart is normal in size.", "Heart size is within normal limits.", "The cardiac silhouette is normal.",
+            "No cardiomegaly.",
+        ),
+    ),
+    "consolidation": Kind(
+        organ="lungs", sides=("left", "right"), zones=ZONES, sizes=("small", "moderate", "extensive"),
+        stated=(
+            "There is {size} consolidation in the {side} {zone} zone.",
+            "{size} airspace consolidation in the {side} {zone} lung.",
+            "Patchy opacity in the {side} {zone} zone consistent with {size} consolidation.",
+            "The {side} {zone} lung shows {size} airspace opacity.",
+        ),
+        hedged=(
+            "A vague opacity in the {side} {zone} zone could be early consolidation.",
+            "Questionable airspace opacity in the {side} {zone} lung.",
+        ),
+        concluded=(
+            "{size} {side} {zone} zone consolidation.", "{side} {zone} lung consolidation, likely pneumonia.",
+        ),
+        denied=("No consolidation.", "No focal airspace opacity.", "The lungs are free of consolidation."),
+    ),
+    "edema": Kind(
+        organ="lungs", sides=("bilateral",), zones=("mid",), sizes=("mild", "moderate", "severe"),
+        stated=(
+            "There is {size} interstitial pulmonary edema.",
+            "Bilateral perihilar haze and thickened septal lines, {size} pulmonary edema.",
+            "{size} pulmonary vascular congestion with interstitial edema.",
+            "Perihilar opacities on both sides indicate {size} edema.",
+        ),
+        hedged=("Possible minimal interstitial edema.",
+            "The vessels are slightly indistinct, early edema is not excluded.",
+        ),
+        concluded=("{size} pulmonary edema.", "{size} interstitial edema."),
+        denied=("No pulmonary edema.", "The pulmonary vessels are normal.", "No vascular congestion."),
+    ),
+    "effusion": Kind(
+        organ="pleura", sides=("left", "right", "left", "right", "bilateral"), zones=("lower",),
+        sizes=("small", "moderate", "large"),
+        stated=(
+            "There is a {size} {side} pleural effusion.",
+            "{size} {side} pleural effusion with blunting of the costophrenic angle.",
+            "{side} pleural fluid is {size} in amount.",
+            "A {size} {side} effusion obscures the hemidiaphragm.",
+        ),
+        hedged=(
+            "Slight blunting of the {side} costophrenic angle may be a trace effusion.",
+            "A tiny {side} pleural effusion cannot be excluded.",
+        ),
+        concluded=("{size} {side} pleural effusion.", "{side} effusion, {size}."),
+        denied=("No pleural effusion.", "The costophrenic angles are sharp.", "No pleural fluid is seen."),
+    ),
+    "hernia": Kind(
+        organ="mediastinum", sides=("central",), zones=("lower",), sizes=("small", "moderate", "large"),
+        stated=(
+            "There is a {size} hiatal hernia behind the heart.",
+            "A retrocardiac air-fluid level indicates a {size} hiatal hernia.",
+            "{size} hiatal hernia.",
+        ),
+        hedged=("A faint retrocardiac lucency may be a small hiatal hernia.",),
+        concluded=("{size} hiatal hernia.", "Hiatal hernia."),
+        denied=("No hiatal hernia.", "The mediastinum is unremarkable.", "No retrocardiac mass."),
+    ),
+    "nodule": Kind(
+        organ="lungs", sides=("left", "right"), zones=ZONES, sizes=("",),
+        stated=(
+            "There is a {size} nodule in the {side} {zone} zone.",
+            "A {size} round nodule projects over the {side} {zone} lung.",
+            "Solitary pulmonary nodule of {size} in the {side} {zone} zone.",
+            "{size} nodular opacity in the {side} {zone} lung.",
+        ),
+        hedged=(
+            "A questionable {size} nodule in the {side} {zone} zone.",
+            "Possible {size} nodular density over the {side} {zone} lung.",
+        ),
+        concluded=("{size} {side} {zone} zone nodule.", "Nodule in the {side} {zone} lung."),
+        denied=("No pulmonary nodule.", "No suspicious nodule or mass.", "No nodular opacity."),
+    ),
+    "pneumothorax": Kind(
+        organ="pleura", sides=("left", "right"), zones=("upper",), sizes=("small", "moderate", "large"),
+        stated=(
+            "There is a {size} {side} pneumothorax.",
+            "{size} {side} apical pneumothorax with a visible pleural line.",
+            "A {side} pleural line without lung markings beyond it indicates a {size} pneumothorax.",
+            "{side} pneumothorax, {size} in size.",
+        ),
+        hedged=(
+            "A faint {side} apical line, a tiny pneumothorax is not excluded.",
+            "Possible tiny {side} pneumothorax.",
+        ),
+        concluded=("{size} {side} pneumothorax.", "{side} pneumothorax, {size}."),
+        denied=("No pneumothorax.", "No pleural line is seen.", "The lungs are fully expanded without pneumothorax."),
+    ),
+}  # fmt: skip
+LABELS = tuple(FINDINGS)
+
+NORMAL_IMPRESSIONS = (
+    "No acute finding.",
+    "No acute cardiopulmonary abnormality.",
+    "Normal chest radiograph.",
+    "No acute disease.",
+)
+# Said of two findings at once, when both are absent.
+JOINT_DENIALS = {
+    ("effusion", "pneumothorax"): ("No pleural effusion or pneumothorax.", "No pneumothorax or effusion."),
+    ("consolidation", "edema"): ("The lungs are clear.", "No consolidation or edema.", "Clear lungs without edema."),
+    ("consolidation", "nodule"): ("No focal consolidation or nodule.",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One finding of a scene. Its truth, `present`, was thrown with `probability`."""
+
+    name: str
+    strength: float  # (0, 1]
+    probability: float
+    present: bool
+    side: str
+    zone: str
+    along: float  # -1 .. 1, down the zone
+    across: float  # -1 .. 1, from the hilum to the wall
+    extra: float  # 0 .. 1
+
+    @property
+    def hedged(self) -> bool:
+        """Whether a report leaves it open."""
+        return HEDGED_FROM <= self.probability <= HEDGED_TO
+
+    @property
+    def radius_mm(self) -> float:
+        """Radius of a nodule."""
+        return 7.0 + 10.0 * self.strength
+
+    @property
+    def size(self) -> str:
+        """Its size or severity in words."""
+        if self.name == "nodule":
+            return f"{2 * round(self.radius_mm)} mm"
+        sizes = FINDINGS[self.name].sizes
+        return sizes[min(len(sizes) - 1, int(self.strength * len(sizes)))]
+
+    def entity(self) -> dict[str, Any]:
+        """As `StudyRecord.entities` holds it."""
+        return {
+            "finding": self.name, "side": self.side, "zone": self.zone, "size": self.size, "present": self.present,
+            "certainty": "hedged" if self.hedged else "certain", "strength": round(self.strength, 6),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """`sections` (findings, impression) and the same findings by anatomy (lungs, pleura, heart, mediastinum)."""
+
+    sections: dict[str, str]
+    anatomy: dict[str, str]
+
+
+def _fill(template: str, side: str, zone: str, size: str) -> str:
+    text = template.format(side=side, zone=zone, size=size)
+    return text[0].upper() + text[1:]
+
+
+def write_report(findings: tuple[Finding, ...], draw: Callable[[int], Any]) -> Report:
+    """The report of a scene. `draw(count)` gives `count` numbers in [0, 1): the choice of words and of their order.
+
+    Findings that are certain and present are stated, doubtful ones hedged whatever their truth, and those that were
+    thrown absent but certain, like some of the absent ones, denied. No report is empty.
+    """
+    numbers = iter(draw(64).tolist())
+
+    def pick(options: tuple[str, ...]) -> str:
+        return options[int(next(numbers) * len(options))]
+
+    said: list[tuple[float, str, str]] = []  # place in the report, organ, sentence
+    concluded: list[tuple[float, str]] = []
+    absent = list(LABELS)
+    for finding in findings:
+        if not finding.present and not finding.hedged:
+            continue
+        absent.remove(finding.name)
+        kind = FINDINGS[finding.name]
+        words = (finding.side, finding.zone, finding.size)
+        sentence = _fill(pick(kind.hedged if finding.hedged else kind.stated), *words)
+        said.append((0.6 * next(numbers), kind.organ, sentence))
+        if finding.present:
+            prefix = "Possible " if finding.hedged else ""
+            text = _fill(pick(kind.concluded), *words)
+            concluded.append((-finding.strength, prefix + text[0].lower() + text[1:] if prefix else text))
+    denials = 0
+    for pair, sentences in JOINT_DENIALS.items():
+        if all(name in absent for name in pair) and next(numbers) < 0.5:
+            absent = [name for name in absent if name not in pair]
+            said.append((0.3 + 0.7 * next(numbers), FINDINGS[pair[0]].organ, pick(sentences)))
+            denials += 1
+    for name in absent:
+        share = 0.5 if name == "cardiomegaly" else 0.15
+        if next(numbers) < share and denials < 3:
+            said.append((0.3 + 0.7 * next(numbers), FINDINGS[name].organ, pick(FINDINGS[name].denied)))
+            denials += 1
+    if not said:
+        said.append((0.0, "lungs", pick(NORMAL_IMPRESSIONS)))
+    said.sort()
+    concluded.sort()
+    anatomy: dict[str, str] = {}
+    for _, organ, sentence in said:
+        anatomy[organ] = f"{anatomy[organ]} {sentence}" if organ in anatomy else sentence
+    impression = " ".join(text for _, text in concluded) or pick(NORMAL_IMPRESSIONS)
+    return Report(
+        sections={"findings": " ".join(sentence for _, _, sentence in said), "impression": impression}, anatomy=anatomy
+    )
+
+
+def _prompts(name: str) -> dict[str, list[str]]:
+    """Report-like sentences with side, zone and size for, and denials against, one finding."""
+    kind = FINDINGS[name]
+    sizes = ("14 mm", "24 mm", "32 mm") if name == "nodule" else kind.sizes
+    positive = []
+    places = [(side, zone) for side in dict.fromkeys(kind.sides) for zone in kind.zones]
+    for position, (side, zone) in enumerate(places):
+        for step, template in enumerate(kind.stated):
+            positive.append(_fill(template, side, zone, sizes[(position + step) % len(sizes)]))
+    return {"positive": positive, "negative": [*kind.denied, *NORMAL_IMPRESSIONS[:3]]}
+
+
+PROMPTS: dict[str, dict[str, list[str]]] = {name: _prompts(name) for name in LABELS}
