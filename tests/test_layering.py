@@ -11,8 +11,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAYERS = ("launchers", "configs", "core", "kernels", "shards")
 
-# launchers -> configs -> core -> kernels, and configs, core -> shards. `core` reads only these modules of shards: the words, the bytes,
-# the errors and the keyed random numbers, none of which knows a format or an order.
+# launchers -> configs -> core -> kernels, and configs, core -> shards. `core` reads only these modules of shards: the
+# words, the bytes, the errors and the keyed random numbers, none of which knows a format or an order.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "launchers": frozenset({"launchers", "configs", "core", "kernels", "shards"}),
     "configs": frozenset({"configs", "core", "kernels", "shards"}),
