@@ -1,0 +1,148 @@
+"""Zero-shot classification: is an image nearer to sentences that state a finding than to sentences that deny it?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.evaluation.embed import EmbeddedSplit, Encoders
+from core.evaluation.statistics import AreasUnderCurve, areas_under_curve
+from shards.errors import ConfigError
+
+# label -> {"positive": sentences, "negative": sentences}
+Prompts = Mapping[str, Mapping[str, Sequence[str]]]
+
+
+class Encode(Protocol):
+    """A tokenizer's only method that is needed here."""
+
+    def encode(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
+        """`input_ids [n, L]`, `attention_mask [n, L]`."""
+
+
+class ZeroShot:
+    """AUC per label and macro AUC of prompt ensembles, with intervals by patient.
+
+    Score of a label = mean similarity to its positive prompts - mean similarity to its negative ones (the similarity to
+    the mean of the unit embeddings). Studies where a label is uncertain or not annotated are left out for that label.
+    """
+
+    protocol = "zero_shot"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """`text_length` in tokens; `replicates` of the bootstrap; `batch_size` prompts are encoded at once."""
+
+        text_length: int = 128
+        replicates: int = 1000
+        level: float = 0.95
+        seed: int = 0
+        batch_size: int = 256
+
+    def __init__(self, prompts: Prompts, config: Config | None = None) -> None:
+        """Raises ConfigError for a label without positive prompts, or with an unknown member."""
+        self.prompts, self.config = check_prompts(prompts), config or ZeroShot.Config()
+        self._report: dict[str, Any] = {}
+
+    def run(
+        self,
+        task: Encoders,
+        tokenizer: Encode,
+        split: EmbeddedSplit,
+        labels: Sequence[str],
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+    ) -> Iterator[tuple[str, float]]:
+        """Yields `eval/zero_shot/<label>` and `eval/zero_shot/macro`. `labels` name the columns of `split.labels`.
+
+        Raises ConfigError when no label of the data has prompts.
+        """
+        scored = [name for name in labels if name in self.prompts]
+        if not scored:
+            raise ConfigError(
+                f"no prompts for the labels of this data ({', '.join(labels) or 'none'}); "
+                f"there are some for {', '.join(self.prompts) or 'nothing'}: give others with --prompts"
+            )
+        directions = self._directions(task, tokenizer, scored, device, autocast)  # [E, K]
+        scores = (split.need("image_embeds") @ directions).numpy().astype(np.float64)  # [n, K]
+        truth = split.labels[:, [list(labels).index(name) for name in scored]].numpy()
+        areas = areas_under_curve(
+            scores, truth, split.patient_key.numpy(), scored,
+            seed=self.config.seed, replicates=self.config.replicates, level=self.config.level,
+        )  # fmt: skip
+        self._report = {
+            "protocol": self.protocol,
+            "studies": len(split),
+            "level": self.config.level,
+            "labels_without_prompts": [name for name in labels if name not in self.prompts],
+            "prompts": {name: {side: len(texts) for side, texts in self.prompts[name].items()} for name in scored},
+            **areas.to_json(),
+        }
+        yield from named_areas(self.protocol, areas)
+
+    def report(self) -> dict[str, Any]:
+        """What the last run found, ready for JSON: intervals and counts per label."""
+        return self._report
+
+    @torch.no_grad()
+    def _directions(
+        self,
+        task: Encoders,
+        tokenizer: Encode,
+        names: Sequence[str],
+        device: torch.device,
+        autocast: torch.dtype | None,
+    ) -> Tensor:
+        """[E, K] float32 on the CPU: mean positive prompt less mean negative prompt of each label."""
+        texts = list(dict.fromkeys(text for name in names for side in self.prompts[name].values() for text in side))
+        was_training = getattr(task, "training", False)
+        if isinstance(task, torch.nn.Module):
+            task.eval()
+        embeds = []
+        try:
+            for start in range(0, len(texts), self.config.batch_size):
+                ids, mask = tokenizer.encode(texts[start : start + self.config.batch_size], self.config.text_length)
+                with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                    embeds.append(task.embed_texts(ids.to(device), mask.to(device)).float().cpu())
+        finally:
+            if isinstance(task, torch.nn.Module):
+                task.train(was_training)
+        place = {text: row for row, text in enumerate(texts)}
+        rows = torch.cat(embeds)  # [texts, E]
+        columns = []
+        for name in names:
+            column = rows[[place[text] for text in self.prompts[name]["positive"]]].mean(dim=0)
+            if self.prompts[name].get("negative"):
+                column = column - rows[[place[text] for text in self.prompts[name]["negative"]]].mean(dim=0)
+            columns.append(column)
+        return torch.stack(columns, dim=1)
+
+
+def check_prompts(prompts: Prompts) -> dict[str, dict[str, list[str]]]:
+    """As plain dicts and lists. Raises ConfigError naming the label whose prompts cannot be used."""
+    checked: dict[str, dict[str, list[str]]] = {}
+    for label, sides in prompts.items():
+        if not isinstance(sides, Mapping) or not set(sides) <= {"positive", "negative"}:
+            found = ", ".join(map(str, sides)) if isinstance(sides, Mapping) else type(sides).__name__
+            raise ConfigError(f"prompts of {label!r}: want lists `positive` and `negative`, found {found}")
+        for side, texts in sides.items():
+            if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ConfigError(f"prompts of {label!r}: {side} must be a list of sentences, none of them empty")
+        if not sides.get("positive"):
+            raise ConfigError(f"prompts of {label!r}: no positive sentence; give at least one")
+        checked[label] = {side: list(texts) for side, texts in sides.items()}
+    return checked
+
+
+def named_areas(protocol: str, areas: AreasUnderCurve) -> Iterator[tuple[str, float]]:
+    """(`eval/<protocol>/<label>`, AUC) of each label that has both classes, then the macro average."""
+    for name, estimate in zip(areas.names, areas.labels, strict=True):
+        if np.isfinite(estimate.value):
+            yield f"eval/{protocol}/{name}", estimate.value
+    if np.isfinite(areas.macro.value):
+        yield f"eval/{protocol}/macro", areas.macro.value
