@@ -1,0 +1,499 @@
+"""A table (CSV, TSV or Parquet) beside a folder of images -> studies, told by a small TOML mapping.
+
+Report text is taken from a column only when the user states how it was de-identified, or written by a template from
+the labels. A bad row or image is refused by name and reason; a bad mapping or table stops before anything is written.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import io
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shards.batch import EncodedImage, LabelValue, Sample, StudyRecord, ViewRecord
+from shards.errors import ConfigError
+from shards.ingest import Item, Loaded, Plan, Refusal, hashed_key, key_fingerprint
+from shards.ingest.image_file import ImageLimits, ImageRefusedError, load_image_file
+
+TEMPLATE_DEIDENTIFIER = "none needed: report written from labels by a template"
+LABEL_NUMBERS: dict[str, LabelValue] = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1}
+SEX_WORDS = {"m": "M", "male": "M", "f": "F", "female": "F", "o": "O", "other": "O"}
+AGE_YEARS_MAX = 120
+
+_VIEW_WORD = re.compile(r"^[A-Z][A-Z0-9 _-]{0,23}$")  # what may be copied from a column; no room for a name and date
+_AGE = re.compile(r"^0*(\d+(?:\.\d+)?)\s*([YMWD]?)$")
+_YEARS_OF_UNIT = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(_Strict):
+    """Names of the table's columns. Rows with the same `study` are views of one study; without it each row is one."""
+
+    file: str
+    patient: str
+    study: str | None = None
+    split: str | None = None
+    sex: str | None = None
+    age: str | None = None
+    view: str | None = None
+    laterality: str | None = None
+    body_part: str | None = None
+
+
+class LabelColumn(_Strict):
+    """One label in a column of its own; `values` says what the cells mean (else 1, 0, -1), an empty cell nothing."""
+
+    column: str
+    values: dict[str, Literal[0, 1, -1]] = Field(default_factory=dict)
+
+
+class Labels(_Strict):
+    """Labels from one column of names (`column`, all names not in the cell are 0) or from one column each."""
+
+    column: str | None = None
+    separator: str = "|"
+    names: tuple[str, ...] = ()
+    normal: tuple[str, ...] = ()  # cell values that mean: none of the names
+    values: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # cell value -> names, where they differ
+    columns: dict[str, LabelColumn] = Field(default_factory=dict)
+
+
+class Template(_Strict):
+    """Sentences for sets without reports; `{label}` stands for the label's word. Which of several is used follows from
+    the study's key."""
+
+    section: str = "findings"
+    present: tuple[str, ...] = ("There is {label}.",)
+    uncertain: tuple[str, ...] = ("{label} cannot be excluded.",)
+    normal: tuple[str, ...] = ("No acute finding.",)
+    words: dict[str, str] = Field(default_factory=dict)  # label -> how a report says it; else lower case, _ as space
+
+
+class TableMapping(_Strict):
+    """The mapping file. `table` and `images` are relative to the input folder."""
+
+    table: str
+    images: str = "."
+    language: str = "en"
+    columns: Columns
+    values: dict[Literal["split", "sex", "view", "laterality"], dict[str, str]] = Field(default_factory=dict)
+    report: dict[str, str] = Field(default_factory=dict)  # section -> column
+    labels: Labels = Labels()
+    template: Template | None = None
+    provenance: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> TableMapping:
+        """Parse a mapping file. Raises ConfigError naming the file and the key, with the nearest names."""
+        try:
+            body = tomllib.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise ConfigError(f"--mapping {path}: {error.strerror}; see ci/data/nih_cxr/mapping.toml") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--mapping {path}: not TOML: {error}") from None
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            hint = ""
+            if first["type"] == "extra_forbidden":
+                hint = _nearest(str(first["loc"][-1]), _names_beside(first["loc"]))
+            raise ConfigError(f"--mapping {path}: {place}: {first['msg'].lower()}{hint}") from None
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """All labels, in the order of the mapping."""
+        extra = [name for names in self.labels.values.values() for name in names]
+        return tuple(dict.fromkeys([*self.labels.names, *extra, *self.labels.columns]))
+
+    def used_columns(self) -> dict[str, str]:
+        """Key of the mapping -> column it names."""
+        used = {f"columns.{name}": column for name, column in self.columns.model_dump().items() if column is not None}
+        used |= {f"report.{section}": column for section, column in self.report.items()}
+        used |= {f"labels.columns.{name}": label.column for name, label in self.labels.columns.items()}
+        if self.labels.column is not None:
+            used["labels.column"] = self.labels.column
+        return used
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"; nearest: {', '.join(close)}" if close else f"; known: {', '.join(known)}"
+
+
+def _names_beside(location: tuple[int | str, ...]) -> list[str]:
+    models: dict[str, type[BaseModel]] = {"columns": Columns, "labels": Labels, "template": Template}
+    model = models.get(str(location[0]), TableMapping) if len(location) > 1 else TableMapping
+    return list(model.model_fields)
+
+
+@dataclass(frozen=True)
+class _View:
+    file: str
+    view: str | None
+    laterality: Literal["L", "R", "B"] | None
+    body_part: str | None
+
+
+@dataclass(frozen=True)
+class _Study:
+    """Payload of an Item: one study with the views that the table names."""
+
+    name: str  # of the study, for refusals; safe for logs
+    views: tuple[_View, ...]
+    labels: tuple[tuple[str, LabelValue], ...]
+    report: tuple[tuple[str, str], ...]
+    sex: Literal["F", "M", "O"] | None
+    age_years: float | None
+
+
+class _RowRefusedError(ValueError):
+    """Reason why a row of the table gives nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSource:
+    """Source of studies from a table; see `shards.ingest.Source` for the protocol.
+
+    `secret` None means a public set: names are hashed with a public key, and refusals show file names.
+    `deidentified` is the user's statement of how text columns were cleared.
+    """
+
+    input: Path
+    mapping: TableMapping
+    secret: bytes | None = field(default=None, repr=False)
+    deidentified: str | None = None
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    name: str = "table"
+
+    def __post_init__(self) -> None:
+        if self.mapping.report and not (self.deidentified or "").strip():
+            columns = ", ".join(self.mapping.report.values())
+            raise ConfigError(
+                f"the mapping takes report text from column {columns}; text is packed only after you state how it was "
+                "de-identified: --deidentified 'HOW'"
+            )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.mapping.label_names
+
+    @property
+    def masks(self) -> dict[str, int]:
+        return {}
+
+    @property
+    def key_fingerprint(self) -> str | None:
+        return key_fingerprint(self.secret)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "mapping": hashlib.sha256(self.mapping.model_dump_json().encode()).hexdigest(),
+            "deidentified": self.deidentified,
+            "side_min": self.limits.side_min,
+            "area_max": self.limits.area_max,
+        }
+
+    def plan(self) -> Plan:
+        """Read the table and group its rows. Raises ConfigError: no folder, no table, empty, unknown column."""
+        table = self.input / self.mapping.table
+        for folder in (self.input, self.input / self.mapping.images):
+            if not folder.is_dir():
+                raise ConfigError(f"--input {folder}: no such folder; give the folder that holds {self.mapping.table}")
+        refusals: list[Refusal] = []
+        groups: dict[str, list[tuple[str, dict[str, str]]]] = {}
+        files: set[str] = set()
+        for number, row in read_rows(table, self.mapping.used_columns()):
+            shown = f"row {number}"
+            try:
+                if row is None:
+                    raise _RowRefusedError("row with too few or too many cells")
+                _check_text(row)
+                file = row[self.mapping.columns.file].strip()
+                if not file:
+                    raise _RowRefusedError("row without a file name")
+                shown = self._shown(file)
+                if not row[self.mapping.columns.patient].strip():
+                    raise _RowRefusedError("row without a patient")
+                if file in files:
+                    raise _RowRefusedError("duplicate key: file named by an earlier row")
+                files.add(file)
+                study = row[self.mapping.columns.study].strip() if self.mapping.columns.study else file
+                if not study:
+                    raise _RowRefusedError("row without a study")
+                groups.setdefault(study, []).append((shown, row))
+            except _RowRefusedError as error:
+                refusals.append(Refusal(shown, str(error)))
+        items: list[Item] = []
+        for study, rows in groups.items():
+            try:
+                items.append(self._item(study, rows))
+            except _RowRefusedError as error:
+                refusals += [Refusal(shown, str(error)) for shown, _ in rows]
+        return Plan(items=items, refusals=refusals)
+
+    def _shown(self, file: str) -> str:
+        return file if self.secret is None else hashed_key(self.secret, "file", file)
+
+    def _item(self, study: str, rows: Sequence[tuple[str, dict[str, str]]]) -> Item:
+        columns = self.mapping.columns
+        patients = {row[columns.patient].strip() for _, row in rows}
+        if len(patients) > 1:
+            raise _RowRefusedError("study of several patients")
+        splits = {self._value("split", row) for _, row in rows}
+        if len(splits) > 1:
+            raise _RowRefusedError("study in several splits")
+        key = hashed_key(self.secret, "study", study)
+        labels = self._labels([row for _, row in rows])
+        sex = SEX_WORDS.get((self._first("sex", rows) or "").lower())
+        payload = _Study(
+            name=self._shown(study),
+            views=tuple(self._view(row) for _, row in rows),
+            labels=tuple(labels.items()),
+            report=tuple(self._report(key, labels, [row for _, row in rows]).items()),
+            sex=cast(Literal["F", "M", "O"] | None, sex),
+            age_years=parse_age(self._first("age", rows) or ""),
+        )
+        if not payload.report and not payload.labels:
+            raise _RowRefusedError("report empty and no label")
+        patient = hashed_key(self.secret, "patient", patients.pop())
+        return Item(key=key, patient=patient, split=splits.pop() or None, payload=payload)
+
+    def _value(self, name: Literal["split", "sex", "view", "laterality"], row: Mapping[str, str]) -> str:
+        """A cell through its value map; values that the map does not name stay."""
+        column = getattr(self.mapping.columns, name)
+        cell = row[column].strip() if column else ""
+        return self.mapping.values.get(name, {}).get(cell, cell)
+
+    def _first(self, name: Literal["sex", "age"], rows: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:
+        column = getattr(self.mapping.columns, name)
+        if column is None:
+            return None
+        cells = [row[column].strip() if name == "age" else self._value("sex", row) for _, row in rows]
+        return next((cell for cell in cells if cell), None)
+
+    def _view(self, row: Mapping[str, str]) -> _View:
+        view = self._value("view", row).upper()
+        body_part = row[self.mapping.columns.body_part].strip().upper() if self.mapping.columns.body_part else ""
+        laterality = self._value("laterality", row).upper()[:1]
+        return _View(
+            file=row[self.mapping.columns.file].strip(),
+            view=view if _VIEW_WORD.match(view) else None,
+            laterality=cast(Literal["L", "R", "B"], laterality) if laterality in ("L", "R", "B") else None,
+            body_part=body_part if _VIEW_WORD.match(body_part) else None,
+        )
+
+    def _labels(self, rows: Sequence[Mapping[str, str]]) -> dict[str, LabelValue]:
+        """Labels of a study: present in one image is present, uncertain goes before absent."""
+        merged: dict[str, LabelValue] = {}
+        for row in rows:
+            for name, value in self._row_labels(row).items():
+                known = merged.get(name)
+                merged[name] = value if known is None else max(known, value, key=(0, -1, 1).index)
+        return {name: merged[name] for name in self.labels if name in merged}
+
+    def _row_labels(self, row: Mapping[str, str]) -> dict[str, LabelValue]:
+        mapping, result = self.mapping.labels, dict[str, LabelValue]()
+        if mapping.column is not None and (cell := row[mapping.column].strip()):
+            present: set[str] = set()
+            for part in (part.strip() for part in cell.split(mapping.separator)):
+                if part in mapping.values:
+                    present.update(mapping.values[part])
+                elif part in mapping.names:
+                    present.add(part)
+                elif part and part not in mapping.normal:
+                    raise _RowRefusedError("label name that the mapping does not know")
+            result = {name: 1 if name in present else 0 for name in (*mapping.names, *_flat(mapping.values))}
+        for name, label in mapping.columns.items():
+            cell = row[label.column].strip()
+            if not cell:
+                continue
+            value = label.values.get(cell, None if label.values else LABEL_NUMBERS.get(cell))
+            if value is None:
+                raise _RowRefusedError("label outside 0, 1, -1")
+            result[name] = value
+        return result
+
+    def _report(self, key: str, labels: Mapping[str, LabelValue], rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
+        report: dict[str, str] = {}
+        for section, column in self.mapping.report.items():
+            texts = dict.fromkeys(text for row in rows if (text := row[column].strip()))
+            if texts:
+                report[section] = "\n".join(texts)
+        if not report and self.mapping.template is not None and labels:
+            report[self.mapping.template.section] = write_report(self.mapping.template, key, labels)
+        return report
+
+    def load(self, item: Item) -> Loaded:
+        """Read and check the images of one study. A bad image is refused alone; without any the study is too."""
+        study: _Study = item.payload
+        refusals: list[Refusal] = []
+        views: list[ViewRecord] = []
+        images: list[EncodedImage] = []
+        for view in study.views:
+            try:
+                stored = load_image_file(self._read_image(view.file), self.limits)
+            except ImageRefusedError as error:
+                refusals.append(Refusal(self._shown(view.file), str(error)))
+                continue
+            views.append(
+                ViewRecord(
+                    id=str(len(views)),
+                    height=stored.height,
+                    width=stored.width,
+                    bits=16 if stored.bits == 16 else 8,
+                    view=view.view,
+                    laterality=view.laterality,
+                    body_part=view.body_part,
+                )
+            )
+            images.append(stored.encoded)
+        if not images:
+            return Loaded(sample=None, refusals=tuple(refusals))
+        has_text = bool(self.mapping.report) and bool(study.report)
+        record = StudyRecord(
+            study=item.key,
+            patient=item.patient,
+            language=self.mapping.language,
+            report=dict(study.report),
+            labels=dict(study.labels),
+            sex=study.sex,
+            age_years=study.age_years,
+            provenance=dict(self.mapping.provenance),
+            deidentifier=self.deidentified if has_text else TEMPLATE_DEIDENTIFIER if study.report else None,
+            views=views,
+        )
+        sample = Sample(key=item.key, record=record, images=tuple(images))
+        return Loaded(sample=sample, refusals=tuple(refusals))
+
+    def _read_image(self, file: str) -> bytes:
+        folder = (self.input / self.mapping.images).resolve()
+        path = (folder / file).resolve()
+        if not path.is_relative_to(folder):
+            raise ImageRefusedError("file outside the image folder")
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise ImageRefusedError("image missing") from None
+        except OSError as error:
+            raise ImageRefusedError(f"image cannot be read: {error.strerror}") from None
+
+
+def _flat(values: Mapping[str, tuple[str, ...]]) -> list[str]:
+    return list(dict.fromkeys(name for names in values.values() for name in names))
+
+
+def _check_text(row: Mapping[str, str]) -> None:
+    for cell in row.values():
+        try:
+            cell.encode()
+        except UnicodeEncodeError:
+            raise _RowRefusedError("text not UTF-8") from None
+
+
+def parse_age(text: str) -> float | None:
+    """Years from `58`, `58.5`, `058Y`, `011M`; None when it says nothing plausible (NIH holds ages above 400)."""
+    match = _AGE.match(text.strip().upper())
+    if match is None:
+        return None
+    years = float(match[1]) * _YEARS_OF_UNIT[match[2]]
+    return years if years <= AGE_YEARS_MAX else None
+
+
+def write_report(template: Template, key: str, labels: Mapping[str, LabelValue]) -> str:
+    """Report-like sentences for the labels; the wording follows from `key`, so a study always reads the same."""
+
+    def choose(sentences: Sequence[str], purpose: str) -> str:
+        return sentences[int(hashed_key(None, purpose, key, 8), 16) % len(sentences)]
+
+    written: list[str] = []
+    for name, value in labels.items():
+        if value == 0:
+            continue
+        sentence = choose(template.present if value == 1 else template.uncertain, f"template {name}")
+        word = template.words.get(name, name.replace("_", " ").lower())
+        written.append(sentence.replace("{label}", word))
+    sentences = written or [choose(template.normal, "template normal")]
+    return " ".join(sentence[:1].upper() + sentence[1:] for sentence in sentences)
+
+
+def read_rows(path: Path, used: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str] | None]]:
+    """(row number from 1, the used columns as text) of a table; None for a row whose cells do not fit the header.
+
+    Bytes that are not UTF-8 come as surrogates, so that only their rows are refused. Raises ConfigError for a missing,
+    unreadable or empty table and for unknown columns, with the nearest names.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"table {path}: {error.strerror}; check `table` in the mapping and --input") from None
+    if path.suffix.lower() in (".parquet", ".pq"):
+        yield from _parquet_rows(path, data, used)
+        return
+    text = data.decode("utf-8-sig", "surrogateescape")
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    try:
+        header = next(rows, [])
+        _check_columns(path, header, used)
+        at = {column: header.index(column) for column in used.values()}
+        count = 0
+        for row in rows:
+            if not row:
+                continue
+            count += 1
+            yield count, {name: row[i] for name, i in at.items()} if len(row) == len(header) else None
+    except csv.Error as error:
+        raise ConfigError(f"table {path}: line {rows.line_num}: {error}; mend the line") from None
+    if count == 0:
+        raise ConfigError(f"table {path}: no rows below the header; is it the right file?")
+
+
+def _parquet_rows(path: Path, data: bytes, used: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str] | None]]:
+    try:
+        file = pq.ParquetFile(io.BytesIO(data))
+        _check_columns(path, file.schema_arrow.names, used)
+        if file.metadata.num_rows == 0:
+            raise ConfigError(f"table {path}: no rows; is it the right file?")
+        count = 0
+        for batch in file.iter_batches(columns=sorted(set(used.values()))):
+            for row in batch.to_pylist():
+                count += 1
+                yield count, {name: _cell(value) for name, value in row.items()}
+    except pa.ArrowException as error:
+        raise ConfigError(f"table {path}: not a Parquet table ({type(error).__name__}); write it anew") from None
+
+
+def _cell(value: object) -> str:
+    if value is None or value != value:  # NaN is how pandas writes an empty cell
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _check_columns(path: Path, header: Sequence[str], used: Mapping[str, str]) -> None:
+    if not header:
+        raise ConfigError(f"table {path}: empty file; is it the right one?")
+    for key, column in used.items():
+        if column not in header:
+            raise ConfigError(f"table {path}: no column {column!r} ({key} of the mapping){_nearest(column, header)}")
+        if header.count(column) > 1:
+            raise ConfigError(f"table {path}: column {column!r} stands twice; rename one")
