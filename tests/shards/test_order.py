@@ -109,7 +109,7 @@ def test_open_pieces_are_bounded_and_of_one_lane(order: Order):
             ):
                 name = (int(block), int(piece))
                 assert lane_of.setdefault(name, lane) == lane
-                units = order._block(set_index, name[0]).units_of(name[1])
+                units = order.block_of_number(set_index, name[0]).units_of(name[1])
                 remaining.setdefault(name, set(units.tolist())).remove(int(unit))
             still_open = [lane_of[name] for name, left in remaining.items() if left]
             assert max(np.bincount(still_open), default=0) <= order.window_chunks
