@@ -68,6 +68,7 @@ class Labels(_Strict):
     separator: str = "|"
     names: tuple[str, ...] = ()
     normal: tuple[str, ...] = ()  # cell values that mean: none of the names
+    unknown: tuple[str, ...] = ()  # cell values that mean: not annotated, as an empty cell does
     values: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # cell value -> names, where they differ
     columns: dict[str, LabelColumn] = Field(default_factory=dict)
 
@@ -310,7 +311,8 @@ class TableSource:
 
     def _row_labels(self, row: Mapping[str, str]) -> dict[str, LabelValue]:
         mapping, result = self.mapping.labels, dict[str, LabelValue]()
-        if mapping.column is not None and (cell := row[mapping.column].strip()):
+        cell = row[mapping.column].strip() if mapping.column is not None else ""
+        if cell and cell not in mapping.unknown:
             present: set[str] = set()
             for part in (part.strip() for part in cell.split(mapping.separator)):
                 if part in mapping.values:
