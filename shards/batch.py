@@ -6,10 +6,12 @@ This module holds names, shapes and units only; nothing here reads a file.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+
+if TYPE_CHECKING:  # packing needs no torch, and each of its worker processes would spend seconds importing it
+    from torch import Tensor
 
 # Extensions that some reader would unpickle or execute; refused by name wherever a member is met.
 PICKLE_EXTENSIONS = frozenset(
@@ -97,7 +99,7 @@ class Sample:
 
 # One step's tensors. B = studies of this rank, V = images of this rank, C = channels, K = label names of the manifest,
 # L = tokens. Every tensor exists for void slots too, zero-filled, with `valid` False.
-Batch = dict[str, Tensor]
+Batch = dict[str, "Tensor"]
 
 FIELDS: dict[str, str] = {
     "pixel_values": "[V, C, H, W] float32, normalised by the recipe's mean and standard deviation",

@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import cast
 
@@ -413,30 +414,31 @@ def write_shards(
         _clear(store)
     elif store.exists(MANIFEST):
         raise ConfigError(f"{store.url} already holds a {MANIFEST}; choose an empty --output or give --overwrite")
-    total = len(plan.items)
-    done, written = 0, 0
+    finished = {split: _finished(store, split, items, digest) for split, items in splits.items()}
+    position = {split: found[-1].span.next_item if found else 0 for split, found in finished.items()}
     receipts: list[Receipt] = []
     spans: list[Span] = []
-    for split, items in splits.items():
-        finished = _finished(store, split, items, digest)
-        if finished:
-            logger.info("%s: %d finished shards found, continuing behind them", split, len(finished))
-        position = finished[-1].span.next_item if finished else 0
-        done += position
-        written += sum(receipt.shard.bytes for receipt in finished)
-        receipts += finished
-        spans += [receipt.span for receipt in finished]
-        for event in _write_split(source, split, items, position, len(finished), digest, store, config):
-            if isinstance(event, str):
-                done += 1
-                if on_progress is not None:
-                    on_progress(Progress(done=done, total=total, shard=event, bytes_written=written))
-            elif isinstance(event, Span):
-                spans.append(event)
-            else:
-                receipts.append(event)
-                spans.append(event.span)
-                written += event.shard.bytes
+    done, written = sum(position.values()), sum(receipt.shard.bytes for found in finished.values() for receipt in found)
+    if done:
+        logger.info("%s holds finished shards of %d studies; continuing behind them", store.url, done)
+    remaining = [item for split, items in splits.items() for item in items[position[split] :]]
+    with closing(load_in_order(source, remaining, config.workers)) as loads:
+        for split, items in splits.items():
+            receipts += finished[split]
+            start = (position[split], len(finished[split]))
+            for event in _write_split(source.name, split, items, start, loads, digest, store, config):
+                if isinstance(event, str):
+                    done += 1
+                    if on_progress is not None:
+                        progress = Progress(done=done, total=len(plan.items), shard=event, bytes_written=written)
+                        on_progress(progress)
+                elif isinstance(event, Span):
+                    spans.append(event)
+                else:
+                    receipts.append(event)
+                    written += event.shard.bytes
+    spans += [receipt.span for receipt in receipts]
+    spans.sort(key=lambda span: (span.split, span.first_item))
     return _write_manifest(source, plan.refusals, splits, receipts, spans, store)
 
 
@@ -453,20 +455,22 @@ def _finished(store: Store, split: str, items: Sequence[Item], plan: str) -> lis
 
 
 def _write_split(
-    source: Source,
+    source_name: str,
     split: str,
     items: Sequence[Item],
-    position: int,
-    number: int,
+    start: tuple[int, int],
+    loads: Iterator[Loaded],
     plan: str,
     store: Store,
     config: WriterConfig,
 ) -> Iterator[Receipt | Span | str]:
-    """Write the shards of one split from item `position` on; yields the shard name per item and a Receipt per shard.
+    """Write the shards of one split from `start` (item, shard number) on, taking what it needs from `loads`.
 
-    A shard is put by one thread while the next is built: at most two are in memory. Refusals behind the last shard come
-    as a Span without a shard, which is not stored: a resumed run meets them again.
+    Yields the shard name per item and a Receipt per shard. A shard is put by one thread while the next is built: at
+    most two are in memory. Refusals behind the last shard come as a Span without a shard, which is not stored: a
+    resumed run meets them again.
     """
+    position, number = start
     builder, first_item = ShardBuilder(), position
     lost: list[int] = []
     refusals: list[Refusal] = []
@@ -478,21 +482,18 @@ def _write_split(
             plan=plan, split=split, first_item=first_item, next_item=next_item, lost=tuple(lost), refusals=refused
         )
 
-    with (
-        ThreadPoolExecutor(max_workers=1, thread_name_prefix="put") as putter,
-        closing(load_in_order(source, items[position:], config.workers)) as loads,
-    ):
-        for index, loaded in enumerate(loads, start=position):
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="put") as putter:
+        for index, loaded in enumerate(islice(loads, len(items) - position), start=position):
             key, sample = items[index].key, loaded.sample
             refusals += loaded.refusals
             if sample is not None:
                 if sample.key != key:
-                    raise DataError(f"source {source.name}: item {key} gave sample {sample.key}")
+                    raise DataError(f"source {source_name}: item {key} gave sample {sample.key}")
                 builder.add(replace(sample, split=split))
             elif loaded.refusals:
                 lost.append(index)
             else:
-                raise DataError(f"source {source.name}: item {key} gave neither sample nor refusal")
+                raise DataError(f"source {source_name}: item {key} gave neither sample nor refusal")
             name = f"{split}-{number:06d}"
             yield name
             full = builder.tar_bytes >= config.shard_bytes or len(builder) == config.shard_samples
