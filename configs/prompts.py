@@ -1,0 +1,144 @@
+"""Sentences for zero-shot classification: data, one set per set of labels. They read like reports, since reports taught.
+
+Positive sentences state a finding with side, zone and size; negative ones deny it the way reports do.
+"""
+
+from __future__ import annotations
+
+from shards.ingest.phantom_chest_text import PROMPTS as PHANTOM_PROMPTS
+
+Prompts = dict[str, dict[str, list[str]]]
+
+_NORMAL = ["No acute cardiopulmonary abnormality.", "Normal chest radiograph.", "The lungs are clear."]
+
+# The fourteen labels of ChestX-ray14 (Wang et al. 2017), as its label file spells them.
+NIH_PROMPTS: Prompts = {
+    "Atelectasis": {
+        "positive": [
+            "Bibasilar linear atelectasis.",
+            "Left lower lobe atelectasis with volume loss.",
+            "Plate-like atelectasis in the right lower zone.",
+            "There is mild subsegmental atelectasis at the left base.",
+        ],
+        "negative": ["No atelectasis.", "The lungs are well expanded.", *_NORMAL],
+    },
+    "Cardiomegaly": {
+        "positive": [
+            "The heart is enlarged.",
+            "Moderate cardiomegaly.",
+            "The cardiac silhouette is severely enlarged.",
+            "Mildly increased heart size.",
+        ],
+        "negative": ["The heart is normal in size.", "Heart size is within normal limits.", "No cardiomegaly."],
+    },
+    "Consolidation": {
+        "positive": [
+            "Dense consolidation in the right lower lobe.",
+            "Left lower zone airspace consolidation with air bronchograms.",
+            "Extensive consolidation of the right upper lobe.",
+            "Patchy consolidation in both lower lungs.",
+        ],
+        "negative": ["No consolidation.", "No focal airspace opacity.", *_NORMAL],
+    },
+    "Edema": {
+        "positive": [
+            "Moderate pulmonary edema.",
+            "Bilateral perihilar opacities consistent with interstitial edema.",
+            "Pulmonary vascular congestion with Kerley B lines.",
+            "Severe alveolar pulmonary edema.",
+        ],
+        "negative": ["No pulmonary edema.", "The pulmonary vessels are normal.", *_NORMAL],
+    },
+    "Effusion": {
+        "positive": [
+            "Small left pleural effusion.",
+            "Moderate right pleural effusion.",
+            "Large bilateral pleural effusions.",
+            "Blunting of the right costophrenic angle, pleural effusion.",
+        ],
+        "negative": ["No pleural effusion.", "The costophrenic angles are sharp.", *_NORMAL],
+    },
+    "Emphysema": {
+        "positive": [
+            "Hyperinflated lungs with flattened diaphragms, emphysema.",
+            "Severe bullous emphysema in the upper lobes.",
+            "Subcutaneous emphysema of the chest wall.",
+            "Increased lucency of both lungs consistent with emphysema.",
+        ],
+        "negative": ["The lungs are not hyperinflated.", "No emphysema.", *_NORMAL],
+    },
+    "Fibrosis": {
+        "positive": [
+            "Bilateral basal reticular opacities, pulmonary fibrosis.",
+            "Coarse interstitial markings consistent with fibrosis.",
+            "Right apical fibrosis with volume loss.",
+            "Chronic fibrotic changes in both lungs.",
+        ],
+        "negative": ["No fibrosis.", "The interstitial markings are normal.", *_NORMAL],
+    },
+    "Hernia": {
+        "positive": [
+            "Large hiatal hernia behind the heart.",
+            "Retrocardiac air-fluid level, hiatal hernia.",
+            "Moderate hiatal hernia.",
+            "Diaphragmatic hernia on the left.",
+        ],
+        "negative": ["No hiatal hernia.", "The mediastinum is unremarkable.", *_NORMAL],
+    },
+    "Infiltration": {
+        "positive": [
+            "Patchy infiltrate in the right lower lobe.",
+            "Bilateral interstitial infiltrates.",
+            "Left perihilar infiltrate.",
+            "Diffuse infiltrates in both lungs.",
+        ],
+        "negative": ["No infiltrate.", "No pulmonary infiltrates.", *_NORMAL],
+    },
+    "Mass": {
+        "positive": [
+            "Large mass in the right upper lobe.",
+            "A 5 cm left perihilar mass.",
+            "Right lower lobe lung mass.",
+            "A rounded 4 cm mass in the left mid zone.",
+        ],
+        "negative": ["No lung mass.", "No suspicious nodule or mass.", *_NORMAL],
+    },
+    "Nodule": {
+        "positive": [
+            "A 12 mm nodule in the right upper lobe.",
+            "Solitary pulmonary nodule in the left mid zone.",
+            "Multiple small pulmonary nodules in both lungs.",
+            "A nodular opacity in the right lower lung.",
+        ],
+        "negative": ["No pulmonary nodule.", "No suspicious nodule or mass.", *_NORMAL],
+    },
+    "Pleural_Thickening": {
+        "positive": [
+            "Right apical pleural thickening.",
+            "Bilateral pleural thickening.",
+            "Left basal pleural thickening with calcification.",
+            "Diffuse thickening of the right pleura.",
+        ],
+        "negative": ["No pleural thickening.", "The pleura is unremarkable.", *_NORMAL],
+    },
+    "Pneumonia": {
+        "positive": [
+            "Right lower lobe pneumonia.",
+            "Left lower zone opacity consistent with pneumonia.",
+            "Multifocal pneumonia in both lungs.",
+            "Lobar pneumonia of the right middle lobe.",
+        ],
+        "negative": ["No evidence of pneumonia.", "No focal airspace opacity.", *_NORMAL],
+    },
+    "Pneumothorax": {
+        "positive": [
+            "Small left apical pneumothorax.",
+            "Large right pneumothorax with collapse of the lung.",
+            "Moderate right pneumothorax.",
+            "A left pleural line without lung markings beyond it, pneumothorax.",
+        ],
+        "negative": ["No pneumothorax.", "The lungs are fully expanded.", "No pleural line is seen."],
+    },
+}
+
+__all__ = ["NIH_PROMPTS", "PHANTOM_PROMPTS", "Prompts"]
