@@ -8,7 +8,6 @@ between versions and cost microseconds per key; this one is vectorised over the 
 from __future__ import annotations
 
 import hashlib
-import hmac
 from functools import lru_cache
 
 import numpy as np
@@ -64,14 +63,6 @@ def integers(low: int, high: int, seed: int, purpose: str, *ids: ArrayLike, draw
 def permutation(count: int, seed: int, purpose: str, *ids: int) -> np.ndarray:
     """A permutation of range(count) as int64 [count], by sorting hashes (ties, if ever, keep their order)."""
     return np.argsort(hash_u64(seed, purpose, *ids, np.arange(count)), kind="stable")
-
-
-def hashed_key(secret: bytes, kind: str, identifier: str) -> str:
-    """32 hexadecimal digits that stand for an identifier (HMAC-SHA256, cut to 128 bits): equal ids give equal keys.
-
-    `kind` ("patient", "study", ...) separates name spaces, so that equal strings of different kinds do not match.
-    """
-    return hmac.new(secret, f"{kind}\0{identifier}".encode(), hashlib.sha256).hexdigest()[:32]
 
 
 def text_key(text: str) -> int:

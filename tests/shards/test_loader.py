@@ -1,0 +1,344 @@
+"""The loader's promises on a real small set: a batch is a pure function, voids stay in place, nothing is read twice."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shards import keyed
+from shards.batch import NOT_ANNOTATED, Batch, EncodedImage, Sample, StudyRecord, ViewRecord
+from shards.decode import Decoder
+from shards.errors import ConfigError, DataError, StoreUnreachableError
+from shards.ingest import Item, Loaded, Plan, hashed_key
+from shards.loader import Loader, LoaderRun, MixtureSet, Row
+from shards.manifest import Manifest
+from shards.reader import read_members
+from shards.store import Store, open_store
+from shards.tokenizer import train_wordpiece
+from shards.writer import WriterConfig, write_shards
+
+STUDIES, BATCH, LANES = 150, 24, 12
+WORDS = ("lungs", "clear", "effusion", "left", "right", "small", "large", "no", "opacity", "heart", "normal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Studies:
+    """150 training studies of one to three views with noise images, and a few for validation."""
+
+    name: str = "test"
+    labels: tuple[str, ...] = ("effusion", "opacity")
+    masks: Mapping[str, int] = field(default_factory=dict)
+    key_fingerprint: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def plan(self) -> Plan:
+        return Plan(
+            items=[
+                Item(
+                    key=hashed_key(None, "study", f"{self.seed}-{i}"),
+                    patient=hashed_key(None, "patient", f"{self.seed}-{i // 2}"),
+                    split="train" if i < STUDIES else "validation",
+                    payload=i,
+                )
+                for i in range(STUDIES + 20)
+            ]
+        )
+
+    def load(self, item: Item) -> Loaded:
+        i = item.payload
+        views, images = [], []
+        for view in range(1 + i % 3):
+            noise = keyed.integers(0, 256, self.seed, "pixels", i, view, draws=40 * 30).reshape(40, 30)
+            deep = i % 5 == 0
+            pixels = noise.astype(np.uint16) * 257 if deep else noise.astype(np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            images.append(EncodedImage(data=buffer.getvalue(), extension="png"))
+            views.append(ViewRecord(id=str(view), height=40, width=30, bits=16 if deep else 8))
+        words = [WORDS[j] for j in keyed.integers(0, len(WORDS), self.seed, "words", i, draws=3 + i % 9)]
+        record = StudyRecord(
+            study=item.key,
+            patient=item.patient,
+            report={"findings": " ".join(words)},
+            labels={"effusion": i % 2} | ({"opacity": -1} if i % 7 == 0 else {}),
+            views=views,
+        )
+        return Loaded(sample=Sample(key=item.key, record=record, images=tuple(images), split=item.split or "train"))
+
+
+def pack(folder: Path, **source: Any) -> Path:
+    write_shards(Studies(**source), str(folder), WriterConfig(shard_samples=16, chunk_bytes=6000))
+    return folder / "manifest.json"
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_wordpiece([" ".join(WORDS)] * 3, 90, folder)
+    return str(folder)
+
+
+@pytest.fixture
+def config(manifest: Path, vocabulary: str) -> Loader.Config:
+    return Loader.Config(
+        train=str(manifest),
+        lanes=LANES,
+        window_chunks=3,
+        tokenizer=vocabulary,
+        text_length=16,
+        sections=("findings",),
+        decode=Decoder.Config(image_size=32),
+        buffer_bytes=1 << 30,
+    )
+
+
+def batches(
+    config: Loader.Config, first: int, count: int, rank: int = 0, world_size: int = 1, **more: Any
+) -> list[Batch]:
+    loader = Loader(config, global_batch_size=BATCH, seed=5, rank=rank, world_size=world_size, **more)
+    with loader.start(first) as run:
+        return [next(run) for _ in range(count)]
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """The global batch from the ranks' parts; token columns cut or filled to one length."""
+    length = max(part["input_ids"].shape[1] for part in parts)
+    whole: Batch = {}
+    for name in parts[0]:
+        columns = [part[name] for part in parts]
+        if name in ("input_ids", "attention_mask"):
+            columns = [torch.nn.functional.pad(column, (0, length - column.shape[1])) for column in columns]
+        if name == "study_index":
+            rows = itertools.accumulate([0] + [len(part["valid"]) for part in parts])
+            columns = [column + row for column, row in zip(columns, rows, strict=False)]
+        whole[name] = torch.cat(columns)
+    return whole
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("sampling", ["one_view", "all_views", "every_image"])
+def test_a_batch_is_a_pure_function_of_its_step(config: Loader.Config, sampling: Any):
+    config = replace(config, sampling=sampling)
+    walked = batches(config, 0, 9)
+    for start in (1, 5, 8):
+        for step, batch in enumerate(batches(config, start, 9 - start), start):
+            assert_equal(batch, walked[step])
+    assert all(batch["valid"].all() for batch in walked)
+    if sampling == "one_view":
+        assert all(len(batch["pixel_values"]) == BATCH for batch in walked)
+    if sampling == "all_views":
+        assert len({len(batch["pixel_values"]) for batch in walked}) > 1
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_see_parts_of_the_same_batch(config: Loader.Config, world_size: int):
+    whole = batches(config, 3, 3)
+    parts = [batches(config, 3, 3, rank, world_size) for rank in range(world_size)]
+    for step in range(3):
+        assert_equal(joined([part[step] for part in parts]), whole[step])
+
+
+def test_batches_hold_what_was_packed(config: Loader.Config, manifest: Path):
+    source = Studies()
+    plan = {item.patient: item for item in source.plan().items}
+    patients = {keyed.text_key(patient): patient for patient in plan}
+    loader = Loader(config, global_batch_size=BATCH, seed=5)
+    seen: Counter[tuple[int, int]] = Counter()
+    with loader.start(0) as run:
+        for _ in range(2 * STUDIES // BATCH + 1):
+            batch = next(run)
+            assert batch["pixel_values"].shape == (BATCH, 1, 32, 32) and batch["pixel_values"].dtype == torch.float32
+            assert all(int(key) in patients for key in batch["patient_key"])
+            assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1]
+            assert set(batch["labels"].unique().tolist()) <= {0, 1, -1, NOT_ANNOTATED}
+            seen.update(zip(batch["epoch"].tolist(), batch["sample_id"].tolist(), strict=True))
+    assert set(seen.values()) == {1} and sum(epoch == 0 for epoch, _ in seen) == STUDIES
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, str], np.ndarray]:
+    """(epoch, tar) -> how often each byte was asked for."""
+    counts: dict[tuple[int, str], np.ndarray] = {}
+    current, lock = threading.local(), threading.Lock()
+    read, get_ranges = LoaderRun._read, Store.get_ranges
+
+    def counted_read(run: LoaderRun, set_index: int, chunk: int, epoch: int, units: list[int]) -> Any:
+        current.epoch = epoch
+        return read(run, set_index, chunk, epoch, units)
+
+    def counted_get_ranges(store: Store, requests: Any) -> Any:
+        with lock:
+            for name, offset, length in requests:
+                counts.setdefault((current.epoch, name), np.zeros(1 << 18, dtype=int))[offset : offset + length] += 1
+        return get_ranges(store, requests)
+
+    monkeypatch.setattr(LoaderRun, "_read", counted_read)
+    monkeypatch.setattr(Store, "get_ranges", counted_get_ranges)
+    return counts
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_no_byte_is_read_twice_in_an_epoch_nor_before_the_start(
+    config: Loader.Config, monkeypatch: pytest.MonkeyPatch, start: int
+):
+    counts = count_reads(monkeypatch)
+    whole = Loader(config, global_batch_size=BATCH, seed=5)
+    used_before = {(row.shard, row.key) for step in range(start) for row in whole.describe(step)}
+    for rank in range(3):
+        batches(config, start, 2 * STUDIES // BATCH, rank, 3)
+    assert {epoch for epoch, _ in counts} >= {0, 1}
+    for (epoch, _), times in counts.items():
+        assert times.max() == 1, f"bytes of epoch {epoch} were read twice"
+    for index, shard in enumerate(whole.sets[0].manifest.shards):
+        table = whole.sets[0].members(index)
+        times = counts[0, shard.tar]
+        for sample, key in enumerate(table.keys):
+            read = sum(
+                int(times[table.offset[row] : table.offset[row] + table.size[row]].sum()) for row in table.rows(sample)
+            )
+            assert (read == 0) == ((shard.name, key) in used_before)
+
+
+def spoil(manifest: Path, folder: Path, how: str, victim: Row) -> Path:
+    """A copy of the set in which the victim's first image was broken by the disk, or was so before it was packed."""
+    shutil.copytree(manifest.parent, folder)
+    store = open_store(str(folder))
+    whole = Manifest.from_bytes(store.get("manifest.json"))
+    shard = next(shard for shard in whole.shards if shard.name == victim.shard)
+    table = read_members(store, shard)
+    row = table.images(table.keys.index(victim.key))[0]
+    path = folder / shard.tar
+    data = bytearray(path.read_bytes())
+    offset, size = int(table.offset[row]), int(table.size[row])
+    data[offset + size // 2 : offset + size // 2 + 8] = b"\x00" * 8
+    path.write_bytes(data)
+    if how == "decode":  # checksums agree, the pixels do not decode
+        assert table.crc32c is not None
+        body = json.loads(store.get("manifest.json"))
+        table.crc32c[row] = google_crc32c.value(bytes(data[offset : offset + size]))
+        content = table.to_parquet()
+        (folder / shard.members).write_bytes(content)
+        for entry in body["shards"]:
+            if entry["name"] == shard.name:
+                entry["members_sha256"] = hashlib.sha256(content).hexdigest()
+        (folder / "manifest.json").write_text(json.dumps(body))
+    return folder / "manifest.json"
+
+
+@pytest.mark.parametrize("how", ["checksum", "decode"])
+def test_a_corrupt_sample_is_the_same_void_everywhere(config: Loader.Config, manifest: Path, tmp_path: Path, how: str):
+    config = replace(config, sampling="all_views")
+    step, row = 2, 5
+    victim = Loader(config, global_batch_size=BATCH, seed=5).describe(step)[row]
+    spoiled = spoil(manifest, tmp_path / "spoiled", how, victim)
+    events: list[dict[str, Any]] = []
+    good = batches(config, 0, STUDIES // BATCH)
+    bad = batches(replace(config, train=str(spoiled)), 0, STUDIES // BATCH, on_event=events.append)
+    voids = [(i, int(j)) for i, batch in enumerate(bad) for j in torch.nonzero(~batch["valid"])]
+    assert voids == [(step, row)]
+    event = next(event for event in events if event["step"] == step)
+    assert (event["event"], event["shard"], event["key"]) == ("skip", victim.shard, victim.key)
+    assert event["cause"]
+    for number, (a, b) in enumerate(zip(good, bad, strict=True)):
+        if number != step:
+            assert_equal(a, b)
+    kept = [i for i in range(BATCH) if i != row]
+    for name in ("sample_id", "epoch", "labels", "report_key", "patient_key"):
+        assert torch.equal(good[step][name][kept], bad[step][name][kept])
+    assert bad[step]["sample_id"][row] == good[step]["sample_id"][row]
+    pixels, study = bad[step]["pixel_values"], bad[step]["study_index"]
+    assert (pixels[study == row] == 0).all() and (bad[step]["labels"][row] == NOT_ANNOTATED).all()
+    assert torch.equal(pixels[study != row], good[step]["pixel_values"][good[step]["study_index"] != row])
+    assert_equal(batches(replace(config, train=str(spoiled)), step, 1)[0], bad[step])  # after a restart
+    for world_size in (2, 4):
+        parts = [batches(replace(config, train=str(spoiled)), step, 1, r, world_size)[0] for r in range(world_size)]
+        assert_equal(joined(parts), bad[step])
+
+
+def test_a_mixture_keeps_its_quotas(config: Loader.Config, manifest: Path, tmp_path: Path):
+    other = pack(tmp_path / "other", seed=1)
+    sets = (MixtureSet(manifest=str(manifest), quota=18), MixtureSet(manifest=str(other), quota=6))
+    config = replace(config, train=sets)
+    walked = batches(config, 0, 12)
+    assert all((batch["set_index"] == 1).sum() == 6 for batch in walked)
+    for start in (3, 10):
+        assert_equal(batches(config, start, 1)[0], walked[start])
+    parts = [batches(config, 7, 1, rank, 4)[0] for rank in range(4)]
+    assert_equal(joined(parts), walked[7])
+
+
+def test_evaluation_gives_every_study_once(config: Loader.Config):
+    loader = Loader(config, global_batch_size=BATCH, seed=5)
+    found = list(loader.evaluate(batch_size=8))
+    assert [int(batch["valid"].sum()) for batch in found] == [8, 8, 4]
+    ids = torch.cat([batch["sample_id"][batch["valid"]] for batch in found])
+    assert ids.tolist() == list(range(20))
+    assert len(found[0]["pixel_values"]) == len(found[0]["study_index"]) > 8
+
+
+def test_a_cache_gives_the_same_batches(config: Loader.Config, tmp_path: Path):
+    cached = replace(config, cache_dir=str(tmp_path / "cache"))
+    for want, first, second in zip(batches(config, 2, 4), batches(cached, 2, 4), batches(cached, 2, 4), strict=True):
+        assert_equal(want, first)
+        assert_equal(want, second)
+
+
+def test_a_forgotten_study_is_void_and_unread(config: Loader.Config, manifest: Path, tmp_path: Path):
+    body = json.loads(manifest.read_text())
+    shard = next(entry for entry in body["shards"] if entry["split"] == "train")
+    shard["void"] = [2]
+    changed = manifest.parent / "forgotten.json"
+    changed.write_text(json.dumps(body))
+    events: list[dict[str, Any]] = []
+    found = batches(replace(config, train=str(changed)), 0, STUDIES // BATCH, on_event=events.append)
+    assert sum(int((~batch["valid"]).sum()) for batch in found) <= 1
+    assert all(event["cause"] == "forgotten" for event in events)
+
+
+def test_misfits_are_refused_before_anything_starts(config: Loader.Config, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"data.train is empty"):
+        Loader(replace(config, train=""), global_batch_size=BATCH, seed=0)
+    with pytest.raises(ConfigError, match=r"window_chunks"):
+        Loader(replace(config, buffer_bytes=1000), global_batch_size=BATCH, seed=0)
+    with pytest.raises(ConfigError, match=r"world_size=5 does not divide data.lanes=12"):
+        Loader(config, global_batch_size=BATCH, seed=0, world_size=5)
+    with pytest.raises(DataError, match=r"split 'nowhere' has no shard; this manifest has train, validation"):
+        Loader(replace(config, train_split="nowhere"), global_batch_size=BATCH, seed=0)
+
+
+def test_a_silent_store_stops_the_run_and_skips_nothing(config: Loader.Config, monkeypatch: pytest.MonkeyPatch):
+    events: list[dict[str, Any]] = []
+    loader = Loader(config, global_batch_size=BATCH, seed=5, on_event=events.append)
+
+    def silent(store: Store, requests: Any) -> Any:
+        raise StoreUnreachableError("no answer for 60 s")
+
+    monkeypatch.setattr(Store, "get_ranges", silent)
+    with loader.start(0) as run, pytest.raises(StoreUnreachableError):
+        next(run)
+    assert events == []
