@@ -38,7 +38,7 @@ def _gather(x: Tensor) -> Tensor:
 
 
 class _AllGatherRows(torch.autograd.Function):
-    """Backward sums what every rank's loss share says about this rank's rows: the exact gradient of the summed shares."""
+    """Backward sums what each rank's share says about this rank's rows: the exact gradient of the summed shares."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

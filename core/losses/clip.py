@@ -94,7 +94,7 @@ def row_cross_entropy(
     all_valid: Tensor,
     block_rows: int | None = None,
 ) -> Tensor:
-    """Sum over valid own rows of the cross-entropy of softmax(scale * own @ everyone.T) with uniform positives. [] fp32.
+    """Sum over valid own rows of the cross-entropy of softmax(scale * own @ everyone.T), uniform positives. [] fp32.
 
     `own [b, E]`, `everyone [B, E]`, `scale []`, keys int64 and valid bool of `[b]` and `[B]`. Each row's target is
     uniform over the valid columns of equal key and adds up to 1.

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
@@ -87,9 +88,9 @@ def dense_attention(
     """`qkv [S, L, 3, H, K]` -> `[S, L, H * K]`. `key_mask [S, L]` bool, False for keys to ignore.
 
     Rows of an ignored position hold unspecified numbers; a sequence needs at least one key, which with `causal` is its
-    first. `implementation=None` asks `choose`; "flash" takes no mask (use `packed_attention`).
+    first. `implementation=None` asks `choose`; "flash" takes no mask (use `PackedLayout`).
     """
-    sequences, length, _, heads, size = qkv.shape
+    length = qkv.shape[1]
     half = qkv.dtype in (torch.bfloat16, torch.float16)
     chosen = implementation or choose(qkv.device.type, length, half)
     if chosen == "flash" and key_mask is not None:
@@ -265,7 +266,7 @@ def _buckets(sorted_mask: Tensor, lengths: list[int], max_buckets: int) -> tuple
     count = min(max_buckets, sequences) if sequences and lengths[0] != lengths[-1] else min(1, sequences)
     borders = [sequences * i // count for i in range(count + 1)] if count else [0]
     buckets = []
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in pairwise(borders):
         length = lengths[stop - 1]
         mask = sorted_mask[start:stop, :length]
         padded = lengths[start] != length

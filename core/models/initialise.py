@@ -63,7 +63,7 @@ def draw_weights(module: nn.Module, seed: int) -> None:
 
 
 def _draw(part: nn.Module, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
-    if isinstance(part, LogitScale | LogitBias) or isinstance(part, LayerScale):
+    if isinstance(part, LogitScale | LogitBias | LayerScale):
         parameter.fill_(part.initial)
     elif isinstance(part, nn.LayerNorm):
         parameter.fill_(1.0 if name == "weight" else 0.0)
@@ -279,10 +279,10 @@ def load_weights(encoder: VisionEncoder | TextEncoder, path: str | Path, *, pref
 
     `prefix` is cut from the file's names first (`image_encoder.` and the like), names without it are left out. Learned
     positions are interpolated (vision) or cut or left partly as drawn (text) when sizes differ, three-channel patch
-    weights are summed for a grey encoder. ConfigError, with the list, when shapes disagree or nothing matches; the
-    encoder is then unchanged.
+    weights are summed for a grey encoder. ConfigError, with the list, when shapes disagree or less than half of the
+    encoder is there (a norm fits anything); the encoder is then unchanged.
     """
-    wanted = {name: parameter for name, parameter in encoder.named_parameters()}
+    wanted = dict(encoder.named_parameters())
     rules = _VISION_RULES if isinstance(encoder, VisionEncoder) else _TEXT_RULES
     load = _Load()
     for name, tensor in sorted(read_weights(path).items()):
@@ -311,10 +311,10 @@ def load_weights(encoder: VisionEncoder | TextEncoder, path: str | Path, *, pref
     ]
     if misfits:
         raise ConfigError(f"{path}: {len(misfits)} shapes do not fit: {'; '.join(misfits[:5])}; change the config")
-    if not load.tensors:
-        sample = ", ".join(load.unexpected[:5])
+    if 2 * len(load.tensors) < len(wanted):
         raise ConfigError(
-            f"{path}: none of its {len(load.unexpected)} names is known ({sample}, ...); is it another model?"
+            f"{path}: only {len(load.tensors)} of the encoder's {len(wanted)} tensors are in it, and it names"
+            f" {', '.join(load.unexpected[:5]) or 'nothing else'}; it is another model, or needs a prefix"
         )
     with torch.no_grad():
         for name, tensor in load.tensors.items():

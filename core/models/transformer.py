@@ -33,7 +33,8 @@ class LayerNorm(nn.LayerNorm):
     """LayerNorm that takes and returns the stream's dtype; statistics are fp32 inside, whatever autocast says."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if x.device.type != "cpu" and x.dtype != weight.dtype:
             # The CPU kernel takes a bf16 stream with fp32 weights; the CUDA one wants both alike.
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)

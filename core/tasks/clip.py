@@ -17,7 +17,7 @@ from shards.batch import Batch
 
 
 class CLIP(Task):
-    """Each image picks its report among the batch's, each report its image; equal reports are positives of each other."""
+    """Each image picks its report out of the batch, each report its image; equal reports are no negatives."""
 
     fields = ("pixel_values", "study_index", "valid", "input_ids", "attention_mask", "report_key")
 
