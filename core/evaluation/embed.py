@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -75,7 +76,7 @@ def embed_split(
     autocast: torch.dtype | None = None,
     on_batch: Callable[[int], None] = lambda studies: None,
 ) -> EmbeddedSplit:
-    """Embed every valid study of `batches`. `autocast`: bfloat16 where the run used it; results are float32 either way.
+    """Embed every valid study of `batches`. `autocast`: bfloat16 where the run used it, None: as outside this call.
 
     With several ranks, all are given the same batches; each encodes its share of the rows and all get the whole result,
     so that ranks stay in step whatever shards their weights (ZeRO 3). `on_batch(studies)` is told of progress.
@@ -92,7 +93,7 @@ def embed_split(
             own = rows_of_rank(batch, world.rank, world.world_size)
             own = {name: tensor.to(device, non_blocking=True) for name, tensor in own.items()}
             found: dict[str, Tensor] = {}
-            with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            with precision(device, autocast):
                 if "image_embeds" in parts:
                     found["image_embeds"] = task.embed_images(own)
                 if "text_embeds" in parts:
@@ -113,6 +114,11 @@ def embed_split(
     joined = {name: torch.cat(rows) for name, rows in kept.items()}
     absent = {name: None for name in PARTS if name not in parts}
     return EmbeddedSplit(**joined, **absent)  # type: ignore[arg-type]
+
+
+def precision(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Products in `autocast`; None leaves whatever is set outside, such as the engine's own, as it is."""
+    return nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
 
 
 def rows_of_rank(batch: Batch, rank: int, world_size: int) -> Batch:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.evaluation.embed import EmbeddedSplit, Encoders
+from core.evaluation.embed import EmbeddedSplit, Encoders, precision
 from core.evaluation.statistics import AreasUnderCurve, areas_under_curve
 from shards.errors import ConfigError
 
@@ -107,7 +107,7 @@ class ZeroShot:
         try:
             for start in range(0, len(texts), self.config.batch_size):
                 ids, mask = tokenizer.encode(texts[start : start + self.config.batch_size], self.config.text_length)
-                with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                with precision(device, autocast):
                     embeds.append(task.embed_texts(ids.to(device), mask.to(device)).float().cpu())
         finally:
             if isinstance(task, torch.nn.Module):
