@@ -168,8 +168,16 @@ def _import_deepspeed() -> Any:
         # Its shared-memory kernel serves inference only. It would cost 75 s of compilation at first use and leave
         # segments in /dev/shm when a rank is killed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Its own version cannot send scalars (`view(torch.uint8)` of a tensor without dimensions).
+        deepspeed.runtime.engine.DeepSpeedEngine._broadcast_model = _broadcast_weights
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+def _broadcast_weights(engine: Any) -> None:
+    """All ranks start from rank 0's weights."""
+    for parameter in engine.module.parameters():
+        torch.distributed.broadcast(parameter.data.view(-1), 0)
 
 
 def join_world(*, timeout_s: float = 1800.0) -> World:
@@ -434,7 +442,10 @@ class Engine:
         names = [f"task/{name}" for name in of_task] + [f"sum/{name}" for name in of_caller]
         values = [value.detach().double().reshape(()) for value in of_task.values()]
         packed = torch.stack(
-            [*values, *(torch.tensor(value, dtype=torch.float64, device=self.world.device) for value in of_caller.values())]
+            [
+                *values,
+                *(torch.tensor(value, dtype=torch.float64, device=self.world.device) for value in of_caller.values()),
+            ]
         )
         if self.world.world_size > 1:
             torch.distributed.all_reduce(packed)
@@ -446,7 +457,9 @@ class Engine:
             ids = collectives.all_gather_rows(batch["sample_id"]).tolist()
         else:
             ids = []
-        ranks = self._add_up({}, {str(rank): float(bad_here and rank == self.world.rank) for rank in range(self.world.world_size)})
+        ranks = self._add_up(
+            {}, {str(rank): float(bad_here and rank == self.world.rank) for rank in range(self.world.world_size)}
+        )
         culprits = [name.removeprefix("sum/") for name, value in ranks.items() if value]
         named = ", ".join(map(str, ids[:NAMED_SAMPLES])) + (", ..." if len(ids) > NAMED_SAMPLES else "")
         where = f" (rank {', '.join(culprits)})" if culprits else ""

@@ -1,0 +1,744 @@
+"""What survives a restart: checkpoints written whole or not at all, found again newest first, mirrored to a store.
+
+A run directory is laid out as in the README:
+
+    config.json  latest  best  events.jsonl  tb/  eval/
+    checkpoints/step-N/    engine/ (DeepSpeed's, one part a rank)  weights.safetensors  state.json  SHA256SUMS
+
+The order of resuming: latest of the run directory, the recipe's checkpoint, initial weights, scratch. Only checkpoints
+of this run directory are loaded with their optimizer: DeepSpeed pickles them, so their checksums are compared first.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import queue
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from core.collectives import any_rank, sum_over_ranks
+from core.engine import Engine, to_universal
+from core.models.initialise import load_weights, read_weights
+from core.models.text import TextEncoder
+from core.models.vision import VisionEncoder
+from core.tasks import Task
+from core.world import World
+from shards.errors import ConfigError, DataError, RoentgenError, StoreFullError
+from shards.store import Store, open_store
+
+log = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+SUMS = "SHA256SUMS"  # the format of sha256sum, so that `sha256sum -c SHA256SUMS` works without us
+WEIGHTS = "weights.safetensors"
+STATE = "state.json"
+ENGINE = "engine"
+LATEST = "latest"
+BEST = "best"
+ROOM_FACTOR = 3  # copies of the state that conversion to another number of ranks may need
+MOST_FAILED_SAVES = 3  # in a row; then the run stops rather than compute what it cannot keep
+
+_STEP_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that must survive a restart besides the engine."""
+
+    step: int
+    samples_seen: int
+    seed: int
+    recipe_hash: str
+
+    def advance(self, *, samples: int) -> TrainState:
+        return replace(self, step=self.step + 1, samples_seen=self.samples_seen + samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Weights to start from when the run directory holds no checkpoint.
+
+    `checkpoint`: a run directory, or a weights file of the same task; every weight must match. `vision`, `text`: local
+    weights of one tower (ours, timm, Hugging Face, open_clip); what matched is reported.
+    """
+
+    checkpoint: str | None = None
+    vision: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """`keep_last` newest checkpoints stay, and every one whose step is a multiple of `keep_every`, and the best.
+
+    `local_dir`: where an s3:// run writes before it mirrors; None: a folder of the user's cache.
+    """
+
+    keep_last: int = 2
+    keep_every: int | None = None
+    local_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise ConfigError(f"checkpoint.keep_last={self.keep_last} must be at least 1")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ConfigError(f"checkpoint.keep_every={self.keep_every} must be at least 1; None keeps no extra ones")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the first weights come from. `folder` is a whole checkpoint of this run, or None."""
+
+    folder: str | None = None
+    state: TrainState | None = None
+    universal: bool = False
+    description: str = "scratch"
+
+
+# ---- files ----
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """All of `data` or the file as it was, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path, *, sync: bool = False) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+        if sync:
+            os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def checksums(folder: Path) -> str:
+    """The text of `SHA256SUMS`, every file flushed to disk on the way."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    return "".join(f"{_sha256(path, sync=True)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+
+
+def defect(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None if it is whole."""
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return f"{SUMS} is missing or unreadable"
+    if not lines:
+        return f"{SUMS} is empty"
+    for line in lines:
+        expected, _, name = line.partition("  ")
+        if not name or name.startswith("/") or ".." in name.split("/"):
+            return f"{SUMS} is damaged"
+        try:
+            seen = _sha256(folder / name)
+        except OSError:
+            return f"{name} is missing or unreadable"
+        if seen != expected:
+            return f"{name} differs from its checksum"
+    return None
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a run directory, ascending; half-written ones are not listed."""
+    found = [_STEP_NAME.fullmatch(path.name) for path in (folder / "checkpoints").glob("step-*")]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def find_weights(run_dir: Path, which: str = LATEST) -> Path:
+    """Weights file of a run: `which` is `latest`, `best` or a step. For evaluation and export, without DeepSpeed.
+
+    Raises:
+        ConfigError: no such checkpoint. DataError: it is damaged.
+    """
+    name = which
+    if which in (LATEST, BEST):
+        pointer = run_dir / which
+        if not pointer.is_file():
+            raise ConfigError(f"{run_dir}: has no `{which}` checkpoint; is it a run directory, and has it saved once?")
+        name = json.loads(pointer.read_text())["checkpoint"] if which == BEST else pointer.read_text().strip()
+    elif which.isdigit():
+        name = f"step-{which}"
+    if not _STEP_NAME.fullmatch(name):
+        raise ConfigError(f"{run_dir}: {which!r} names no checkpoint; use latest, best or a step")
+    folder = run_dir / "checkpoints" / name
+    if not folder.is_dir():
+        known = ", ".join(map(str, steps_in(run_dir))) or "none"
+        raise ConfigError(f"{folder}: no such checkpoint; steps at hand: {known}")
+    sums = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text().splitlines())
+    if sums.get(WEIGHTS) != _sha256(folder / WEIGHTS):
+        raise DataError(f"{folder / WEIGHTS}: differs from its checksum; take another checkpoint")
+    return folder / WEIGHTS
+
+
+# ---- what two recipes differ in ----
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ: key -> (then, now)."""
+    a, b = flatten(then), flatten(now)
+    missing = object()
+    keys = [key for key in {**a, **b} if a.get(key, missing) != b.get(key, missing)]
+    return {key: (a.get(key, "(absent)"), b.get(key, "(absent)")) for key in keys}
+
+
+# ---- the run's checkpoints ----
+
+
+def _broadcast_json(value: Any, world: World) -> Any:
+    """Rank 0's value on all ranks, as JSON: nothing is pickled."""
+    if world.world_size == 1:
+        return value
+    device = world.device if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if world.is_first else None
+    size = torch.tensor([0 if data is None else len(data)], device=device)
+    torch.distributed.broadcast(size, 0)
+    buffer = torch.empty(int(size), dtype=torch.uint8, device=device) if data is None else data.to(device)
+    torch.distributed.broadcast(buffer, 0)
+    return json.loads(bytes(buffer.cpu().tolist()))
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. All ranks make the same calls.
+
+    `recipe` is everything that decides what is learned, as JSON; a checkpoint of another recipe is refused, except for
+    the dotted keys in `allow_changed`. `on_event` receives what happened, for `events.jsonl`.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        config: CheckpointConfig,
+        world: World,
+        *,
+        recipe: Mapping[str, Any],
+        seed: int,
+        init: InitConfig | None = None,
+        allow_changed: Sequence[str] = (),
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self.config, self.world, self._recipe, self._seed = config, world, dict(recipe), seed
+        self._init = init or InitConfig()
+        self._allow_changed = tuple(allow_changed)
+        self._on_event = on_event
+        self._failed_saves = 0
+        self._durable_at = time.monotonic()
+        self.recipe_hash = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+        self._mirror: _Mirror | None = None
+        self.folder = local_folder(run_dir, config)
+        # A folder is shared by all ranks; what lies behind s3:// is written node by node.
+        self._shared = not run_dir.startswith("s3://")
+        self._leads_node = world.is_first if self._shared else world.local_rank == 0
+        nodes = int(sum_over_ranks(torch.tensor(int(self._leads_node), device=world.device)))
+        problem = None
+        if self._leads_node:
+            try:
+                (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                if not self._shared:
+                    self._mirror = _Mirror(open_store(run_dir), self.folder, world, nodes, on_event, self._settled)
+            except OSError as error:
+                problem = ConfigError(f"{self.folder}: cannot be written ({error.strerror}); choose another --run-dir")
+            except RoentgenError as error:
+                problem = error
+        if any_rank(problem is not None, world.device):
+            raise problem or ConfigError(f"{run_dir}: another rank cannot use the run directory")
+
+    # ---- resuming ----
+
+    def prepare(self, task: Task) -> Source:
+        """Find the newest whole checkpoint, or load the first weights into `task`. Before the engine is built.
+
+        Raises:
+            ConfigError: the checkpoint is of another recipe, or needs more room to be converted than there is.
+        """
+        found: dict[str, Any] = {}
+        if self.world.is_first or (not self._shared and self._leads_node):
+            try:
+                found = self._find()
+            except RoentgenError as error:
+                found = {"error": str(error)}
+        found = _broadcast_json(found, self.world)
+        if "error" in found:
+            raise ConfigError(found["error"])
+        if "name" in found:
+            state = TrainState(**found["state"])
+            universal = found["world_size"] != self.world.world_size and found["zero_stage"] > 0
+            folder = self.folder / "checkpoints" / found["name"]
+            if universal:
+                folder = self._convert(folder, found["bytes"])
+            if not self._shared and any_rank(self._leads_node and not folder.is_dir(), self.world.device):
+                raise ConfigError(f"{folder}: is missing on some node after the download")
+            description = f"step {state.step} of {self.folder}"
+            return Source(folder=str(folder), state=state, universal=universal, description=description)
+        if self._init.checkpoint:
+            return Source(description=load_checkpoint_weights(task, self._init.checkpoint))
+        description = load_towers(task, self._init)
+        return Source(description=description or "scratch")
+
+    def resume(self, engine: Engine, source: Source) -> TrainState:
+        """The state to go on from; the engine holds its weights and optimizer afterwards."""
+        if source.folder is None or source.state is None:
+            return TrainState(step=0, samples_seen=0, seed=self._seed, recipe_hash=self.recipe_hash)
+        engine.load(Path(source.folder) / ENGINE)
+        if source.universal:
+            self._barrier()
+            if self._leads_node:
+                shutil.rmtree(source.folder, ignore_errors=True)
+        self._durable_at = time.monotonic()
+        return replace(source.state, recipe_hash=self.recipe_hash)
+
+    def _find(self) -> dict[str, Any]:
+        """Newest whole checkpoint of this run: name, state and size. Rank 0, or each node's leader behind s3://."""
+        for leftover in (self.folder / "checkpoints").glob("*.tmp*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        names = {f"step-{step}" for step in steps_in(self.folder)}
+        pointer = self.folder / LATEST
+        first = pointer.read_text().strip() if pointer.is_file() else ""
+        if self._mirror is not None:
+            remote = self._mirror.names()
+            first = self._mirror.latest() or first
+            names = remote if self.world.world_size > 1 else names | remote
+        order = sorted(names, key=lambda name: (name == first, int(name.removeprefix("step-"))), reverse=True)
+        for name in order:
+            folder = self.folder / "checkpoints" / name
+            problem = defect(folder)
+            if problem is not None and self._mirror is not None:
+                self._mirror.fetch(name)
+                problem = defect(folder)
+            if problem is not None:
+                self._on_event({"event": "checkpoint_passed_over", "checkpoint": name, "cause": problem})
+                log.warning("%s: %s; taking the one before", folder, problem)
+                continue
+            try:
+                kept = json.loads((folder / STATE).read_text())
+                state = TrainState(**kept["state"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{folder / STATE}: not written by this version ({error})") from None
+            self._refuse_other_recipe(folder, kept["recipe"])
+            return {
+                "name": name,
+                "state": asdict(state),
+                "world_size": kept["world_size"],
+                "zero_stage": kept["zero_stage"],
+                "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            }
+        return {}
+
+    def _refuse_other_recipe(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+        changed = differences(recipe, self._recipe)
+        refused = {
+            key: values
+            for key, values in changed.items()
+            if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in self._allow_changed)
+        }
+        if refused:
+            listed = ", ".join(f"{key} was {then!r}, is {now!r}" for key, (then, now) in list(refused.items())[:5])
+            more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+            raise ConfigError(
+                f"{folder}: checkpoint of another recipe ({listed}{more}); choose another --run-dir, or accept with "
+                f"--allow-changed {' '.join(sorted(refused)[:5])}"
+            )
+        for key, (then, now) in changed.items():
+            self._on_event({"event": "recipe_changed", "key": key, "was": then, "is": now})
+
+    def _convert(self, folder: Path, size_bytes: int) -> Path:
+        """The checkpoint for this number of ranks, converted once per node, in a folder that `resume` removes."""
+        target = folder.with_name(f"{folder.name}.tmp-universal")
+        problem = ""
+        if self._leads_node:
+            free = shutil.disk_usage(folder).free
+            if free < ROOM_FACTOR * size_bytes:
+                problem = (
+                    f"{folder}: to resume on {self.world.world_size} ranks it must be converted, which may take "
+                    f"{ROOM_FACTOR * size_bytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free"
+                )
+            else:
+                shutil.rmtree(target, ignore_errors=True)
+                to_universal(folder / ENGINE, target / ENGINE)
+        if any_rank(bool(problem), self.world.device):
+            raise ConfigError(problem or f"{folder}: another node has no room to convert it")
+        return target
+
+    # ---- saving ----
+
+    def save(self, engine: Engine, state: TrainState, *, final: bool = False) -> bool:
+        """Write, verify and publish a checkpoint; returns whether it exists now. The previous one stays until then.
+
+        Raises:
+            StoreFullError: the disk was full several times in a row, or at the last save of the run.
+        """
+        started = time.monotonic()
+        name = f"step-{state.step}"
+        root = self.folder / "checkpoints"
+        temporary = root / f"{name}.tmp"
+        failures: list[OSError] = []
+
+        def attempt(action: Callable[[], None]) -> bool:
+            try:
+                if not failures:
+                    action()
+            except (OSError, SafetensorError, RoentgenError) as error:
+                failures.append(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
+            return not any_rank(bool(failures), self.world.device)
+
+        def begin() -> None:
+            if self._leads_node:
+                shutil.rmtree(temporary, ignore_errors=True)
+                (temporary / ENGINE).mkdir(parents=True)
+
+        def publish() -> None:
+            if self._leads_node:
+                target = root / name
+                if target.exists():  # left by a run that was rolled back to an older `latest`
+                    shutil.rmtree(target)
+                os.rename(temporary, target)
+                _sync_folder(root)
+            if self.world.is_first:
+                write_atomically(self.folder / LATEST, f"{name}\n".encode())
+
+        whole = attempt(begin)
+        if whole:
+            failures += engine.save(temporary / ENGINE)
+            weights = engine.full_weights()
+            whole = attempt(lambda: self._write_rank0(temporary, state, engine, weights))
+        if whole:
+            whole = self._write_sums(temporary, attempt)
+        if whole:
+            whole = attempt(publish)
+        if not whole:
+            return self._save_failed(temporary, failures, state, final)
+        self._failed_saves = 0
+        if self._mirror is None:
+            self._settled()
+        else:
+            self._mirror.push(name)
+        self._on_event(
+            {"event": "save", "step": state.step, "checkpoint": name, "seconds": round(time.monotonic() - started, 3)}
+        )
+        self._prune()
+        return True
+
+    def _write_rank0(self, folder: Path, state: TrainState, engine: Engine, weights: dict[str, torch.Tensor]) -> None:
+        if not self.world.is_first:
+            return
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        content = {
+            "format": 1,
+            "state": asdict(state),
+            "world_size": self.world.world_size,
+            "zero_stage": engine.config.zero_stage,
+            "recipe": self._recipe,
+        }
+        (folder / STATE).write_text(json.dumps(content, indent=1))
+
+    def _write_sums(self, folder: Path, attempt: Callable[[Callable[[], None]], bool]) -> bool:
+        """One list of all files, whichever node holds them; also on nodes that hold only some."""
+        lines = ""
+
+        def compute() -> None:
+            nonlocal lines
+            if self._leads_node:
+                lines = checksums(folder)
+
+        if not attempt(compute):
+            return False
+        if not self._shared and self.world.world_size > 1:
+            lines = "".join(sorted(set(self._gather_text(lines).splitlines(keepends=True))))
+
+        def write() -> None:
+            if self._leads_node:
+                with open(folder / SUMS, "w") as file:
+                    file.write(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+                _sync_folder(folder)
+
+        return attempt(write)
+
+    def _gather_text(self, text: str) -> str:
+        parts = []
+        for rank in range(self.world.world_size):
+            mine = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(self.world.device)
+            size = torch.tensor([len(mine)], device=self.world.device)
+            torch.distributed.broadcast(size, rank)
+            buffer = mine if rank == self.world.rank else torch.empty(int(size), dtype=torch.uint8, device=mine.device)
+            torch.distributed.broadcast(buffer, rank)
+            parts.append(bytes(buffer.cpu().tolist()).decode().strip(" "))
+        return "".join(parts)
+
+    def _save_failed(self, temporary: Path, failures: list[OSError], state: TrainState, final: bool) -> bool:
+        self._barrier()  # nobody writes any more
+        if self._leads_node:
+            shutil.rmtree(temporary, ignore_errors=True)
+        cause = (failures[0].strerror or str(failures[0])) if failures else "another rank could not write"
+        self._failed_saves += 1
+        self._on_event({"event": "save_failed", "step": state.step, "cause": cause})
+        message = f"{self.folder}: step {state.step} could not be saved ({cause})"
+        if final or self._failed_saves >= MOST_FAILED_SAVES:
+            times = f", {self._failed_saves} times in a row" if self._failed_saves > 1 else ""
+            raise StoreFullError(f"{message}{times}; make room and start again: earlier checkpoints are whole")
+        log.warning("%s; going on, the checkpoint before it is whole", message)
+        return False
+
+    def mark_best(self, state: TrainState, metric: str, value: float) -> None:
+        """Point `best` at the checkpoint of this step."""
+        if self.world.is_first:
+            content = {"checkpoint": f"step-{state.step}", "step": state.step, "metric": metric, "value": value}
+            write_atomically(self.folder / BEST, json.dumps(content).encode() + b"\n")
+            if self._mirror is not None:
+                self._mirror.push_file(BEST)
+
+    def best(self) -> dict[str, Any] | None:
+        """What `mark_best` wrote last, also before a restart."""
+        if self._mirror is not None and not (self.folder / BEST).is_file():
+            self._mirror.fetch_file(BEST)
+        try:
+            content = json.loads((self.folder / BEST).read_text())
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+
+    @property
+    def lag_s(self) -> float:
+        """Seconds of work that a kill would cost now: since the newest checkpoint that is where it shall survive."""
+        return time.monotonic() - self._durable_at
+
+    def close(self) -> None:
+        """Wait until everything is mirrored."""
+        if self._mirror is not None:
+            self._mirror.close()
+        self._barrier()
+
+    def _settled(self) -> None:
+        self._durable_at = time.monotonic()
+
+    def _prune(self) -> None:
+        if not self._leads_node:
+            return
+        steps = steps_in(self.folder)
+        best = self.best()
+        kept = set(steps[-self.config.keep_last :])
+        if self.config.keep_every:
+            kept |= {step for step in steps if step % self.config.keep_every == 0}
+        if best is not None:
+            kept.add(int(best["step"]))
+        # After going back to an older `latest`, newer steps of the abandoned branch may still lie here.
+        kept.add(int((self.folder / LATEST).read_text().strip().removeprefix("step-")))
+        for step in sorted(set(steps) - kept):
+            name = f"step-{step}"
+            if self._mirror is not None and not self._mirror.drop(name):
+                continue  # still on its way; the next save comes back to it
+            # The name goes first: a kill in between leaves no half checkpoint under a good name.
+            doomed = self.folder / "checkpoints" / f"{name}.tmp-old"
+            os.rename(self.folder / "checkpoints" / name, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _barrier(self) -> None:
+        if self.world.world_size > 1:
+            torch.distributed.barrier()
+
+
+def local_folder(run_dir: str, config: CheckpointConfig) -> Path:
+    """The run directory itself, or the folder where an s3:// run writes before it mirrors."""
+    if not run_dir.startswith("s3://"):
+        return Path(run_dir.removeprefix("file://")).absolute()
+    if config.local_dir is not None:
+        return Path(config.local_dir).absolute()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")))
+    return cache / "roentgen" / "runs" / hashlib.sha256(run_dir.rstrip("/").encode()).hexdigest()[:16]
+
+
+# ---- first weights ----
+
+
+def load_checkpoint_weights(task: Task, source: str) -> str:
+    """Load all weights of a run directory's newest checkpoint, or of a weights file, into `task`; all must match.
+
+    Raises:
+        ConfigError: names that differ, listed.
+    """
+    path = Path(source)
+    if path.is_dir() and (path / LATEST).is_file():
+        path = find_weights(path)
+    weights = read_weights(path)
+    own = {**dict(task.named_parameters()), **dict(task.named_buffers())}
+    wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    extra = [name for name in weights if name not in own]
+    if wrong or extra:
+        parts = [f"{len(wrong)} missing or of another shape, such as {wrong[0]}"] if wrong else []
+        parts += [f"{len(extra)} unknown, such as {extra[0]}"] if extra else []
+        raise ConfigError(f"{path}: weights of another task ({'; '.join(parts)}); check init.checkpoint and the recipe")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(weights[name])
+    return f"all weights of {path}"
+
+
+def load_towers(task: Task, init: InitConfig) -> str:
+    """Load the towers' weights named by the recipe; returns what matched, '' if none are named."""
+    reports = []
+    for path, kind in ((init.vision, VisionEncoder), (init.text, TextEncoder)):
+        if path is None:
+            continue
+        towers = [module for module in task.modules() if isinstance(module, kind)]
+        if len(towers) != 1:
+            raise ConfigError(f"{path}: this task has {len(towers)} towers of kind {kind.__name__}, not one")
+        reports.append(load_weights(towers[0], path).summary())
+    return "; ".join(reports)
+
+
+# ---- mirror ----
+
+
+class _Mirror:
+    """Copies checkpoints to a store in the background, `latest` last, once every node has sent its part.
+
+    A newer checkpoint replaces one that waits. Failures are events; the next save tries again.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        folder: Path,
+        world: World,
+        nodes: int,
+        on_event: Callable[[Event], None],
+        on_settled: Callable[[], None],
+    ) -> None:
+        self._store, self._folder, self._world, self._nodes = store, folder, world, nodes
+        self._on_event, self._on_settled = on_event, on_settled
+        self._jobs: queue.Queue[str | None] = queue.Queue()
+        self._lock = threading.Lock()
+        self._busy: set[str] = set()
+        self._thread = threading.Thread(target=self._work, name="checkpoint-mirror", daemon=True)
+        self._thread.start()
+
+    def names(self) -> set[str]:
+        """Checkpoints whose checksum list has arrived; it is sent after everything else."""
+        found = set()
+        for name in self._store.list("checkpoints/"):
+            parts = name.split("/")
+            if len(parts) == 3 and parts[2] == SUMS and _STEP_NAME.fullmatch(parts[1]):
+                found.add(parts[1])
+        return found
+
+    def latest(self) -> str:
+        return self._store.get(LATEST).decode().strip() if self._store.exists(LATEST) else ""
+
+    def fetch(self, name: str) -> None:
+        """Bring a checkpoint here; what goes wrong shows when it is verified."""
+        target = self._folder / "checkpoints" / name
+        shutil.rmtree(target, ignore_errors=True)
+        prefix = f"checkpoints/{name}/"
+        for remote in self._store.list(prefix):
+            relative = remote.removeprefix(prefix)
+            if relative.startswith(".done-"):
+                continue
+            path = target / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._store.get_to_file(remote, path)
+
+    def fetch_file(self, name: str) -> None:
+        if self._store.exists(name):
+            self._store.get_to_file(name, self._folder / name)
+
+    def push(self, name: str) -> None:
+        with self._lock:
+            self._busy.add(name)
+        self._jobs.put(name)
+
+    def push_file(self, name: str) -> None:
+        self._jobs.put(name)
+
+    def drop(self, name: str) -> bool:
+        """Delete it from the store, in the background; False if it is still being sent."""
+        with self._lock:
+            if name in self._busy:
+                return False
+        self._jobs.put(f"-{name}")
+        return True
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+        self._store.close()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                if job.startswith("-"):
+                    self._delete(job[1:])
+                elif _STEP_NAME.fullmatch(job):
+                    self._send(job)
+                else:
+                    self._store.put(job, self._folder / job)
+            except (OSError, RoentgenError) as error:
+                self._on_event({"event": "mirror_failed", "what": job, "cause": str(error)})
+            finally:
+                with self._lock:
+                    self._busy.discard(job)
+
+    def _send(self, name: str) -> None:
+        folder = self._folder / "checkpoints" / name
+        prefix = f"checkpoints/{name}"
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS):
+            self._store.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path)
+        if not self._world.is_first:
+            self._store.put(f"{prefix}/.done-{self._world.rank}", b"")
+            return
+        deadline = time.monotonic() + 600
+        while len([item for item in self._store.list(f"{prefix}/") if "/.done-" in item]) < self._nodes - 1:
+            if time.monotonic() > deadline:
+                raise DataError(f"{name}: not every node has sent its part within 10 minutes")
+            time.sleep(1)
+        self._store.put(f"{prefix}/{SUMS}", folder / SUMS)
+        self._store.put(LATEST, f"{name}\n".encode())
+        self._on_settled()
+        self._on_event({"event": "mirrored", "checkpoint": name})
+
+    def _delete(self, name: str) -> None:
+        # The list goes first: without it the rest is no checkpoint.
+        items = self._store.list(f"checkpoints/{name}/")
+        for item in sorted(items, key=lambda item: not item.endswith(SUMS)):
+            self._store.delete(item)

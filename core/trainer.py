@@ -1,0 +1,340 @@
+"""The loop: batches in, steps, curves, evaluation, checkpoints; stops together on a signal, bad data or a dead parent.
+
+It knows no objective, no DeepSpeed and no file format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from rich.console import Console
+
+from core import metrics as measures
+from core.checkpoint import Checkpoints, TrainState
+from core.engine import Engine
+from core.metrics import Metrics
+from core.world import World
+from shards.batch import Batch
+from shards.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+SKIP_WINDOW_SLOTS = 10_000
+EVALUATION_METRIC = "eval/validation/loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Durations in steps. `evaluate_every` and `save_every`: None means only at the end.
+
+    `best_metric`: name of an evaluation figure; the checkpoint where it is best is kept and marked. None: none is.
+    `max_skip_rate`: void slots over the last 10,000 slots of the whole run, above which it stops; None takes the
+    loader's.
+    """
+
+    steps: int = 1000
+    log_every: int = 10
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    picture_every: int | None = None
+    validation_batches: int | None = None
+    best_metric: str | None = EVALUATION_METRIC
+    best_is: Literal["lowest", "highest"] = "lowest"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "evaluate_every", "save_every", "picture_every", "validation_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"trainer.{name}={value} must be at least 1")
+
+
+class Run(Protocol):
+    """Batches from a step on, closed after use; `queue_depth` is how many wait."""
+
+    queue_depth: int
+
+    def __next__(self) -> Batch: ...
+    def close(self) -> None: ...
+
+
+class Source(Protocol):
+    """What the trainer needs of a loader. Counters are this rank's."""
+
+    bytes_read: int
+    store_retries: int
+
+    def start(self, step: int) -> Run: ...
+
+
+Evaluator = Callable[[TrainState], Iterator[tuple[str, float]]]
+
+
+class StopRequest:
+    """Notes SIGTERM, SIGINT or the death of the parent; the ranks agree on it at the next step."""
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._parent = os.getppid()
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        # A second Ctrl-C means now.
+        if self._signal == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = self._signal or number
+
+    @property
+    def code(self) -> int:
+        """Exit code wanted: 0 (go on), 143 or 130."""
+        if self._signal:
+            return 128 + self._signal
+        return 128 + signal.SIGTERM if os.getppid() != self._parent else 0
+
+
+class SkipRate:
+    """Void slots among the last slots of the whole run, counted alike on every rank."""
+
+    def __init__(self, limit: float, batch_size: int) -> None:
+        self._limit, self._batch_size = limit, batch_size
+        self._void: deque[int] = deque(maxlen=max(1, -(-SKIP_WINDOW_SLOTS // batch_size)))
+        self.total = 0
+
+    def add(self, void: int) -> None:
+        """Raises DataError above the limit, once enough slots were seen for the rate to mean something."""
+        self._void.append(void)
+        self.total += void
+        slots = len(self._void) * self._batch_size
+        rate = sum(self._void) / slots
+        # A lone bad sample in the first batch is no rate: wait for a window, or for more than the window would allow.
+        allowed = self._limit * SKIP_WINDOW_SLOTS
+        if rate > self._limit and (slots >= SKIP_WINDOW_SLOTS or sum(self._void) > allowed):
+            raise DataError(
+                f"{sum(self._void)} of the last {slots} slots were void ({rate:.1%}), data.max_skip_rate allows "
+                f"{self._limit:.1%}; events.jsonl names each, raise the limit only if that is what you expect"
+            )
+
+
+def train(
+    config: TrainerConfig,
+    engine: Engine,
+    loader: Source,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    *,
+    world: World,
+    metrics: Metrics,
+    global_batch_size: int,
+    max_skip_rate: float,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    stop: StopRequest | None = None,
+) -> int:
+    """Train from `state` to `config.steps`. Collective; returns 0 when done, 143 or 130 when stopped on request.
+
+    Raises:
+        NonFiniteError, DataError, StoreFullError: on all ranks; the last checkpoint stays as it was.
+    """
+    stop = stop or StopRequest()
+    progress = _Progress(config, world, global_batch_size, state.step)
+    skip_rate = SkipRate(max_skip_rate, global_batch_size)
+    meter = _Meter(engine, world, global_batch_size)
+    best = checkpoints.best()
+    saved_step = state.step if state.step else None
+    if state.step >= config.steps:
+        return 0
+    with contextlib.closing(loader.start(state.step)) as run:
+        while state.step < config.steps:
+            waited = time.perf_counter()
+            batch = next(run)
+            waited = time.perf_counter() - waited
+            local = {
+                "stop": float(stop.code),
+                "wants_stop": float(stop.code != 0),
+                "void": float((~batch["valid"]).sum()),
+                "wait_s": waited,
+                "bytes_read": float(loader.bytes_read),
+                "retries": float(loader.store_retries),
+                "queue": float(run.queue_depth),
+            }
+            with meter.measuring(state.step):
+                output = engine.train_step(batch, step=state.step, sums=local)
+            state = state.advance(samples=global_batch_size)
+            skip_rate.add(round(output.sums["void"]))
+            meter.add(output.sums["wait_s"] / world.world_size)
+
+            last = state.step >= config.steps
+            if last or state.step % config.log_every == 0:
+                figures = {**output.metrics, **meter.figures(), **_data_figures(output.sums, skip_rate.total)}
+                figures["checkpoint/lag_s"] = checkpoints.lag_s
+                metrics.scalars(state.step, figures)
+                progress.show(state.step, figures)
+            if config.picture_every and (state.step == 1 or state.step % config.picture_every == 0):
+                metrics.picture(state.step, "batch/pixel_values", measures.contact_sheet(batch["pixel_values"]))
+
+            # All ranks saw the same sums, so all leave here together.
+            wanted = output.sums["wants_stop"]
+            code = round(output.sums["stop"] / wanted) if wanted else 0
+            evaluated = None
+            if not code and _due(config.evaluate_every, state.step, last):
+                evaluated = _evaluate(evaluators or {}, state, metrics, progress, engine)
+                meter.restart()
+            better = evaluated is not None and _is_better(config, evaluated, best)
+            if better or code or _due(config.save_every, state.step, last):
+                if checkpoints.save(engine, state, final=last or bool(code)):
+                    saved_step = state.step
+                    if better and evaluated is not None and config.best_metric is not None:
+                        value = evaluated[config.best_metric]
+                        best = {"metric": config.best_metric, "value": value, "step": state.step}
+                        checkpoints.mark_best(state, config.best_metric, value)
+                metrics.flush()
+                meter.restart()
+            if code:
+                on_event({"event": "stopped", "step": state.step, "code": code})
+                progress.say(f"stopped on request after step {state.step}, saved step {saved_step}")
+                return code
+    return 0
+
+
+def _due(every: int | None, step: int, last: bool) -> bool:
+    return last or (every is not None and step % every == 0)
+
+
+def _is_better(config: TrainerConfig, figures: Mapping[str, float], best: Mapping[str, Any] | None) -> bool:
+    if config.best_metric is None or config.best_metric not in figures:
+        return False
+    if best is None or best.get("metric") != config.best_metric:
+        return True
+    value, before = figures[config.best_metric], float(best["value"])
+    return value < before if config.best_is == "lowest" else value > before
+
+
+def _evaluate(
+    evaluators: Mapping[str, Evaluator], state: TrainState, metrics: Metrics, progress: _Progress, engine: Engine
+) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for protocol, evaluator in evaluators.items():
+        for name, value in evaluator(state):
+            figures[f"eval/{protocol}/{name}"] = value
+    metrics.scalars(state.step, figures)
+    if figures:
+        progress.say("  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    return figures
+
+
+def validation_loss(
+    engine: Engine, batches: Callable[[], Iterator[Batch]], world: World, *, limit: int | None = None
+) -> Evaluator:
+    """An evaluator: the objective over held-out batches, each split over the ranks; the mean weighs studies equally.
+
+    `batches` gives the same global batches on every rank, void rows filling the last one.
+    """
+
+    def run(_state: TrainState) -> Iterator[tuple[str, float]]:
+        totals: dict[str, float] = {}
+        studies = 0
+        for number, batch in enumerate(batches()):
+            if number == limit:
+                break
+            valid = int(batch["valid"].sum())
+            for name, value in engine.validation_step(batch).items():
+                totals[name] = totals.get(name, 0.0) + value * valid
+            studies += valid
+        if not studies:
+            raise DataError("the validation split holds no usable study; name another with data.validation_split")
+        for name, value in totals.items():
+            if name.startswith("loss/"):
+                yield name.removeprefix("loss/").replace("total", "loss"), value / studies
+
+    return run
+
+
+def _data_figures(sums: Mapping[str, float], skipped: int) -> dict[str, float]:
+    return {
+        "data/skipped": float(skipped),
+        "data/store_retries": sums["retries"],
+        "data/bytes_read": sums["bytes_read"],
+        "data/queue_depth": sums["queue"],
+    }
+
+
+class _Meter:
+    """Time, throughput and utilisation since the last time they were asked for."""
+
+    def __init__(self, engine: Engine, world: World, global_batch_size: int) -> None:
+        self._world, self._batch_size = world, global_batch_size
+        self._engine = engine
+        self._flops_per_step = 0.0
+        self._peak: float | None = None
+        self._cpu = measures.CPUMeter()
+        self.restart()
+
+    def restart(self) -> None:
+        self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    @contextlib.contextmanager
+    def measuring(self, step: int) -> Iterator[None]:
+        """Counts the first step's floating-point operations; later steps run untouched."""
+        if self._flops_per_step:
+            yield
+            return
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self._flops_per_step = float(max(1, counter.get_total_flops()))
+        self.restart()
+
+    def add(self, waited_s: float) -> None:
+        self._steps += 1
+        self._waited += waited_s
+
+    def figures(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._started
+        steps = max(1, self._steps)
+        if self._peak is None:
+            half = self._engine.config.precision != "fp32"
+            self._peak = measures.peak_flops(self._world.device, half_precision=half)
+        values = {
+            "time/step_s": elapsed / steps,
+            "time/data_wait_fraction": min(1.0, self._waited / max(elapsed, 1e-9)),
+            "throughput/samples_per_s": steps * self._batch_size / max(elapsed, 1e-9),
+            "throughput/mfu": self._flops_per_step * steps / max(elapsed, 1e-9) / self._peak,
+            "device/utilisation": measures.utilisation(self._world.device, self._cpu),
+            **measures.memory(self._world.device),
+        }
+        self.restart()
+        return values
+
+
+class _Progress:
+    """One line on rank 0 per log interval; to a terminal or a file alike."""
+
+    def __init__(self, config: TrainerConfig, world: World, batch_size: int, first_step: int) -> None:
+        self._console = Console(file=sys.stderr, quiet=not world.is_first, highlight=False, soft_wrap=True)
+        self._total = config.steps
+        self._batch_size = batch_size
+
+    def show(self, step: int, figures: Mapping[str, float]) -> None:
+        remaining_s = (self._total - step) * figures["time/step_s"]
+        minutes, seconds = divmod(round(remaining_s), 60)
+        hours, minutes = divmod(minutes, 60)
+        self._console.print(
+            f"step {step:>{len(str(self._total))}}/{self._total}  loss {figures['loss/total']:.4f}  "
+            f"{figures['throughput/samples_per_s']:.1f} samples/s  "
+            f"data wait {figures['time/data_wait_fraction']:.1%}  left {hours:d}:{minutes:02d}:{seconds:02d}"
+        )
+
+    def say(self, text: str) -> None:
+        self._console.print(text)
