@@ -743,6 +743,7 @@ def adopt(
     *,
     headers_only: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
+    overwrite: bool = False,
 ) -> Manifest:
     """Index foreign WebDataset tars (split -> URLs or patterns) and write side files and manifest to `output`.
 
@@ -750,6 +751,8 @@ def adopt(
     Raises ConfigError for patterns that match nothing, DataError for a tar that cannot be read.
     """
     store = open_store(output, create=True)
+    if store.exists("manifest.json") and not overwrite:
+        raise ConfigError(f"{store.url} already holds a manifest.json; choose an empty --output or give --overwrite")
     if headers_only:
         logger.warning("--headers-only: members of the adopted tars carry no checksum and are used unverified")
     shards: list[Shard] = []

@@ -50,7 +50,7 @@ class WriterConfig:
     chunk_bytes: int = CHUNK_BYTES
     workers: int = 1
     # Share of the patients in each split, where the source does not give the split itself.
-    fractions: Mapping[str, float] = field(default_factory=lambda: {"train": 0.8, "valid": 0.1, "test": 0.1})
+    fractions: Mapping[str, float] = field(default_factory=lambda: {"train": 0.8, "validation": 0.1, "test": 0.1})
     overwrite: bool = False
 
     def check(self) -> None:

@@ -63,12 +63,22 @@ class Loaded:
 class Source(Protocol):
     """One raw source; the attributes go into the manifest."""
 
-    name: str  # "table", "dicom", "phantom ..."
-    labels: tuple[str, ...]  # column order of Batch["labels"]
-    masks: dict[str, int]  # name -> id in the label maps
-    key_fingerprint: str | None
-    # Every option that changes the output: a run is resumed only with equal settings.
-    settings: Mapping[str, Any]
+    @property
+    def name(self) -> str: ...  # "table", "dicom", "phantom ..."
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...  # column order of Batch["labels"]
+
+    @property
+    def masks(self) -> dict[str, int]: ...  # name -> id in the label maps
+
+    @property
+    def key_fingerprint(self) -> str | None: ...
+
+    @property
+    def settings(
+        self,
+    ) -> Mapping[str, Any]: ...  # all that changes the output; a resumed run must agree
 
     def plan(self) -> Plan:
         """Cheap and deterministic; headers at most. Raises ConfigError for missing folders, tables and columns."""

@@ -1,0 +1,347 @@
+"""Raw radiographs -> shards and manifest; foreign tars -> manifest; shards -> a check of every byte.
+
+Parses, calls `shards`, prints a table, exits: 0 done, 2 bad arguments or configuration, 3 bad data or faults found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shards import reader, writer
+from shards.errors import ConfigError, RoentgenError
+from shards.ingest import Source, read_key_file
+from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS, ImageLimits
+from shards.ingest.phantom_chest import ChestPhantom
+from shards.ingest.table import TableMapping, TableSource
+from shards.manifest import Manifest
+from shards.store import open_store, split_url
+
+EXIT_FAULTS = 3
+QUIET_REPORT_S = 10.0  # without a terminal, a line of progress this often
+FAULTS_SHOWN = 50
+
+DESCRIPTION = """\
+Pack studies into shards: plain WebDataset tars with a manifest, split by patient, under keyed names.
+
+  a table beside a folder of images (start from ci/data/nih_cxr/mapping.toml):
+    python launchers/pack.py --source table --input DIR --mapping DIR/mapping.toml --public --output shards/nih
+  DICOM files of a hospital (the key names patients and studies; keep it, and keep it secret):
+    (umask 077; openssl rand -hex 32 > site.key)
+    python launchers/pack.py --source dicom --input DIR --key-file site.key --output s3://bucket/cxr
+  synthetic chests with known truth:
+    python launchers/pack.py --source phantom --samples 3000 --difficulty easy --output shards/phantom
+  WebDataset tars from elsewhere, indexed once and never rewritten:
+    python launchers/pack.py --source adopt --input 'train=s3://bucket/cc/{000..127}.tar' --output shards/cc
+  check a packed set, every byte:
+    python launchers/pack.py --verify shards/nih/manifest.json
+
+A run that was interrupted is continued by the same command; the result is the same, byte for byte.
+Every input ends as a sample or is counted with a reason in manifest.json and named in refused.jsonl."""
+
+EPILOG = "exit codes: 0 done, 2 bad arguments or configuration, 3 bad data or faults found, 130/143 interrupted"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        "pack.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--verify", metavar="MANIFEST", help="check all shards of a manifest instead of packing")
+    result.add_argument("--source", choices=("table", "dicom", "phantom", "adopt"), help="what --input holds")
+    result.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="folder; for adopt: [SPLIT=]URL, repeated",
+    )
+    result.add_argument("--output", metavar="URL", help="folder or s3://bucket/prefix, made if missing")
+    result.add_argument("--overwrite", action="store_true", help="remove the set that --output holds first")
+    result.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+
+    names = result.add_argument_group("names and text")
+    names.add_argument("--key-file", metavar="FILE", help="secret, mode 0600: names become keyed hashes of it")
+    names.add_argument("--public", action="store_true", help="the input is a public set: no secret is needed")
+    names.add_argument("--deidentified", metavar="HOW", help="your statement of how the text was de-identified")
+
+    dicom = result.add_argument_group("dicom")
+    dicom.add_argument(
+        "--reports", metavar="TABLE", help="CSV or Parquet: column study (StudyInstanceUID), then sections"
+    )
+
+    table = result.add_argument_group("table")
+    table.add_argument("--mapping", metavar="TOML", help="which column is what; default: mapping.toml in --input")
+    table.add_argument("--side-min", type=int, default=SIDE_MIN_PIXELS, help="smallest side taken (%(default)s)")
+    table.add_argument("--area-max", type=int, default=AREA_MAX_PIXELS, help="most pixels an image has (%(default)s)")
+
+    phantom = result.add_argument_group("phantom")
+    phantom.add_argument("--seed", type=int, default=0, help="of the generator (%(default)s)")
+    phantom.add_argument(
+        "--samples", default="3000", metavar="N[,N,N]", help="studies: train, or train,validation,test (%(default)s)"
+    )
+    phantom.add_argument("--difficulty", default="easy", help="easy or standard (%(default)s)")
+    phantom.add_argument("--size", type=int, default=128, help="pixels a side (%(default)s)")
+
+    shards = result.add_argument_group("shards")
+    shards.add_argument("--shard-bytes", type=int, default=64 << 20, help="a shard ends here (%(default)s)")
+    shards.add_argument("--shard-samples", type=int, help="or here; small sets need many shards to mix well")
+    shards.add_argument("--chunk-bytes", type=int, default=reader.CHUNK_BYTES, help="unit of fetching (%(default)s)")
+    shards.add_argument(
+        "--fractions",
+        default="train=0.8,validation=0.1,test=0.1",
+        help="of patients, if no split is given (%(default)s)",
+    )
+    shards.add_argument("--headers-only", action="store_true", help="adopt without checksums: faster, unverified")
+    return result
+
+
+def _fractions(text: str) -> dict[str, float]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        raise ConfigError(f"--fractions {text}: write e.g. train=0.8,validation=0.1,test=0.1") from None
+
+
+def _secret(arguments: argparse.Namespace) -> bytes | None:
+    if arguments.public and arguments.key_file:
+        raise ConfigError("--public and --key-file exclude each other; a secret names clinical sets only")
+    if arguments.key_file:
+        return read_key_file(arguments.key_file)
+    if not arguments.public:
+        raise ConfigError(
+            f"--source {arguments.source} needs --key-file, which names patients and studies by keyed hashes; "
+            "for a set that anyone may download give --public instead"
+        )
+    return None
+
+
+def _input_folder(arguments: argparse.Namespace) -> Path:
+    if len(arguments.input) != 1:
+        raise ConfigError(f"--source {arguments.source} takes one --input folder, {len(arguments.input)} given")
+    return Path(arguments.input[0])
+
+
+def build_source(arguments: argparse.Namespace) -> Source:
+    """The source that the arguments name. Only DICOM is imported on demand: its decoders are many and slow to load."""
+    if arguments.source == "phantom":
+        return ChestPhantom(_phantom_config(arguments))
+    folder, secret = _input_folder(arguments), _secret(arguments)
+    limits = ImageLimits(side_min=arguments.side_min, area_max=arguments.area_max)
+    if arguments.source == "table":
+        if not folder.is_dir():
+            raise ConfigError(f"--input {folder}: no such folder; give the folder that holds table and images")
+        mapping = TableMapping.read(Path(arguments.mapping) if arguments.mapping else folder / "mapping.toml")
+        return TableSource(
+            input=folder, mapping=mapping, secret=secret, deidentified=arguments.deidentified, limits=limits
+        )
+    from shards.ingest.dicom import DicomRadiographs
+
+    return DicomRadiographs(
+        folder=folder,
+        secret=secret,
+        reports=Path(arguments.reports) if arguments.reports else None,
+        deidentified=arguments.deidentified,
+        limits=limits,
+    )
+
+
+def _phantom_config(arguments: argparse.Namespace) -> ChestPhantom.Config:
+    try:
+        counts = [int(part) for part in arguments.samples.split(",")]
+    except ValueError:
+        counts = []
+    if len(counts) == 1:  # a tenth for choosing checkpoints, a fifth for the figures
+        counts += [max(1, counts[0] // 10), max(1, counts[0] // 5)]
+    if len(counts) != 3 or min(counts) < 0:
+        raise ConfigError(f"--samples {arguments.samples}: write one count, or train,validation,test: 3000,300,600")
+    return ChestPhantom.Config(
+        difficulty=arguments.difficulty,
+        seed=arguments.seed,
+        train=counts[0],
+        validation=counts[1],
+        test=counts[2],
+        size=arguments.size,
+    )
+
+
+def _pack(arguments: argparse.Namespace, console: Console) -> Manifest:
+    config = writer.WriterConfig(
+        shard_bytes=arguments.shard_bytes,
+        shard_samples=arguments.shard_samples,
+        chunk_bytes=arguments.chunk_bytes,
+        workers=arguments.workers,
+        fractions=_fractions(arguments.fractions),
+        overwrite=arguments.overwrite,
+    )
+    config.check()
+    source = build_source(arguments)
+    with _progress(console) as show:
+        return writer.write_shards(source, arguments.output, config, on_progress=show)
+
+
+def _adopt(arguments: argparse.Namespace) -> Manifest:
+    if not arguments.input:
+        raise ConfigError("--source adopt needs --input [SPLIT=]URL, e.g. --input 'train=s3://bucket/{000..127}.tar'")
+    splits: dict[str, list[str]] = {}
+    for text in arguments.input:
+        split, equals, pattern = text.partition("=")
+        named = equals == "=" and split.replace("_", "").replace("-", "").isalnum()
+        splits.setdefault(split if named else "train", []).append(pattern if named else text)
+    return reader.adopt(
+        splits,
+        arguments.output,
+        headers_only=arguments.headers_only,
+        chunk_bytes=arguments.chunk_bytes,
+        overwrite=arguments.overwrite,
+    )
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[writer.Progress], None]]:
+    """A bar on a terminal, else a line every 10 seconds."""
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def line(state: writer.Progress) -> None:
+            nonlocal last
+            if time.monotonic() - last >= QUIET_REPORT_S:
+                last = time.monotonic()
+                console.print(
+                    f"{state.done} of {state.total} studies, {state.bytes_written // 1_000_000} MB, {state.shard}"
+                )
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[size]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("planning", total=None, size="")
+
+        def show(state: writer.Progress) -> None:
+            size = f"{state.bytes_written / 1e6:.1f} MB"
+            bar.update(task, description=state.shard, completed=state.done, total=state.total, size=size)
+
+        yield show
+
+
+def _print_summary(manifest: Manifest, output: str, seconds: float, console: Console) -> None:
+    table = Table(title=f"{manifest.source} -> {escape(output)}", title_justify="left")
+    for column in ("split", "samples", "images", "patients", "shards", "MB"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split in manifest.splits:
+        shards = manifest.of_split(split).shards
+        table.add_row(
+            split,
+            str(sum(shard.samples for shard in shards)),
+            str(sum(shard.images for shard in shards)),
+            str(manifest.patients.get(split, "unknown")),
+            str(len(shards)),
+            f"{sum(shard.bytes for shard in shards) / 1e6:.1f}",
+        )
+    console.print(table)
+    if manifest.refused:
+        refused = Table(title="left out", title_justify="left")
+        refused.add_column("inputs", justify="right")
+        refused.add_column("reason")
+        for reason, count in sorted(manifest.refused.items(), key=lambda pair: -pair[1]):
+            refused.add_row(str(count), escape(reason))
+        console.print(refused)
+    place = output.rstrip("/")
+    console.print(f"{manifest.samples} samples in {seconds:.1f} s; sha256 {manifest.sha256[:16]}", highlight=False)
+    console.print(f"{escape(place)}/manifest.json", highlight=False, soft_wrap=True)
+
+
+def _verify(arguments: argparse.Namespace, console: Console) -> int:
+    root, name = split_url(arguments.verify)
+    store = open_store(root)
+    manifest = Manifest.from_bytes(store.get(name), name)
+    started = time.monotonic()
+    with ThreadPoolExecutor(max_workers=max(1, arguments.workers)) as pool:
+        found = list(pool.map(lambda shard: reader.verify(store, manifest, shard), manifest.shards))
+    faults = [fault for of_shard in found for fault in of_shard]
+    for fault in faults[:FAULTS_SHOWN]:
+        key = "" if fault.key is None else f", sample {fault.key}"
+        console.print(f"shard {fault.shard}{key}: {fault.cause}", markup=False, highlight=False, soft_wrap=True)
+    if len(faults) > FAULTS_SHOWN:
+        console.print(f"... and {len(faults) - FAULTS_SHOWN} more")
+    bad = sum(bool(of_shard) for of_shard in found)
+    unverified = sum(shard.sha256 is None for shard in manifest.shards)
+    note = f", {unverified} without checksums (--headers-only)" if unverified else ""
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    seconds = time.monotonic() - started
+    console.print(
+        f"{len(manifest.shards)} shards, {manifest.samples} samples, {size:.1f} MB in {seconds:.1f} s: "
+        f"{len(faults)} faults in {bad} shards{note}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return EXIT_FAULTS if faults else 0
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.verify:
+        return _verify(arguments, console)
+    for option in ("source", "output"):
+        if getattr(arguments, option) is None:
+            raise ConfigError(f"--{option} is missing; see --help for examples")
+    started = time.monotonic()
+    manifest = _adopt(arguments) if arguments.source == "adopt" else _pack(arguments, console)
+    _print_summary(manifest, arguments.output, time.monotonic() - started, console)
+    return 0
+
+
+class _Interrupted(BaseException):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise _Interrupted(number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    console = Console()
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return _run(arguments, console)
+    except RoentgenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except _Interrupted as stop:
+        print("interrupted; the same command goes on behind the finished shards", file=sys.stderr)
+        return stop.exit_code
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
