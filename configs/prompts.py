@@ -1,4 +1,4 @@
-"""Sentences for zero-shot classification: data, one set per set of labels. They read like reports, since reports taught.
+"""Sentences for zero-shot classification: data only. They read like reports, since models were taught with reports.
 
 Positive sentences state a finding with side, zone and size; negative ones deny it the way reports do.
 """

@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+
+from shards.keyed import hash_u64
 
 if TYPE_CHECKING:  # packing needs no torch, and each of its worker processes would spend seconds importing it
     from torch import Tensor
@@ -114,3 +117,15 @@ FIELDS: dict[str, str] = {
     "set_index": "[B] int64, which set of the mixture",
     "epoch": "[B] int64, epoch of that set",
 }
+
+
+def batch_hash(batch: Batch, first_row: int = 0) -> int:
+    """Which samples stand in which rows, as a number below 2^52 that adds up: the sum over ranks is the global batch's.
+
+    `first_row`: place of this rank's first row in the global batch. It depends on set, epoch and sample id of each row,
+    not on pixels or the number of ranks; replay compares it with what the run logged. Exact as a float64.
+    """
+    ids = [batch[name].cpu().numpy() for name in ("set_index", "epoch", "sample_id")]
+    assert len(ids[0]) <= 1 << 20, "the sum of more rows may not fit a float64"
+    hashes = hash_u64(0, "batch row", first_row + np.arange(len(ids[0])), *ids) & np.uint64(0xFFFFFFFF)
+    return int(hashes.sum())

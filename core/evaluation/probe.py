@@ -52,7 +52,7 @@ class LinearProbe:
         labels: Sequence[str],
         on_fit: Callable[[int, int], None] = lambda done, total: None,
     ) -> Iterator[tuple[str, float]]:
-        """Yields `eval/linear_probe/<label>` and `eval/linear_probe/macro`. `labels` name the columns of all splits.
+        """Yields (label, AUC) and ("macro", macro AUC). `labels` name the columns of all splits.
 
         Without `validation`, a keyed fifth of the training patients serves. `on_fit(done, total)` is told of progress.
         Raises ConfigError when no label has both classes in the training split.
@@ -118,7 +118,7 @@ class LinearProbe:
             "labels_not_fitted": [name for name in labels if name not in names],
             **areas.to_json(),
         }
-        yield from named_areas(self.protocol, areas)
+        yield from named_areas(areas)
 
     def report(self) -> dict[str, Any]:
         """What the last run found, ready for JSON: intervals and counts per label, the strength chosen and why."""

@@ -40,7 +40,7 @@ class Retrieval:
         self._report: dict[str, Any] = {}
 
     def run(self, split: EmbeddedSplit) -> Iterator[tuple[str, float]]:
-        """Yields `eval/retrieval/<direction>_r<k>` and `eval/retrieval/<direction>_median_rank`."""
+        """Yields (`<direction>_r<k>`, recall) and (`<direction>_median_rank`, rank from 1)."""
         config = self.config
         key, patient_key = split.report_key, split.patient_key.numpy()
         self._report = {
@@ -58,8 +58,8 @@ class Retrieval:
             found = {f"r{k}": estimate.to_json() for k, estimate in zip(config.recall_at, recalls, strict=True)}
             self._report["directions"][direction] = {**found, "median_rank": median}
             for k, estimate in zip(config.recall_at, recalls, strict=True):
-                yield f"eval/{self.protocol}/{direction}_r{k}", estimate.value
-            yield f"eval/{self.protocol}/{direction}_median_rank", median
+                yield f"{direction}_r{k}", estimate.value
+            yield f"{direction}_median_rank", median
 
     def report(self) -> dict[str, Any]:
         """What the last run found, ready for JSON."""

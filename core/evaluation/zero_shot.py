@@ -58,7 +58,7 @@ class ZeroShot:
         device: torch.device,
         autocast: torch.dtype | None = None,
     ) -> Iterator[tuple[str, float]]:
-        """Yields `eval/zero_shot/<label>` and `eval/zero_shot/macro`. `labels` name the columns of `split.labels`.
+        """Yields (label, AUC) and ("macro", macro AUC), for curves `eval/zero_shot/<label>`. `labels` name the columns of `split.labels`.
 
         Raises ConfigError when no label of the data has prompts.
         """
@@ -83,7 +83,7 @@ class ZeroShot:
             "prompts": {name: {side: len(texts) for side, texts in self.prompts[name].items()} for name in scored},
             **areas.to_json(),
         }
-        yield from named_areas(self.protocol, areas)
+        yield from named_areas(areas)
 
     def report(self) -> dict[str, Any]:
         """What the last run found, ready for JSON: intervals and counts per label."""
@@ -139,10 +139,10 @@ def check_prompts(prompts: Prompts) -> dict[str, dict[str, list[str]]]:
     return checked
 
 
-def named_areas(protocol: str, areas: AreasUnderCurve) -> Iterator[tuple[str, float]]:
-    """(`eval/<protocol>/<label>`, AUC) of each label that has both classes, then the macro average."""
+def named_areas(areas: AreasUnderCurve) -> Iterator[tuple[str, float]]:
+    """(label, AUC) of each label that has both classes, then ("macro", the macro average)."""
     for name, estimate in zip(areas.names, areas.labels, strict=True):
         if np.isfinite(estimate.value):
-            yield f"eval/{protocol}/{name}", estimate.value
+            yield name, estimate.value
     if np.isfinite(areas.macro.value):
-        yield f"eval/{protocol}/macro", areas.macro.value
+        yield "macro", areas.macro.value
