@@ -26,8 +26,9 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from core import collectives, optim
-from core.optim import OptimConfig
+from core import collectives
+from core.optim import OptimConfig, schedule_factor
+from core.optim import build as build_optimizer
 from core.tasks import Encoded, LossOutput, Task
 from core.world import World
 from shards.batch import FIELDS, Batch
@@ -294,7 +295,7 @@ class Engine:
         options = deepspeed_options(config, world, load_universal=load_universal)
         task.to(world.device)
         # The optimizer's class matters to DeepSpeed, its groups to us; both are fixed before ZeRO takes the tensors.
-        optimizer = _build_optimizer(task, optim, options)
+        optimizer = build_optimizer(task, optim)
         with _quiet():
             self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
                 model=_Dispatch(task, world), optimizer=optimizer, config=options, dist_init_required=False
@@ -319,7 +320,7 @@ class Engine:
         batch = {name: values.to(self.world.device, non_blocking=True) for name, values in batch.items()}
         self._engine.train()
         torch.manual_seed(_seed_of(self._seed, step, self.world.rank))
-        factor = optim.schedule_factor(self._optim, step, self._total_steps)
+        factor = schedule_factor(self._optim, step, self._total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = self._optim.learning_rate * group["multiplier"] * factor
         if self.config.micro_batch is None or self.config.micro_batch >= len(batch["valid"]):
@@ -441,12 +442,8 @@ class Engine:
         """One small all-reduce a step, and the only wait for the device before the optimizer moves."""
         names = [f"task/{name}" for name in of_task] + [f"sum/{name}" for name in of_caller]
         values = [value.detach().double().reshape(()) for value in of_task.values()]
-        packed = torch.stack(
-            [
-                *values,
-                *(torch.tensor(value, dtype=torch.float64, device=self.world.device) for value in of_caller.values()),
-            ]
-        )
+        own = torch.tensor([*of_caller.values()], dtype=torch.float64, device=self.world.device)
+        packed = torch.cat([torch.stack(values), own]) if values else own
         if self.world.world_size > 1:
             torch.distributed.all_reduce(packed)
         return dict(zip(names, packed.tolist(), strict=True))
@@ -457,10 +454,8 @@ class Engine:
             ids = collectives.all_gather_rows(batch["sample_id"]).tolist()
         else:
             ids = []
-        ranks = self._add_up(
-            {}, {str(rank): float(bad_here and rank == self.world.rank) for rank in range(self.world.world_size)}
-        )
-        culprits = [name.removeprefix("sum/") for name, value in ranks.items() if value]
+        votes = {str(rank): float(bad_here and rank == self.world.rank) for rank in range(self.world.world_size)}
+        culprits = [name.removeprefix("sum/") for name, value in self._add_up({}, votes).items() if value]
         named = ", ".join(map(str, ids[:NAMED_SAMPLES])) + (", ..." if len(ids) > NAMED_SAMPLES else "")
         where = f" (rank {', '.join(culprits)})" if culprits else ""
         error = NonFiniteError(
@@ -582,26 +577,12 @@ def to_universal(source: Path, target: Path) -> None:
 
 
 def checkpoint_activations(task: Task) -> None:
-    """Recompute the blocks of every stack (`nn.ModuleList` of equal modules) in backward instead of keeping them."""
-    from torch.utils.checkpoint import checkpoint
-
-    for stack in [module for module in task.modules() if isinstance(module, nn.ModuleList)]:
-        if len({type(block) for block in stack}) != 1:
-            continue
-        for block in stack:
-            inner = block.forward
-
-            def forward(*arguments: Any, inner: Callable[..., Any] = inner, **named: Any) -> Any:
-                if not torch.is_grad_enabled():
-                    return inner(*arguments, **named)
-                return checkpoint(inner, *arguments, use_reentrant=False, **named)
-
-            block.forward = forward  # type: ignore[method-assign]
-
-
-def _build_optimizer(task: Task, config: OptimConfig, options: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """torch's fused AdamW."""
-    return optim.build(task, config)
+    """Have every stack of blocks keep only the blocks' inputs for backward and compute the rest again."""
+    stacks = [module for module in task.modules() if isinstance(getattr(module, "checkpoint_activations", None), bool)]
+    if not stacks:
+        raise ConfigError("engine.activation_checkpointing=True, but this task has no stack of blocks; set it to False")
+    for stack in stacks:
+        stack.checkpoint_activations = True  # type: ignore[assignment]
 
 
 def _leaf(pieces: list[Tensor]) -> Tensor:

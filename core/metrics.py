@@ -121,7 +121,7 @@ class Metrics:
 
 
 def contact_sheet(pixel_values: Tensor, *, columns: int = 8, most: int = 32) -> Tensor:
-    """The first images of a batch side by side, each stretched to [0, 1]: [V, C, H, W] -> [C, rows * H, columns * W]."""
+    """The first images of a batch side by side, each stretched to [0, 1]: [V, C, H, W] -> [C, rows H, columns W]."""
     images = pixel_values[:most].detach().float().cpu()
     low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
     images = (images - low) / (high - low).clamp_min(1e-6)

@@ -63,7 +63,7 @@ def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: matrices and kernels yes; biases, norms, scales, positions and learned tokens no."""
+    """Whether weight decay applies: matrices and kernels; not biases, norms, scales, positions and learned tokens."""
     last = name.lower().rsplit(".", 1)[-1]
     return parameter.ndim >= 2 and not any(word in last for word in NO_DECAY_WORDS) and "position" not in name.lower()
 

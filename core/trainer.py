@@ -185,7 +185,8 @@ def train(
 
             # All ranks saw the same sums, so all leave here together.
             wanted = output.sums["wants_stop"]
-            code = round(output.sums["stop"] / wanted) if wanted else 0
+            interrupted = output.sums["stop"] == wanted * (128 + signal.SIGINT)
+            code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM) if wanted else 0
             evaluated = None
             if not code and _due(config.evaluate_every, state.step, last):
                 evaluated = _evaluate(evaluators or {}, state, metrics, progress, engine)

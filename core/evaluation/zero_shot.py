@@ -58,7 +58,7 @@ class ZeroShot:
         device: torch.device,
         autocast: torch.dtype | None = None,
     ) -> Iterator[tuple[str, float]]:
-        """Yields (label, AUC) and ("macro", macro AUC), for curves `eval/zero_shot/<label>`. `labels` name the columns of `split.labels`.
+        """Yields (label, AUC), then ("macro", their mean). `labels` name the columns of `split.labels`.
 
         Raises ConfigError when no label of the data has prompts.
         """

@@ -1,0 +1,57 @@
+"""Runs on chest radiographs with their reports."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from configs.schema import TrainConfig
+from core.checkpoint import CheckpointConfig
+from core.engine import EngineConfig
+from core.models.text import bert_base, text_tiny
+from core.models.vision import vit_b16, vit_tiny
+from core.optim import OptimConfig
+from core.tasks.clip import CLIP
+from core.tasks.siglip import SigLIP
+from core.trainer import TrainerConfig
+from shards.decode import Decoder
+from shards.loader import Loader
+
+
+def clip_b16() -> TrainConfig:
+    """CLIP with ViT-B/16 at 224 px and BERT-base, batch 768: for GPUs."""
+    return TrainConfig(
+        global_batch_size=768,
+        task=CLIP.Config(vision=vit_b16(), text=bert_base()),
+        data=Loader.Config(decode=Decoder.Config(image_size=224), text_length=128),
+        optim=OptimConfig(learning_rate=5e-4, weight_decay=0.2, warmup_steps=2000),
+        engine=EngineConfig(zero_stage=1, precision="bf16"),
+        trainer=TrainerConfig(steps=50_000, log_every=20, evaluate_every=1000, save_every=1000, picture_every=5000),
+        checkpoint=CheckpointConfig(keep_last=2, keep_every=10_000),
+    )
+
+
+def siglip_b16() -> TrainConfig:
+    """SigLIP with the towers of clip_b16."""
+    base = clip_b16()
+    optim = replace(base.optim, betas=(0.9, 0.95), weight_decay=1e-4, multipliers={"logit_bias": 10.0})
+    return replace(base, task=SigLIP.Config(vision=vit_b16(), text=bert_base()), optim=optim)
+
+
+def clip_tiny() -> TrainConfig:
+    """CLIP with towers of under a million weights at 64 px, batch 96: learns from phantoms on two CPU cores."""
+    return TrainConfig(
+        global_batch_size=96,
+        task=CLIP.Config(vision=vit_tiny(), text=text_tiny(), embed_dim=128),
+        data=Loader.Config(decode=Decoder.Config(image_size=64), text_length=96),
+        optim=OptimConfig(learning_rate=1e-3, weight_decay=0.1, warmup_steps=50),
+        engine=EngineConfig(zero_stage=2, precision="bf16"),
+        trainer=TrainerConfig(steps=1000, log_every=20, evaluate_every=250, save_every=250, picture_every=250),
+    )
+
+
+def siglip_tiny() -> TrainConfig:
+    """SigLIP with the towers of clip_tiny."""
+    base = clip_tiny()
+    # At 1e-3 Adam moves the bias by at most 1 in 1,000 steps: ten times faster lets it find its place.
+    optim = replace(base.optim, multipliers={"logit_bias": 10.0})
+    return replace(base, task=SigLIP.Config(vision=vit_tiny(), text=text_tiny(), embed_dim=128), optim=optim)

@@ -1,0 +1,401 @@
+"""TrainConfig: the parts of a run joined, checked together, changed by `--set`, printed, written as JSON and read back.
+
+Each part owns its own Config and its own range checks; this module owns the only parser of overrides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, Protocol, Union
+
+import pydantic
+
+import core.tasks
+from core.checkpoint import CheckpointConfig, InitConfig
+from core.engine import EngineConfig
+from core.optim import OptimConfig
+from core.tasks import Task
+from core.trainer import TrainerConfig
+from shards.errors import ConfigError
+from shards.loader import Loader
+
+# What may differ between a checkpoint and the run that goes on from it: how a run is watched, kept and fed, not what it
+# learns. The data themselves are compared by content (the manifest's and tokenizer's hashes), not by place.
+NEUTRAL = (
+    "recipe",
+    "init",
+    "checkpoint",
+    "evaluation",
+    "trainer.log_every",
+    "trainer.evaluate_every",
+    "trainer.save_every",
+    "trainer.picture_every",
+    "trainer.validation_batches",
+    "trainer.best_metric",
+    "trainer.best_is",
+    "engine.micro_batch",
+    "engine.activation_checkpointing",
+    "data.train",
+    "data.validation",
+    "data.validation_split",
+    "data.tokenizer",
+    "data.buffer_bytes",
+    "data.fetch_threads",
+    "data.prefetch_batches",
+    "data.cache_dir",
+    "data.cache_bytes",
+    "data.max_skip_rate",
+    "data.decode.threads",
+    "data.decode.device_id",
+    "data.store",
+)
+
+
+class TaskConfig(Protocol):
+    """The nested `Config` of a module under core/tasks."""
+
+    def build(self, *, vocab_size: int | None = None, seed: int = 0) -> Task: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """`prompts`: label -> {"positive": sentences, "negative": sentences}, for zero-shot classification."""
+
+    prompts: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run. `recipe` is the name it was asked for by; `global_batch_size` counts studies over all ranks."""
+
+    recipe: str = ""
+    seed: int = 0
+    global_batch_size: int = 768
+    task: Any  # Config of a module under core/tasks; `kind` in JSON names the module
+    data: Loader.Config = field(default_factory=Loader.Config)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        lanes = self.data.lanes
+        if self.global_batch_size < 1:
+            raise ConfigError(f"global_batch_size={self.global_batch_size} must be at least 1")
+        if self.global_batch_size % lanes:
+            below = self.global_batch_size // lanes * lanes
+            fits = f"{below} or {below + lanes}" if below else f"{lanes}"
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} is not divisible by data.lanes={lanes}; use {fits}, or set "
+                f"data.lanes={_nearest_divisor(self.global_batch_size, lanes)}"
+            )
+        if self.optim.warmup_steps > self.trainer.steps:
+            raise ConfigError(
+                f"optim.warmup_steps={self.optim.warmup_steps} is more than trainer.steps={self.trainer.steps}"
+            )
+        quotas = [part.quota for part in self.data.train if not isinstance(part, str)]
+        if quotas and sum(quotas) != self.global_batch_size:
+            raise ConfigError(
+                f"the quotas of data.train add up to {sum(quotas)}, global_batch_size is {self.global_batch_size}"
+            )
+        task_image, data_image = _image_size(self.task), self.data.decode.image_size
+        if task_image is not None and task_image != data_image:
+            raise ConfigError(
+                f"task.vision.image_size={task_image} but data.decode.image_size={data_image}; set both to one value"
+            )
+        text = getattr(self.task, "text", None)
+        if text is not None and self.data.text_length > text.max_length:
+            raise ConfigError(
+                f"data.text_length={self.data.text_length} is more than task.text.max_length={text.max_length}; "
+                f"set data.text_length={text.max_length}"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides what is learned, as JSON: all but `NEUTRAL`."""
+        tree = to_json(self)
+        for dotted in NEUTRAL:
+            node: Any = tree
+            *path, last = dotted.split(".")
+            for part in path:
+                node = node[part]
+            del node[last]
+        return tree
+
+
+def _nearest_divisor(number: int, near: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - near), d))
+
+
+def _image_size(task: Any) -> int | None:
+    vision = getattr(task, "vision", None)
+    return getattr(vision, "image_size", None)
+
+
+# ---- recipes by name ----
+
+
+@cache
+def recipes() -> dict[str, str]:
+    """Every recipe `module:function` under configs/, with the first line of its docstring."""
+    import configs
+
+    found = {}
+    for module_info in pkgutil.iter_modules(configs.__path__):
+        if module_info.name == "schema":
+            continue
+        module = importlib.import_module(f"configs.{module_info.name}")
+        for name, value in vars(module).items():
+            if isinstance(value, types.FunctionType) and value.__module__ == module.__name__ and name[0] != "_":
+                found[f"{module_info.name}:{name}"] = (value.__doc__ or "").strip().split("\n")[0]
+    return found
+
+
+def load_recipe(name: str) -> TrainConfig:
+    """`chest:clip_b16` -> the configuration that configs/chest.py's `clip_b16()` returns."""
+    if name not in recipes():
+        raise ConfigError(f"--recipe {name}: unknown{_nearest(name, list(recipes()))}")
+    module, _, function = name.partition(":")
+    config: TrainConfig = getattr(importlib.import_module(f"configs.{module}"), function)()
+    return dataclasses.replace(config, recipe=name)
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
+    if not close:  # `zero_stage` for `engine.zero_stage`
+        close = [name for name in known if name.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:3]
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(sorted(known)[:12])}"
+
+
+# ---- overrides ----
+
+
+def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """The configuration with every `a.b.c=value` applied, checked once after all of them.
+
+    Values are read as JSON where that works (`true`, `1e-3`, `[0.9, 0.98]`), as text otherwise, then converted to the
+    type of the field. Below a dictionary (`engine.deepspeed.x.y=1`) new keys may be made.
+
+    Raises:
+        ConfigError: unknown key, with the nearest known ones; value of the wrong type or out of range.
+    """
+    tree = to_json(config)
+    known = list(_leaves(tree))
+    types_of: dict[str, Any] = _types(config)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals:
+            raise ConfigError(f"--set {override}: write key=value")
+        _set(tree, key, text, types_of, known)
+    return from_json(tree)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_leaves(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _types(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every field that is not itself a configuration."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(type(config))
+    for part in dataclasses.fields(config):
+        value = getattr(config, part.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found.update(_types(value, f"{prefix}{part.name}."))
+        else:
+            found[f"{prefix}{part.name}"] = hints[part.name]
+    return found
+
+
+def _set(tree: dict[str, Any], key: str, text: str, types_of: Mapping[str, Any], known: Sequence[str]) -> None:
+    parts = key.split(".")
+    # The longest beginning that is a field; the rest, if any, are keys of a dictionary.
+    field_name = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in types_of), None)
+    if field_name is None or (field_name != key and not _is_dictionary(types_of[field_name])):
+        groups = [name for name in known if name.startswith(f"{key}.")]
+        if groups:
+            raise ConfigError(f"--set {key}: is a group; set one of {', '.join(groups[:6])}")
+        raise ConfigError(f"--set {key}: unknown{_nearest(key, [name for name in types_of if name != 'task.kind'])}")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = {"none": None, "None": None, "True": True, "False": False}.get(text, text)
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {key}: {part} holds a value, not a group")
+    if field_name == key:
+        value = _convert(value, text, types_of[key], key)
+    node[parts[-1]] = value
+
+
+def _is_dictionary(hint: Any) -> bool:
+    return typing.get_origin(hint) in (dict, Mapping)
+
+
+def _convert(value: Any, text: str, hint: Any, key: str) -> Any:
+    """`value` as the field's type, as plain JSON again."""
+    adapter = pydantic.TypeAdapter(hint)
+    for attempt in (value, text):
+        try:
+            return json.loads(adapter.dump_json(adapter.validate_python(attempt)))
+        except pydantic.ValidationError as error:
+            problem = error
+    raise ConfigError(f"--set {key}={text}: {_describe(hint)} is needed ({problem.errors()[0]['msg'].lower()})")
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return " or ".join("none" if part is type(None) else _describe(part) for part in arguments)
+    if origin is tuple:
+        return "a list such as [1, 2]"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+# ---- JSON ----
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Plain JSON values; the task carries its module's name as `kind`."""
+    tree: dict[str, Any] = {}
+    for part in dataclasses.fields(config):
+        value = _plain(getattr(config, part.name))
+        if part.name == "task" and isinstance(config, TrainConfig):
+            value = {"kind": _kind_of(config.task), **value}
+        tree[part.name] = value
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_json(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _kind_of(task: Any) -> str:
+    module = type(task).__module__
+    if not module.startswith("core.tasks."):
+        raise ConfigError(f"task {type(task).__qualname__} of {module}: tasks live in core/tasks")
+    return module.removeprefix("core.tasks.")
+
+
+def task_config_class(kind: str) -> type:
+    """The Config of the one Task in core/tasks/<kind>.py; nothing outside that folder is ever imported."""
+    known = [module.name for module in pkgutil.iter_modules(core.tasks.__path__)]
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", kind) or kind not in known:
+        raise ConfigError(f"task.kind={kind!r}: unknown{_nearest(kind, known)}")
+    module = importlib.import_module(f"core.tasks.{kind}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
+    ]
+    assert len(found) == 1, f"core/tasks/{kind}.py must define exactly one Task, has {len(found)}"
+    config_class = found[0].__dict__["Config"]
+    assert isinstance(config_class, type)
+    return config_class
+
+
+def from_json(tree: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that `to_json` wrote. Unknown or missing keys and wrong types are ConfigErrors."""
+    tree = dict(tree)
+    task = dict(tree.pop("task", {}))
+    kind = task.pop("kind", None)
+    if not isinstance(kind, str):
+        raise ConfigError("task.kind is missing; it names a module of core/tasks, such as clip")
+    built_task = _build(task_config_class(kind), task, "task")
+    return typing.cast(TrainConfig, _build(TrainConfig, {**tree, "task": built_task}, ""))
+
+
+def _build(kind: type, tree: Mapping[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    names = {part.name for part in dataclasses.fields(kind)}
+    dotted = f"{path}." if path else ""
+    for name in tree:
+        if name not in names:
+            raise ConfigError(f"{dotted}{name}: unknown{_nearest(name, sorted(names))}")
+    values = {name: _restore(value, hints[name], f"{dotted}{name}") for name, value in tree.items()}
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        # Parts name their own fields; say which part where that is not clear.
+        raise ConfigError(str(error) if not path or path in str(error) else f"{path}: {error}") from None
+    except TypeError as error:
+        raise ConfigError(f"{path or 'configuration'}: {error}") from None
+
+
+def _restore(value: Any, hint: Any, path: str) -> Any:
+    if hint is Any or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}={value!r}: is a group of settings, not a value")
+        return _build(hint, value, path)
+    try:
+        return pydantic.TypeAdapter(hint).validate_python(value)
+    except pydantic.ValidationError as error:
+        message = error.errors()[0]["msg"].lower()
+        raise ConfigError(f"{path}={value!r}: {_describe(hint)} is needed ({message})") from None
+
+
+def read(text: str, source: str) -> TrainConfig:
+    """A run's config.json."""
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{source}: not JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: not a configuration")
+    return from_json(tree)
+
+
+# ---- text ----
+
+
+def to_text(config: TrainConfig, *, base: TrainConfig | None = None) -> str:
+    """The whole run, one setting a line, groups indented; `*` marks what differs from `base`, the recipe itself."""
+    changed = set()
+    if base is not None:
+        before, now = _leaves(to_json(base)), _leaves(to_json(config))
+        changed = {name for name in now if before.get(name, ...) != now[name]}
+    lines: list[str] = []
+
+    def add(tree: Mapping[str, Any], prefix: str, depth: int) -> None:
+        for name, value in tree.items():
+            dotted = f"{prefix}{name}"
+            if isinstance(value, Mapping) and value:
+                lines.append(f"  {'  ' * depth}{name}:")
+                add(value, f"{dotted}.", depth + 1)
+            else:
+                shown = value if isinstance(value, str) and value else json.dumps(value)
+                lines.append(f"{'*' if dotted in changed else ' '} {'  ' * depth}{name}: {shown}")
+
+    add(to_json(config), "", 0)
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""The same runs in seconds on CPU: for tests, and to see every part move."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from configs import chest
+from configs.schema import TrainConfig
+from core.checkpoint import CheckpointConfig
+from core.models.text import TextEncoder, text_tiny
+from core.models.vision import VisionEncoder, vit_tiny
+
+
+def _shrunk(config: TrainConfig) -> TrainConfig:
+    vision: VisionEncoder.Config = replace(vit_tiny(), image_size=32, width=32, depth=2, heads=2)
+    text: TextEncoder.Config = replace(text_tiny(), max_length=64, width=32, depth=1, heads=2)
+    return replace(
+        config,
+        global_batch_size=12,
+        task=replace(config.task, vision=vision, text=text, embed_dim=16),
+        data=replace(
+            config.data,
+            decode=replace(config.data.decode, image_size=32),
+            text_length=48,
+            lanes=12,
+            buffer_bytes=1 << 28,
+            fetch_threads=2,
+        ),
+        optim=replace(config.optim, warmup_steps=2),
+        engine=replace(config.engine, precision="fp32"),
+        trainer=replace(config.trainer, steps=6, log_every=1, evaluate_every=None, save_every=3, picture_every=None),
+        checkpoint=CheckpointConfig(keep_last=2),
+    )
+
+
+def clip() -> TrainConfig:
+    """chest:clip_tiny, smaller still: six steps of batch 12 at 32 px."""
+    return _shrunk(chest.clip_tiny())
+
+
+def siglip() -> TrainConfig:
+    """chest:siglip_tiny, smaller still."""
+    return _shrunk(chest.siglip_tiny())
