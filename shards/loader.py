@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ import torch
 from shards import keyed
 from shards.batch import NOT_ANNOTATED, Batch, StudyRecord
 from shards.chunk_cache import ChunkCache
-from shards.decode import Decoder
+from shards.decode import Decoder, PendingBatch
 from shards.errors import BadSampleError, ConfigError, DataError
 from shards.manifest import Manifest, Shard
 from shards.order import Order, Slots, UnitTable, lanes_of_rank
@@ -382,6 +383,16 @@ def _read_ranges(
     return [body[low - start : high - start] for low, high in ranges]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Decoding:
+    """A batch in the decoder; `present` [n] are the images that were given to it, of `study_index` [V]."""
+
+    prepared: _Prepared
+    pending: PendingBatch
+    present: np.ndarray
+    study_index: np.ndarray
+
+
 class Collator:
     """Rows to tensors: JSON, text, view metadata, then one call of the decoder."""
 
@@ -459,8 +470,8 @@ class Collator:
         to.window.append(window)
         to.bits.append(bits)
 
-    def decode(self, prepared: _Prepared, on_void: Callable[[int, str], None], *, train: bool) -> Batch:
-        """Decode, and make void what does not decode."""
+    def submit(self, prepared: _Prepared, *, train: bool) -> _Decoding:
+        """Start decoding; at most a few batches are under way at once, finished in order by `finish`."""
         columns, study_index = prepared.columns, np.asarray(prepared.study_index, dtype=np.int64)
         present = np.flatnonzero(columns["valid"][study_index])
         if train:
@@ -474,15 +485,24 @@ class Collator:
             )
         else:
             parameters = augment.identity(len(study_index))
-        pixels, decoded = self.decoder.decode(
+        pending = self.decoder.submit(
             [prepared.images[i] for i in present],
             parameters.take(present),
             np.asarray(prepared.window, dtype=np.float32).reshape(-1, 2)[present],
             np.asarray(prepared.bits)[present],
         )
-        for i in np.unique(study_index[present[~decoded.numpy()]]):
-            columns["valid"][i] = False
-            on_void(int(i), "image does not decode")
+        return _Decoding(prepared=prepared, pending=pending, present=present, study_index=study_index)
+
+    def finish(self, decoding: _Decoding, on_void: Callable[[int, str], None]) -> Batch:
+        """Wait for the pixels, make void what did not decode, and join the tensors of the batch."""
+        prepared, present, study_index = decoding.prepared, decoding.present, decoding.study_index
+        columns = prepared.columns
+        pixels, decoded, causes = decoding.pending.result()
+        for image in np.flatnonzero(~decoded):
+            row = int(study_index[present[image]])
+            if columns["valid"][row]:  # one event a study, whatever the number of its bad views
+                columns["valid"][row] = False
+                on_void(row, f"image: {causes[image]}")
         valid = columns["valid"]
         if len(present) == len(study_index):
             pixel_values = pixels
@@ -592,15 +612,24 @@ class LoaderRun(Iterator[Batch]):
             step += 1
 
     def _decode_all(self) -> None:
+        """Keep two batches in the decoder, so that its threads never wait for this one."""
+        collate = self._loader._collate
+        under_way: deque[_Decoding] = deque()
         while not self._stop.is_set():
             try:
-                prepared = self._prepared.get(timeout=0.1)
+                prepared = self._prepared.get(timeout=0.0 if under_way else 0.1)
             except queue.Empty:
-                continue
-            if isinstance(prepared, BaseException):
-                raise prepared
-            on_void = self._on_void(prepared.step, prepared.places)
-            if not self._put(self._batches, self._loader._collate.decode(prepared, on_void, train=True)):
+                if not under_way:
+                    continue
+            else:
+                if isinstance(prepared, BaseException):
+                    raise prepared
+                under_way.append(collate.submit(prepared, train=True))
+                if len(under_way) < 2:
+                    continue
+            decoding = under_way.popleft()
+            on_void = self._on_void(decoding.prepared.step, decoding.prepared.places)
+            if not self._put(self._batches, collate.finish(decoding, on_void)):
                 return
 
     def _on_void(self, step: int, places: Sequence[Place]) -> Callable[[int, str], None]:
@@ -706,7 +735,7 @@ def evaluation_batches(
                     on_event({"event": "skip", "step": None, "shard": shard, "key": key, "cause": cause})
 
             prepared = collate.prepare(0, slots, found, places, [data.manifest.adopted] * batch_size, on_void)
-            yield collate.decode(prepared, on_void, train=False)
+            yield collate.finish(collate.submit(prepared, train=False), on_void)
 
 
 _FILLING = BadSampleError("", "", "fills up the last batch")
