@@ -27,7 +27,7 @@ KINDS = (
     "reset",  # the connection is reset before an answer
     "reset_midway",  # and in the middle of the body
     "truncate",  # the connection ends in the middle of the body
-    "short",  # a well-formed answer with half of the bytes asked for
+    "short",  # a well-formed answer with half of the range asked for; without a range the same as `truncate`
     "stall",  # half of the body, then silence for `stall_s`
     "silence",  # no answer for `stall_s`
     "drip",  # the body one byte at a time, ten a second
@@ -212,7 +212,7 @@ class _Proxy:
         answer, content = await self._forward(method, head, body)
         if fault == "lost_answer":
             return _reset(writer)
-        if fault == "short":
+        if fault == "short" and "content-range" in answer.by_name:
             return await _send_short(writer, answer, content)
         writer.write(answer.encode())
         if fault is None:
