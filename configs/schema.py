@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 import json
 import pkgutil
 import re
@@ -81,6 +82,7 @@ class TrainConfig:
     recipe: str = ""
     seed: int = 0
     global_batch_size: int = 768
+    tokenizer_words: int = 8192  # of the WordPiece trained when neither recipe nor data name a tokenizer
     task: Any  # Config of a module under core/tasks; `kind` in JSON names the module
     data: Loader.Config = field(default_factory=Loader.Config)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -98,8 +100,8 @@ class TrainConfig:
             below = self.global_batch_size // lanes * lanes
             fits = f"{below} or {below + lanes}" if below else f"{lanes}"
             raise ConfigError(
-                f"global_batch_size={self.global_batch_size} is not divisible by data.lanes={lanes}; use {fits}, or set "
-                f"data.lanes={_nearest_divisor(self.global_batch_size, lanes)}"
+                f"global_batch_size={self.global_batch_size} is not divisible by data.lanes={lanes}; use {fits}, or "
+                f"set data.lanes={_nearest_divisor(self.global_batch_size, lanes)}"
             )
         if self.optim.warmup_steps > self.trainer.steps:
             raise ConfigError(
@@ -157,7 +159,9 @@ def recipes() -> dict[str, str]:
             continue
         module = importlib.import_module(f"configs.{module_info.name}")
         for name, value in vars(module).items():
-            if isinstance(value, types.FunctionType) and value.__module__ == module.__name__ and name[0] != "_":
+            if not isinstance(value, types.FunctionType) or value.__module__ != module.__name__ or name[0] == "_":
+                continue
+            if not inspect.signature(value).parameters and typing.get_type_hints(value).get("return") is TrainConfig:
                 found[f"{module_info.name}:{name}"] = (value.__doc__ or "").strip().split("\n")[0]
     return found
 
@@ -306,8 +310,13 @@ def _kind_of(task: Any) -> str:
     return module.removeprefix("core.tasks.")
 
 
-def task_config_class(kind: str) -> type:
-    """The Config of the one Task in core/tasks/<kind>.py; nothing outside that folder is ever imported."""
+def task_class(config: Any) -> type[Task]:
+    """The task that a `Config` of core/tasks builds."""
+    return _task_of_kind(_kind_of(config))
+
+
+def _task_of_kind(kind: str) -> type[Task]:
+    """The one Task in core/tasks/<kind>.py; nothing outside that folder is ever imported."""
     known = [module.name for module in pkgutil.iter_modules(core.tasks.__path__)]
     if not re.fullmatch(r"[a-z][a-z0-9_]*", kind) or kind not in known:
         raise ConfigError(f"task.kind={kind!r}: unknown{_nearest(kind, known)}")
@@ -318,9 +327,7 @@ def task_config_class(kind: str) -> type:
         if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
     ]
     assert len(found) == 1, f"core/tasks/{kind}.py must define exactly one Task, has {len(found)}"
-    config_class = found[0].__dict__["Config"]
-    assert isinstance(config_class, type)
-    return config_class
+    return found[0]
 
 
 def from_json(tree: Mapping[str, Any]) -> TrainConfig:
@@ -330,7 +337,7 @@ def from_json(tree: Mapping[str, Any]) -> TrainConfig:
     kind = task.pop("kind", None)
     if not isinstance(kind, str):
         raise ConfigError("task.kind is missing; it names a module of core/tasks, such as clip")
-    built_task = _build(task_config_class(kind), task, "task")
+    built_task = _build(_task_of_kind(kind).__dict__["Config"], task, "task")
     return typing.cast(TrainConfig, _build(TrainConfig, {**tree, "task": built_task}, ""))
 
 
@@ -363,6 +370,11 @@ def _restore(value: Any, hint: Any, path: str) -> Any:
     except pydantic.ValidationError as error:
         message = error.errors()[0]["msg"].lower()
         raise ConfigError(f"{path}={value!r}: {_describe(hint)} is needed ({message})") from None
+
+
+def dumps(config: TrainConfig) -> str:
+    """The text of a run's config.json."""
+    return json.dumps(to_json(config), indent=1) + "\n"
 
 
 def read(text: str, source: str) -> TrainConfig:

@@ -534,9 +534,9 @@ class Engine:
         failures: list[OSError] = []
         original = writer.save
 
-        def save(state: Any, path: str) -> None:
+        def save(state_dict: Any, path: str) -> None:
             try:
-                original(state, path)
+                original(state_dict, path)
             except (OSError, RuntimeError) as error:  # torch's zip writer turns ENOSPC into a RuntimeError
                 failures.append(error if isinstance(error, OSError) else OSError(str(error)))
 

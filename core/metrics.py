@@ -220,7 +220,8 @@ class Uploader:
     def _upload(self) -> None:
         try:
             self._upload_events()
-            paths = [self._folder / "config.json", *self._folder.glob("tb/*"), *self._folder.glob("eval/*.json")]
+            patterns = ("config.json", "tokenizer/*", "tb/*", "eval/*.json")
+            paths = [path for pattern in patterns for path in self._folder.glob(pattern)]
             for path in sorted(path for path in paths if path.is_file()):
                 status = path.stat()
                 name = path.relative_to(self._folder).as_posix()

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from core import metrics as measures
 from core.checkpoint import Checkpoints, TrainState
-from core.engine import Engine
+from core.engine import Engine, split
 from core.metrics import Metrics
 from core.world import World
 from shards.batch import Batch
@@ -75,6 +75,7 @@ class Source(Protocol):
     def start(self, step: int) -> Run: ...
 
 
+# Yields (`<protocol>/<name>`, value); all ranks run it together and see the same values.
 Evaluator = Callable[[TrainState], Iterator[tuple[str, float]]]
 
 
@@ -103,6 +104,10 @@ class StopRequest:
         return 128 + signal.SIGTERM if os.getppid() != self._parent else 0
 
 
+class TooManySkipsError(DataError):
+    """More void slots than allowed; raised on all ranks alike."""
+
+
 class SkipRate:
     """Void slots among the last slots of the whole run, counted alike on every rank."""
 
@@ -112,7 +117,7 @@ class SkipRate:
         self.total = 0
 
     def add(self, void: int) -> None:
-        """Raises DataError above the limit, once enough slots were seen for the rate to mean something."""
+        """Raises TooManySkipsError above the limit, once enough slots were seen for the rate to mean something."""
         self._void.append(void)
         self.total += void
         slots = len(self._void) * self._batch_size
@@ -120,7 +125,7 @@ class SkipRate:
         # A lone bad sample in the first batch is no rate: wait for a window, or for more than the window would allow.
         allowed = self._limit * SKIP_WINDOW_SLOTS
         if rate > self._limit and (slots >= SKIP_WINDOW_SLOTS or sum(self._void) > allowed):
-            raise DataError(
+            raise TooManySkipsError(
                 f"{sum(self._void)} of the last {slots} slots were void ({rate:.1%}), data.max_skip_rate allows "
                 f"{self._limit:.1%}; events.jsonl names each, raise the limit only if that is what you expect"
             )
@@ -137,7 +142,7 @@ def train(
     metrics: Metrics,
     global_batch_size: int,
     max_skip_rate: float,
-    evaluators: Mapping[str, Evaluator] | None = None,
+    evaluators: Sequence[Evaluator] = (),
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     stop: StopRequest | None = None,
 ) -> int:
@@ -189,7 +194,7 @@ def train(
             code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM) if wanted else 0
             evaluated = None
             if not code and _due(config.evaluate_every, state.step, last):
-                evaluated = _evaluate(evaluators or {}, state, metrics, progress, engine)
+                evaluated = _evaluate(evaluators, state, metrics, progress)
                 meter.restart()
             better = evaluated is not None and _is_better(config, evaluated, best)
             if better or code or _due(config.save_every, state.step, last):
@@ -222,12 +227,12 @@ def _is_better(config: TrainerConfig, figures: Mapping[str, float], best: Mappin
 
 
 def _evaluate(
-    evaluators: Mapping[str, Evaluator], state: TrainState, metrics: Metrics, progress: _Progress, engine: Engine
+    evaluators: Sequence[Evaluator], state: TrainState, metrics: Metrics, progress: _Progress
 ) -> dict[str, float]:
     figures: dict[str, float] = {}
-    for protocol, evaluator in evaluators.items():
+    for evaluator in evaluators:
         for name, value in evaluator(state):
-            figures[f"eval/{protocol}/{name}"] = value
+            figures[f"eval/{name}"] = value
     metrics.scalars(state.step, figures)
     if figures:
         progress.say("  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
@@ -249,14 +254,16 @@ def validation_loss(
             if number == limit:
                 break
             valid = int(batch["valid"].sum())
-            for name, value in engine.validation_step(batch).items():
+            own = split(batch, len(batch["valid"]) // world.world_size)[world.rank]
+            for name, value in engine.validation_step(own).items():
                 totals[name] = totals.get(name, 0.0) + value * valid
             studies += valid
         if not studies:
             raise DataError("the validation split holds no usable study; name another with data.validation_split")
         for name, value in totals.items():
             if name.startswith("loss/"):
-                yield name.removeprefix("loss/").replace("total", "loss"), value / studies
+                part = name.removeprefix("loss/")
+                yield f"validation/{'loss' if part == 'total' else part}", value / studies
 
     return run
 
@@ -295,7 +302,6 @@ class _Meter:
         with FlopCounterMode(display=False) as counter:
             yield
         self._flops_per_step = float(max(1, counter.get_total_flops()))
-        self.restart()
 
     def add(self, waited_s: float) -> None:
         self._steps += 1

@@ -1,0 +1,279 @@
+"""Pre-train: recipe in, run directory out. The same command on one CPU, one node, a cluster, and after a crash.
+
+    deepspeed launchers/pretrain.py --recipe chest:clip_b16 --run-dir runs/a --set data.train=shards/manifest.json
+    python launchers/pretrain.py ...       one process
+    torchrun --nproc-per-node 4 launchers/pretrain.py ...
+
+Without a GPU the `deepspeed` runner needs to be told: DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 ...
+It parses, joins loader and trainer, and exits with the code that scripts rely on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.logging import RichHandler
+
+from configs import prompts, schema
+from configs.schema import TrainConfig
+from core.checkpoint import Checkpoints, TrainState, local_folder, write_atomically
+from core.collectives import any_rank
+from core.engine import Engine, join_world, leave_world
+from core.evaluation.embed import embed_split
+from core.evaluation.retrieval import Retrieval
+from core.evaluation.zero_shot import ZeroShot
+from core.metrics import Events, Metrics, Uploader
+from core.trainer import Evaluator, StopRequest, TooManySkipsError, train, validation_loss
+from core.world import World
+from shards.errors import ConfigError, NonFiniteError, RoentgenError, StoreFullError
+from shards.loader import DataSet, Loader, as_mixture, corpus, find_tokenizer
+from shards.store import open_store
+from shards.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
+
+log = logging.getLogger("roentgen")
+
+TOKENIZER = "tokenizer"
+EVALUATION_LIMIT = 5000  # studies embedded for the curves during training; launchers/evaluate.py takes all
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; everything else is in the recipe."""
+    names = "\n".join(f"  {name:20} {about}" for name, about in schema.recipes().items())
+    result = argparse.ArgumentParser(
+        prog="pretrain.py",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog=f"recipes:\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("--recipe", required=True, metavar="FIELD:RUN", help="what to run, see below")
+    result.add_argument("--run-dir", metavar="DIR", help="folder or s3://bucket/prefix; a run found there is continued")
+    result.add_argument(
+        "--set", dest="overrides", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change the recipe"
+    )
+    result.add_argument("--print", action="store_true", help="show the whole run and exit; * marks what --set changed")
+    result.add_argument(
+        "--allow-changed",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="continue although these keys of the recipe changed",
+    )
+    result.add_argument(
+        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
+    )  # the deepspeed runner passes it
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    faulthandler.enable()
+    arguments = parser().parse_args(argv)
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    rank = int(os.environ.get("RANK", "0") or 0)
+    # Before anything slow, so that a signal during start-up ends with the same code as one during training.
+    stop = StopRequest()
+    stop.install()
+    try:
+        config = schema.load_recipe(arguments.recipe)
+        changed = schema.apply_overrides(config, arguments.overrides)
+        if arguments.print:
+            if rank == 0:
+                print(schema.to_text(changed, base=config))
+            return 0
+        if arguments.run_dir is None:
+            raise ConfigError("--run-dir is missing; name a folder or s3://bucket/prefix")
+        world = join_world()
+        _log_to_screen(world)
+        return _run(changed, arguments.run_dir, arguments.allow_changed, world, stop)
+    except RoentgenError as error:
+        # These are agreed on by all ranks, so one of them speaks; the others are one rank's own trouble.
+        agreed = isinstance(error, ConfigError | NonFiniteError | StoreFullError | TooManySkipsError)
+        if rank == 0 or not agreed:
+            print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        leave_world()
+
+
+def _log_to_screen(world: World) -> None:
+    handler = RichHandler(show_path=False, show_time=False, markup=False)
+    handler.console.stderr = True
+    level = logging.INFO if world.is_first else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def _run(config: TrainConfig, run_dir: str, allow_changed: Sequence[str], world: World, stop: StopRequest) -> int:
+    folder = local_folder(run_dir, config.checkpoint)
+    try:
+        events = Events(folder, world)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another --run-dir") from None
+    try:
+        tokenizer = _tokenizer(config, run_dir, folder, world)
+        loader = Loader(
+            config.data,
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.world_size,
+            fields=schema.task_class(config.task).fields,
+            tokenizer=tokenizer,
+            on_event=events.write,
+        )
+        vocab_size = loader.tokenizer.vocab_size if loader.tokenizer is not None else None
+        task = config.task.build(vocab_size=vocab_size, seed=config.seed)
+        checkpoints = Checkpoints(
+            run_dir,
+            config.checkpoint,
+            world,
+            recipe=_identity(config, loader),
+            seed=config.seed,
+            init=config.init,
+            allow_changed=allow_changed,
+            on_event=events.write,
+        )
+        source = checkpoints.prepare(task)
+        log.info("starting from %s", source.description)
+        engine = Engine(
+            config.engine,
+            task,
+            world,
+            optim=config.optim,
+            total_steps=config.trainer.steps,
+            seed=config.seed,
+            load_universal=source.universal,
+        )
+        state = checkpoints.resume(engine, source)
+        if world.is_first:
+            text = schema.dumps(config)
+            write_atomically(folder / "config.json", text.encode())
+            events.write({"event": "start", "step": state.step, "ranks": world.world_size, "from": source.description})
+        metrics = Metrics(folder, world, first_step=state.step)
+        uploader = Uploader(run_dir, folder, events.write) if world.is_first and run_dir.startswith("s3://") else None
+        metrics.text(state.step, "config", f"```\n{schema.to_text(config)}\n```")
+        try:
+            code = train(
+                config.trainer,
+                engine,
+                loader,
+                checkpoints,
+                state,
+                world=world,
+                metrics=metrics,
+                global_batch_size=config.global_batch_size,
+                max_skip_rate=config.data.max_skip_rate,
+                evaluators=_evaluators(config, engine, loader, world),
+                on_event=events.write if world.is_first else lambda event: None,
+                stop=stop,
+            )
+            checkpoints.close()
+        finally:
+            metrics.close()
+            if uploader is not None:
+                uploader.close()
+        events.write({"event": "end", "code": code})
+        return code
+    except RoentgenError as error:
+        event: dict[str, Any] = {"event": "error", "kind": type(error).__name__, "message": str(error)}
+        if isinstance(error, NonFiniteError):
+            event["samples"] = getattr(error, "sample_ids", [])
+        if world.is_first or not isinstance(error, NonFiniteError):
+            events.write(event)
+        raise
+
+
+def _tokenizer(config: TrainConfig, run_dir: str, folder: Path, world: World) -> Tokenizer | None:
+    """The run's own from before, else the recipe's or the manifest's, else one trained on the reports. Kept in the run.
+
+    The loader would find the second kind itself; the run keeps a copy, so that it can be evaluated without its data.
+    """
+    fields = schema.task_class(config.task).fields
+    if "input_ids" not in fields:
+        return None
+    path = folder / TOKENIZER
+    leads = world.is_first if not run_dir.startswith("s3://") else world.local_rank == 0
+    problem: RoentgenError | None = None
+    if leads and not path.is_dir():
+        try:
+            _make_tokenizer(config, run_dir, path)
+        except RoentgenError as error:
+            problem = error
+    if any_rank(problem is not None, world.device):
+        raise problem or ConfigError("rank 0 has no tokenizer")
+    return load_tokenizer(path)
+
+
+def _make_tokenizer(config: TrainConfig, run_dir: str, path: Path) -> None:
+    if run_dir.startswith("s3://"):
+        with open_store(run_dir) as store:
+            names = store.list(f"{TOKENIZER}/")
+            if names:
+                Tokenizer.from_files({name.rsplit("/", 1)[-1]: store.get(name) for name in names}, run_dir).save(path)
+                return
+    sets = [
+        DataSet(part.manifest, part.split, store=config.data.store)
+        for part in as_mixture(config.data, config.global_batch_size)
+    ]
+    if config.data.tokenizer or any(data.whole.tokenizer for data in sets):
+        tokenizer = find_tokenizer(config.data, sets)
+    else:
+        log.info("no tokenizer named: training WordPiece on the reports")
+        tokenizer = train_wordpiece(corpus(config.data, config.global_batch_size), config.tokenizer_words)
+    temporary = path.with_name(f".{path.name}.tmp")
+    tokenizer.save(temporary)
+    os.replace(temporary, path)
+
+
+def _identity(config: TrainConfig, loader: Loader) -> dict[str, Any]:
+    """What decides what is learned: recipe, and the content of data and vocabulary wherever they lie."""
+    content = {"manifests_sha256": [data.whole.sha256 for data in loader.sets]}
+    tokenizer = loader.tokenizer
+    return {**config.identity(), **content, "tokenizer_sha256": tokenizer.sha256 if tokenizer is not None else None}
+
+
+def _evaluators(config: TrainConfig, engine: Engine, loader: Loader, world: World) -> list[Evaluator]:
+    """Validation loss always; zero-shot and retrieval on the held-out split where the task embeds both sides."""
+    splits = loader.sets[0].whole.splits
+    if config.data.validation is None and config.data.validation_split not in splits:
+        log.warning(
+            "no validation: the manifest has no split %r (it has %s)", config.data.validation_split, ", ".join(splits)
+        )
+        return []
+    batches = partial(loader.evaluate, batch_size=config.global_batch_size)
+    found = [validation_loss(engine, batches, world, limit=config.trainer.validation_batches)]
+    task = engine.task
+    tokenizer = loader.tokenizer
+    if tokenizer is None or not all(callable(getattr(task, name, None)) for name in ("embed_images", "embed_texts")):
+        return found
+    known: dict[str, Any] = {**prompts.NIH_PROMPTS, **prompts.PHANTOM_PROMPTS, **config.evaluation.prompts}
+    chosen = {label: known[label] for label in loader.labels if label in known}
+
+    def held_out(_state: TrainState) -> Iterator[tuple[str, float]]:
+        limited = partial(loader.evaluate, batch_size=config.global_batch_size, limit=EVALUATION_LIMIT)
+        with engine.evaluating() as model:
+            split = embed_split(model, limited(), world.device, parts=("image_embeds", "text_embeds"), world=world)
+            for name, value in Retrieval(Retrieval.Config(replicates=1)).run(split):
+                yield f"retrieval/{name}", value
+            if chosen:
+                zero_shot = ZeroShot(chosen, ZeroShot.Config(text_length=config.data.text_length, replicates=1))
+                for name, value in zero_shot.run(model, tokenizer, split, loader.labels, world.device):
+                    yield f"zero_shot/{name}", value
+
+    return [*found, held_out]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
