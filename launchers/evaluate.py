@@ -1,0 +1,355 @@
+"""Scores of a run's checkpoint on held-out patients: zero-shot AUC, retrieval, linear probe, each with its interval.
+
+Parses, embeds each split once, calls the evaluators, prints tables, writes `eval/<protocol>.json` and TensorBoard
+scalars into the run directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from configs.prompts import NIH_PROMPTS, PHANTOM_PROMPTS
+from core.evaluation.embed import EmbeddedSplit, embed_split
+from core.evaluation.probe import LinearProbe
+from core.evaluation.retrieval import Retrieval
+from core.evaluation.zero_shot import Prompts, ZeroShot, check_prompts
+from core.metrics import Metrics
+from core.world import World
+from launchers.past_run import PastRun, open_run
+from shards.errors import ConfigError, RoentgenError
+from shards.loader import Collator, DataSet, as_mixture, evaluation_batches
+from shards.store import open_store
+
+PROTOCOLS = (ZeroShot.protocol, Retrieval.protocol, LinearProbe.protocol)
+BUILT_IN_PROMPTS: dict[str, dict[str, list[str]]] = {**NIH_PROMPTS, **PHANTOM_PROMPTS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is evaluated. `data`: manifest, None for the run's own; `limit`: studies of each split, None for all."""
+
+    protocols: tuple[str, ...] = PROTOCOLS
+    data: str | None = None
+    split: str = "test"
+    prompts: Prompts | None = None
+    limit: int | None = None
+    probe_studies: int = 20_000  # of the training split; the probe gains little from more
+    batch_size: int = 96
+    threads: int = 0  # of the decoder; 0: all cores
+    replicates: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """`reports`: protocol -> what its evaluator says, ready for JSON; `figures`: TensorBoard name -> value."""
+
+    reports: dict[str, dict[str, Any]]
+    figures: dict[str, float]
+
+
+class Splits:
+    """Splits of one manifest through the run's encoders, each at most once for a set of parts."""
+
+    def __init__(self, run: PastRun, options: Options, progress: Callable[[str, int, int], None]) -> None:
+        self._run, self._options, self._progress = run, options, progress
+        config = run.config.data
+        self.url = options.data or config.validation or as_mixture(config, run.config.global_batch_size)[0].manifest
+        decode = replace(config.decode, threads=options.threads or os.cpu_count() or 1)
+        if decode.device == "mixed" and not torch.cuda.is_available():
+            decode = replace(decode, device="cpu")
+        self._config = replace(config, decode=decode)
+        self._sets: dict[str, DataSet] = {}
+        self.skipped: Counter[str] = Counter()
+        whole = self.open(options.split).whole
+        self.manifest, self.labels = whole, whole.labels
+
+    def open(self, split: str) -> DataSet:
+        """Raises ConfigError or DataError naming the manifest or the splits there are."""
+        if split not in self._sets:
+            self._sets[split] = DataSet(self.url, split, store=self._config.store)
+        return self._sets[split]
+
+    def embed(self, split: str, parts: set[str], limit: int | None = None) -> EmbeddedSplit:
+        """Studies without a usable report are left out only if `parts` has `text_embeds`."""
+        run, data = self._run, self.open(split)
+        collate = Collator(
+            self._config, run.tokenizer if "text_embeds" in parts else None, self.labels, run.config.seed
+        )
+        limits = [value for value in (limit, self._options.limit) if value is not None]
+        total = min([data.table.total, *limits])
+        batches = evaluation_batches(
+            data, collate, self._config, self._note, min(self._options.batch_size, total), total
+        )
+        done = 0
+
+        def advance(studies: int) -> None:
+            nonlocal done
+            done += studies
+            self._progress(f"{split}: {' '.join(sorted(parts))}", done, total)
+
+        return embed_split(
+            run.encoders, batches, run.device, parts=sorted(parts), autocast=run.autocast, on_batch=advance
+        )
+
+    def _note(self, event: Mapping[str, Any]) -> None:
+        if event.get("event") == "skip":
+            self.skipped[str(event.get("cause"))] += 1
+
+
+def evaluate(
+    run: PastRun, options: Options, progress: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> Evaluation:
+    """Run the protocols on one split. `progress(what, done, total)` is called on the way.
+
+    Raises:
+        ConfigError: unknown protocol, no prompts or no labels for the data. DataError: no such split, nothing usable.
+    """
+    unknown = [name for name in options.protocols if name not in PROTOCOLS]
+    if unknown:
+        raise ConfigError(f"--protocol {unknown[0]}: unknown; use {', '.join(PROTOCOLS)}")
+    splits = Splits(run, options, progress)
+    common: dict[str, Any] = {"seed": options.seed, "replicates": options.replicates}
+    parts = {
+        part
+        for protocol, part in ((ZeroShot.protocol, "image_embeds"), (LinearProbe.protocol, "features"))
+        if protocol in options.protocols
+    }
+    zero_shot = None
+    if ZeroShot.protocol in options.protocols:  # wrong prompts are said before minutes of embedding
+        prompts, source = choose_prompts(run, options.prompts, splits.labels)
+        zero_shot = ZeroShot(prompts, ZeroShot.Config(text_length=run.text_length, **common))
+    test: EmbeddedSplit | None = None
+    with_text: EmbeddedSplit | None = None
+    if Retrieval.protocol in options.protocols:
+        with_text = splits.embed(options.split, {"image_embeds", "text_embeds"} | parts)
+        test = with_text if not splits.skipped["empty report"] else None
+    skipped_with_text = dict(splits.skipped)
+    if test is None and parts:
+        splits.skipped.clear()
+        test = splits.embed(options.split, parts)
+    skipped = dict(splits.skipped)
+
+    reports: dict[str, dict[str, Any]] = {}
+    figures: dict[str, float] = {}
+
+    def take(evaluator: ZeroShot | Retrieval | LinearProbe, found: Iterator[tuple[str, float]]) -> dict[str, Any]:
+        figures.update({f"eval/{evaluator.protocol}/{name}": value for name, value in found})
+        reports[evaluator.protocol] = evaluator.report()
+        return reports[evaluator.protocol]
+
+    if zero_shot is not None and test is not None:
+        found = zero_shot.run(run.encoders, run.tokenizer, test, splits.labels, run.device, run.autocast)
+        take(zero_shot, found)["prompts_from"] = source
+    if with_text is not None:
+        retrieval = Retrieval(Retrieval.Config(**common))
+        take(retrieval, retrieval.run(with_text))
+    if LinearProbe.protocol in options.protocols and test is not None:
+        probe = LinearProbe(LinearProbe.Config(**common))
+        train = splits.embed(run.config.data.train_split, {"features"}, limit=options.probe_studies)
+        held_out = run.config.data.validation_split
+        validation = None
+        if held_out in splits.manifest.splits and held_out != options.split:
+            validation = splits.embed(held_out, {"features"})
+        fits = probe.run(
+            train, validation, test, splits.labels, lambda done, total: progress("probe: fits", done, total)
+        )
+        take(probe, fits)
+    for protocol, report in reports.items():
+        report |= {
+            "step": run.step,
+            "recipe": run.recipe,
+            "data": splits.url,
+            "manifest_sha256": splits.manifest.sha256,
+            "split": options.split,
+            "skipped": skipped_with_text if protocol == Retrieval.protocol else skipped,
+            "seed": options.seed,
+        }
+    return Evaluation(reports=reports, figures=figures)
+
+
+def choose_prompts(run: PastRun, given: Prompts | None, labels: Sequence[str]) -> tuple[Prompts, str]:
+    """(prompts, where they are from): those given, else for each label the recipe's, else the built-in ones."""
+    if given is not None:
+        return given, "--prompts"
+    recipe = run.config.evaluation.prompts
+    known: dict[str, Any] = {**BUILT_IN_PROMPTS, **recipe}
+    chosen = {name: known[name] for name in labels if name in known}
+    if not chosen:
+        raise ConfigError(
+            f"no prompts for the labels of this data ({', '.join(labels) or 'none'}); "
+            "give some with --prompts FILE.toml or evaluation.prompts in the recipe"
+        )
+    return chosen, "recipe" if set(chosen) <= set(recipe) else "configs/prompts.py"
+
+
+def read_prompts(path: str) -> Prompts:
+    """A TOML file with a table for each label: `positive = [...]` and, if wanted, `negative = [...]`."""
+    try:
+        with open(path, "rb") as file:
+            return check_prompts(tomllib.load(file))
+    except OSError as error:
+        raise ConfigError(f"--prompts {path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts {path}: not TOML ({error})") from None
+
+
+def write(run_dir: str, evaluation: Evaluation, step: int) -> list[str]:
+    """`eval/<protocol>.json` and TensorBoard scalars under `eval/tb` of the run directory; returns the names written.
+
+    A folder of its own: TensorBoard follows only the newest file of a folder, and training may still be writing its.
+    """
+    names = []
+    with open_store(run_dir) as store, tempfile.TemporaryDirectory(prefix="roentgen-eval-") as scratch:
+        for protocol, report in evaluation.reports.items():
+            names.append(f"eval/{protocol}.json")
+            store.put(names[-1], json.dumps(report, indent=1).encode() + b"\n")
+        metrics = Metrics(Path(scratch), World(), first_step=0)
+        metrics.scalars(step, evaluation.figures)
+        metrics.close()
+        for file in sorted((Path(scratch) / "tb").iterdir()):
+            store.put(f"eval/tb/{file.name}", file)
+    return names
+
+
+# ---- what is shown ----
+
+
+def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    """One table a protocol."""
+    for protocol, report in reports.items():
+        where = f"{report['split']} of {report['data']}, step {report['step']}"
+        if "directions" in report:
+            table = Table(
+                title=f"{protocol}: {report['studies']} studies, {report['distinct_reports']} reports, {where}"
+            )
+            table.add_column("query -> candidate")
+            names = [name for name in next(iter(report["directions"].values())) if name != "median_rank"]
+            for name in [*names, "median rank"]:
+                table.add_column(name.replace("r", "R@", 1) if name != "median rank" else name, justify="right")
+            for direction, found in report["directions"].items():
+                recalls = [_interval(found[name]) for name in names]
+                table.add_row(direction.replace("_", " "), *recalls, f"{found['median_rank']:g}")
+        else:
+            table = Table(title=f"{protocol}: AUC, {where}")
+            for name, justify in (("label", "left"), ("AUC", "right"), ("present", "right"), ("absent", "right")):
+                table.add_column(name, justify=justify)  # type: ignore[arg-type]
+            for label, found in report["labels"].items():
+                table.add_row(label, _interval(found), str(found["positives"]), str(found["negatives"]))
+            table.add_row("macro", _interval(report["macro"]), "", "", style="bold")
+        yield table
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    if estimate["value"] is None:
+        return "one class only"
+    bounds = "" if estimate["low"] is None else f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    return f"{estimate['value']:.3f}{bounds}"
+
+
+@contextmanager
+def _shown_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on a terminal; on anything else a line when a part is done."""
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+        started: dict[str, float] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what], started[what] = bars.add_task(what, total=total), time.monotonic()
+            bars.update(tasks[what], completed=done)
+            if done == total and not console.is_terminal:
+                console.print(f"{what}: {total} in {time.monotonic() - started[what]:.1f} s")
+
+        yield show
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description="Evaluate a run's checkpoint on held-out patients, with bootstrap intervals by patient.",
+        epilog="exit codes: 0 done, 2 bad arguments or configuration, 3 bad data or damaged checkpoint",
+    )
+    add = command.add_argument
+    add("--run-dir", required=True, metavar="DIR", help="run directory, folder or s3://")
+    add("--protocol", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS, help="default: all")
+    add("--checkpoint", default="latest", metavar="WHICH", help="latest, best or step-N")
+    add("--data", metavar="MANIFEST", help="manifest to evaluate on; default: the run's own")
+    add("--split", default="test")
+    add("--prompts", metavar="FILE", help="TOML: a table for each label with lists `positive` and `negative`")
+    add("--limit", type=_positive, metavar="N", help="first N studies of each split only")
+    add("--batch-size", type=_positive, default=96, metavar="N")
+    add("--replicates", type=_positive, default=1000, metavar="N", help="of the bootstrap")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--device", help="cpu or cuda; default: a GPU if there is one")
+    add("--json", metavar="FILE", help="write all reports into one file as well")
+    return command
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    console = Console(highlight=False)
+    try:
+        options = Options(
+            protocols=tuple(arguments.protocol),
+            data=arguments.data,
+            split=arguments.split,
+            prompts=read_prompts(arguments.prompts) if arguments.prompts else None,
+            limit=arguments.limit,
+            batch_size=arguments.batch_size,
+            replicates=arguments.replicates,
+            seed=arguments.seed,
+        )
+        device = torch.device(arguments.device) if arguments.device else None
+        with open_run(arguments.run_dir, arguments.checkpoint, device) as run:
+            with _shown_progress() as progress:
+                evaluation = evaluate(run, options, progress)
+            names = write(arguments.run_dir, evaluation, run.step)
+        for table in tables(evaluation.reports):
+            console.print(table)
+        for protocol, report in evaluation.reports.items():
+            if report["skipped"]:
+                causes = ", ".join(f"{count} {cause}" for cause, count in sorted(report["skipped"].items()))
+                console.print(f"{protocol}: studies left out: {causes}", soft_wrap=True)
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(evaluation.reports, indent=1) + "\n")
+        console.print(f"written to {arguments.run_dir}: {', '.join(names)}, eval/tb", soft_wrap=True)
+    except RoentgenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; free space or choose another place", file=sys.stderr)
+        return ConfigError.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
