@@ -710,7 +710,7 @@ class _Bucket:
     def _call(self, name: str, operation: str, **arguments: Any) -> dict[str, Any]:
         try:
             return getattr(self._client, operation)(Bucket=self._bucket, **arguments)
-        except (ClientError, BotoCoreError, TransportError, OSError) as error:
+        except (ClientError, BotoCoreError, ResponseParserError, TransportError, OSError) as error:
             raise self._error(name, error) from None
 
     def check(self, attempt: int) -> None:

@@ -276,6 +276,7 @@ class TestS3Configuration:
             ((403, "ExpiredToken", "no"), "AWS_SESSION_TOKEN"),
             ((404, "404", "a web server"), "not like S3"),
             ((400, "Whatever", "no"), "400 Whatever"),
+            ((200, "<br>", "a web page"), "not answer like S3"),
         ],
     )
     def test_refusals(
