@@ -453,9 +453,9 @@ class Checkpoints:
             self._settled()
         else:
             self._mirror.push(name)
-        self._on_event(
-            {"event": "save", "step": state.step, "checkpoint": name, "seconds": round(time.monotonic() - started, 3)}
-        )
+        if self.world.is_first:
+            seconds = round(time.monotonic() - started, 3)
+            self._on_event({"event": "save", "step": state.step, "checkpoint": name, "seconds": seconds})
         self._prune()
         return True
 
@@ -513,7 +513,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
         cause = (failures[0].strerror or str(failures[0])) if failures else "another rank could not write"
         self._failed_saves += 1
-        self._on_event({"event": "save_failed", "step": state.step, "cause": cause})
+        if failures or self.world.is_first:
+            self._on_event({"event": "save_failed", "step": state.step, "cause": cause})
         message = f"{self.folder}: step {state.step} could not be saved ({cause})"
         if final or self._failed_saves >= MOST_FAILED_SAVES:
             times = f", {self._failed_saves} times in a row" if self._failed_saves > 1 else ""

@@ -172,6 +172,8 @@ def _import_deepspeed() -> Any:
         # Its own version cannot send scalars (`view(torch.uint8)` of a tensor without dimensions).
         deepspeed.runtime.engine.DeepSpeedEngine._broadcast_model = _broadcast_weights
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls collectives by names that torch has begun to rename, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     return deepspeed
 
 
@@ -544,6 +546,8 @@ class Engine:
         try:
             with _quiet():
                 self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+            for script in folder.parent.glob("zero_to_*.py"):  # its own tools, which weights.safetensors replaces
+                script.unlink(missing_ok=True)
         finally:
             writer.save = original
         return failures

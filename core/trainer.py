@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 SKIP_WINDOW_SLOTS = 10_000
 EVALUATION_METRIC = "eval/validation/loss"
+SHOWN_FIGURES = ("loss", "macro", "image_to_text_r1", "text_to_image_r1")  # on the screen; TensorBoard has all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +159,7 @@ def train(
     best = checkpoints.best()
     saved_step = state.step if state.step else None
     if state.step >= config.steps:
+        progress.say(f"nothing to do: step {state.step} of {config.steps} is reached")
         return 0
     with contextlib.closing(loader.start(state.step)) as run:
         while state.step < config.steps:
@@ -234,8 +236,9 @@ def _evaluate(
         for name, value in evaluator(state):
             figures[f"eval/{name}"] = value
     metrics.scalars(state.step, figures)
-    if figures:
-        progress.say("  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    shown = [name for name in figures if name.rsplit("/", 1)[-1] in SHOWN_FIGURES]
+    if shown:
+        progress.say("  ".join(f"{name.removeprefix('eval/')} {figures[name]:.4f}" for name in shown))
     return figures
 
 

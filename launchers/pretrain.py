@@ -184,7 +184,8 @@ def _run(config: TrainConfig, run_dir: str, allow_changed: Sequence[str], world:
             metrics.close()
             if uploader is not None:
                 uploader.close()
-        events.write({"event": "end", "code": code})
+        if world.is_first:
+            events.write({"event": "end", "code": code})
         return code
     except RoentgenError as error:
         event: dict[str, Any] = {"event": "error", "kind": type(error).__name__, "message": str(error)}
