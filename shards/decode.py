@@ -209,18 +209,21 @@ class Decoder:
         contrast = np.asarray(parameters.contrast, dtype=np.float64)
         gamma = np.asarray(parameters.gamma, dtype=np.float64)
         exposed = (window[:, 0] != 0) | (window[:, 1] != white) | (brightness != 1) | (contrast != 1)
+        # Window, contrast and brightness are one straight line, and so is normalisation where no power comes between:
+        # brightness * (0.5 + contrast * ((x - low) / (high - low) - 0.5)).
         span = window[:, 1] - window[:, 0]
+        gain = brightness * contrast / np.where(span == 0, 1.0, span)
+        shift = brightness * (0.5 - 0.5 * contrast) - gain * window[:, 0]
+        mean, std = np.where(gamma == 1, self.config.mean, 0.0), np.where(gamma == 1, self.config.std, 1.0)
         batch.arguments = {
             name: np.ascontiguousarray(value, dtype=np.float32)
             for name, value in {
                 "roi_start": source_start,
                 "roi_end": source_end,
                 "size": target_end - target_start,
-                "black": window[:, 0],
-                "per_value": 1.0 / np.where(span == 0, 1.0, span),
+                "gain": gain / std,
+                "shift": (shift - mean) / std,
                 "gamma": gamma,
-                "factor": brightness * contrast,
-                "offset": brightness * (0.5 - 0.5 * contrast),
                 "matrix": np.stack([_rotation(degrees, size) for degrees in angle]) if views else np.empty((0, 2, 3)),
             }.items()
         }
@@ -368,9 +371,6 @@ class Decoder:
             names.append(name)
             return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
-        def scalar(name: str) -> Any:  # for arithmetic, whose operands must share a device
-            return argument(name, 0).gpu() if self._mixed else argument(name, 0)
-
         names.append("encoded")
         encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1, no_copy=True)
         stored: Any = fn.decoders.image(  # [rows, columns, 1], uint8 or uint16
@@ -389,18 +389,34 @@ class Decoder:
             interp_type=types.DALIInterpType.INTERP_LINEAR,
             antialias=True,
         )
-        white = 255.0 if operations.bits == 8 else 65535.0
-        if not (operations.padded or operations.exposed or operations.gamma or operations.rotated):
-            output = fn.crop_mirror_normalize(
+        # Value of black, also where no image is; and of white, after normalisation.
+        black, white = -config.mean / config.std, (1.0 - config.mean) / config.std
+        full_scale = 255.0 if operations.bits == 8 else 65535.0
+        shown: Any
+        if operations.exposed or operations.gamma:
+            if operations.bits == 16:  # which the next operator does not take
+                image = fn.cast(image, dtype=types.DALIDataType.FLOAT)
+            shown = fn.brightness_contrast(  # gain * value + shift
                 image,
-                mean=[config.mean * white],
-                std=[config.std * white],
+                brightness=argument("gain", 0),
+                brightness_shift=argument("shift", 0),
                 dtype=types.DALIDataType.FLOAT,
-                output_layout="CHW",
             )
-            return output, tuple(names)
-
-        shown: Any = dali_math.clamp((image - scalar("black")) * scalar("per_value"), 0.0, 1.0)
+            if operations.gamma:
+                gamma = argument("gamma", 0)
+                if self._mixed:  # the operands of arithmetic must share a device
+                    gamma = gamma.gpu()
+                shown = (dali_math.pow(dali_math.clamp(shown, 0.0, 1.0), gamma) - config.mean) * (1.0 / config.std)
+            else:
+                shown = dali_math.clamp(shown, black, white)
+        else:
+            shown = fn.crop_mirror_normalize(
+                image,
+                mean=[config.mean * full_scale],
+                std=[config.std * full_scale],
+                dtype=types.DALIDataType.FLOAT,
+                output_layout="HWC",
+            )
         if operations.padded:
             shown = fn.slice(
                 shown,
@@ -408,17 +424,16 @@ class Decoder:
                 shape=(config.image_size, config.image_size),
                 axes=(0, 1),
                 out_of_bounds_policy="pad",
-                fill_values=0.0,
+                fill_values=black,
             )
         if operations.rotated:
             shown = fn.warp_affine(
-                shown, matrix=argument("matrix", 2), fill_value=0.0, interp_type=types.DALIInterpType.INTERP_LINEAR
+                shown,
+                matrix=argument("matrix", 2),
+                fill_value=black,
+                interp_type=types.DALIInterpType.INTERP_LINEAR,
             )
-        if operations.gamma:
-            shown = dali_math.pow(shown, scalar("gamma"))
-        if operations.exposed:
-            shown = dali_math.clamp(shown * scalar("factor") + scalar("offset"), 0.0, 1.0)
-        output = fn.reshape((shown - config.mean) * (1.0 / config.std), layout="CHW", shape=[1, -1, config.image_size])
+        output = fn.reshape(shown, layout="CHW", shape=[1, -1, config.image_size])  # [H, W, 1] -> [1, H, W]
         return output, tuple(names)
 
 
@@ -430,11 +445,9 @@ _BLANK_ARGUMENTS: dict[str, np.ndarray] = {
     "size": np.full((1, 2), 8, np.float32),
     "anchor": np.zeros((1, 2), np.int32),
     "matrix": np.array([[[1, 0, 0], [0, 1, 0]]], np.float32),
-    "black": np.zeros(1, np.float32),
-    "per_value": np.ones(1, np.float32),
+    "gain": np.ones(1, np.float32),
+    "shift": np.zeros(1, np.float32),
     "gamma": np.ones(1, np.float32),
-    "factor": np.ones(1, np.float32),
-    "offset": np.zeros(1, np.float32),
 }
 
 

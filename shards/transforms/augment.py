@@ -21,8 +21,8 @@ class ViewParameters:
     `crop` [V, 4] float64: left, top, width, height as fractions of the fitted region (the centre square for fit "crop",
     the padded square for "pad", the whole image for "stretch").
     `angle_degrees` [V] float64: counter-clockwise as displayed, about the centre; corners that open up are black.
-    `brightness`, `contrast`, `gamma` [V] float64: on window-normalised values v in [0, 1], in this order:
-    v ** gamma, then brightness * (0.5 + contrast * (v - 0.5)), then the clip to [0, 1].
+    `brightness`, `contrast`, `gamma` [V] float64: of v = 0 at the window's black and 1 at its white, in this order:
+    brightness * (0.5 + contrast * (v - 0.5)), the clip to [0, 1], then v ** gamma.
     """
 
     crop: np.ndarray
@@ -45,10 +45,12 @@ class Config:
 
     crop_area_fraction: tuple[float, float] = (0.6, 1.0)
     crop_aspect_ratio: float = 4 / 3  # width over height lies in [1 / this, this]
-    rotation_degrees: float = 10.0  # angle in [-this, this]
+    rotation_degrees: float = (
+        10.0  # angle in [-this, this]; on CPU any rotation costs as much as decoding a 512-px JPEG
+    )
     brightness_fraction: float = 0.1  # factor in [1 - this, 1 + this]
     contrast_fraction: float = 0.1  # factor in [1 - this, 1 + this]
-    gamma_ratio: float = 1.0  # exponent in [1 / this, this]; 1 spares the power, the costliest operation of the graph
+    gamma_ratio: float = 1.0  # exponent in [1 / this, this]; 1 spares the power
 
     def __post_init__(self) -> None:
         smallest, largest = self.crop_area_fraction

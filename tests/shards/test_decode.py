@@ -112,6 +112,9 @@ def test_pad_is_black_whatever_the_window():
     image = encode(np.full((40, 80), 200, np.uint8))
     shown = one(image, options={"fit": "pad"}, window=(100.0, 250.0))
     assert (shown[:10] == 0).all() and (shown[-10:] == 0).all() and np.allclose(shown[14:34], 2 / 3, atol=1e-5)
+    for change in ({}, {"angle_degrees": 5}, {"brightness": 0.9}, {"gamma": 1.1}):
+        shown = one(image, options={"fit": "pad", "mean": 0.5, "std": 0.25}, **change)
+        assert np.allclose(shown[0], -2, atol=1e-6) and shown[24, 24] > 0
 
 
 def test_crop_parameters():
@@ -137,8 +140,16 @@ def test_exposure():
     image = encode(picture(6))
     plain = one(image)
     shown = one(image, brightness=1.1, contrast=0.8, gamma=1.2)
-    expected = np.clip(1.1 * (0.5 + 0.8 * (plain.astype(np.float64) ** 1.2 - 0.5)), 0, 1)
+    expected = np.clip(1.1 * (0.5 + 0.8 * (plain.astype(np.float64) - 0.5)), 0, 1) ** 1.2
+
     assert np.abs(shown - expected).max() < 1e-4
+    # The window is no clip of its own: dimming brings back what it cut, as a wider window would.
+    dimmed = one(image, window=(0.0, 127.5), brightness=0.5)
+    assert np.abs(dimmed - plain).max() < 1e-4
+    normalised = one(image, brightness=1.1, contrast=0.8, gamma=1.2, options={"mean": 0.4, "std": 0.2})
+    assert np.abs(normalised - (expected - 0.4) / 0.2).max() < 1e-3
+    normalised = one(image, brightness=1.1, contrast=0.8, options={"mean": 0.4, "std": 0.2})
+    assert np.abs(normalised - (expected ** (1 / 1.2) - 0.4) / 0.2).max() < 1e-3
 
 
 def mixed_batch() -> tuple[list[bytes], augment.ViewParameters, np.ndarray, np.ndarray]:
