@@ -17,6 +17,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import google_crc32c
@@ -724,6 +725,9 @@ def expand_urls(patterns: Sequence[str]) -> list[str]:
             raise ConfigError("pipe: URLs run a shell and are refused; give a path or s3:// URL")
         for url in braceexpand(pattern):
             root, name = split_url(url)
+            if not root.startswith("s3://"):  # a manifest must not depend on where it was made from
+                root = str(Path(root).resolve())
+                url = f"{root}/{name}"
             if not set("*?[") & set(name):
                 urls.append(url)
                 continue

@@ -13,6 +13,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import tarfile
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -275,6 +276,7 @@ def plan_digest(source: Source, splits: Mapping[str, Sequence[Item]], config: Wr
 
 def _work(connection: Connection, source: Source) -> None:
     """Loop of a worker process; ends when the pipe closes, so that it never outlives a killed parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it
     while True:
         try:
             item = connection.recv()

@@ -227,6 +227,11 @@ def test_patterns(foreign: Path) -> None:
         expand_urls([f"{foreign}/000.tar", f"{foreign}/*.tar"])
 
 
+def test_relative_paths_become_absolute(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(foreign)
+    assert expand_urls(["000.tar", "./00[12].tar"]) == [str(foreign / f"{i:03d}.tar") for i in range(3)]
+
+
 def test_no_sample_at_all(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("a.txt", b"x")])
     with pytest.raises(DataError, match="no sample in any of the adopted tars"):
