@@ -240,19 +240,21 @@ def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
             table = Table(
                 title=f"{protocol}: {report['studies']} studies, {report['distinct_reports']} reports, {where}"
             )
-            table.add_column("query -> candidate")
-            names = [name for name in next(iter(report["directions"].values())) if name != "median_rank"]
-            for name in [*names, "median rank"]:
-                table.add_column(name.replace("r", "R@", 1) if name != "median rank" else name, justify="right")
-            for direction, found in report["directions"].items():
-                recalls = [_interval(found[name]) for name in names]
-                table.add_row(direction.replace("_", " "), *recalls, f"{found['median_rank']:g}")
+            table.add_column("")
+            for direction in report["directions"]:
+                table.add_column(direction.replace("_", " "), justify="right")
+            found = list(report["directions"].values())
+            for name in found[0]:
+                if name == "median_rank":
+                    table.add_row("median rank", *(f"{one[name]:g}" for one in found))
+                else:
+                    table.add_row(f"R@{name.removeprefix('r')}", *(_interval(one[name]) for one in found))
         else:
             table = Table(title=f"{protocol}: AUC, {where}")
             for name, justify in (("label", "left"), ("AUC", "right"), ("present", "right"), ("absent", "right")):
                 table.add_column(name, justify=justify)  # type: ignore[arg-type]
-            for label, found in report["labels"].items():
-                table.add_row(label, _interval(found), str(found["positives"]), str(found["negatives"]))
+            for label, area in report["labels"].items():
+                table.add_row(label, _interval(area), str(area["positives"]), str(area["negatives"]))
             table.add_row("macro", _interval(report["macro"]), "", "", style="bold")
         yield table
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 
 from configs import schema
@@ -211,15 +210,15 @@ def save(batch: Batch, path: Path) -> None:
 
 def show(result: Replay, console: Console, *, every_row: bool) -> None:
     """Rows, hashes, then what the run recorded and what differs."""
-    table = Table(title=f"batch of step {result.step}: {len(result.rows)} slots")
-    for name in ("slot", "set", "epoch", "unit", "shard", "key", ""):
-        table.add_column(name, justify="right" if name in ("slot", "set", "epoch", "unit") else "left")
     shown = result.rows if every_row else result.rows[:ROWS_SHOWN]
     valid = result.batch["valid"].tolist()
+    width = max(len("shard"), *(len(row.shard) for row in shown))
+    console.print(f"batch of step {result.step}: {len(result.rows)} slots")
+    console.print(f"slot  set  epoch      unit  {'shard':{width}}  key", style="bold")
     for slot, row in enumerate(shown):
-        cause = "" if valid[slot] else f"void: {result.void.get(f'{row.shard}/{row.key}', 'see events.jsonl')}"
-        table.add_row(str(slot), str(row.set_index), str(row.epoch), str(row.unit), row.shard, row.key, cause)
-    console.print(table)
+        cause = "" if valid[slot] else f"  void: {result.void.get(f'{row.shard}/{row.key}', 'see events.jsonl')}"
+        place = f"{slot:4}  {row.set_index:3}  {row.epoch:5}  {row.unit:8}"
+        console.print(f"{place}  {row.shard:{width}}  {row.key}{cause}", markup=False)
     if len(shown) < len(result.rows):
         console.print(f"... and {len(result.rows) - len(shown)} more; --all shows them")
     console.print(f"void slots: {len(valid) - sum(valid)}")

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launchers import evaluate
+from shards.manifest import Manifest
+from shards.store import open_store
+from tests.launchers.past_runs import STEP, make_run, pack
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(scope="module")
+def run_dir(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "a", manifest)
+
+
+def test_all_protocols_are_printed_and_written(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = tmp_path / "all.json"
+    options = ["--batch-size", "16", "--replicates", "50", "--device", "cpu", "--json", str(reports)]
+    assert evaluate.main(["--run-dir", str(run_dir), *options]) == 0
+    shown = capsys.readouterr()
+    assert "macro" in shown.out and "R@10" in shown.out and "test: features" in shown.err
+    assert "1 empty report" in shown.out
+    found = json.loads(reports.read_text())
+    assert set(found) == {"zero_shot", "retrieval", "linear_probe"}
+    for protocol in found:
+        assert json.loads((run_dir / "eval" / f"{protocol}.json").read_text()) == found[protocol]
+        assert found[protocol]["step"] == STEP and found[protocol]["split"] == "test"
+    assert list((run_dir / "eval" / "tb").iterdir())
+    # The study without a report counts wherever no text is needed.
+    assert found["zero_shot"]["studies"] == 40 and found["retrieval"]["studies"] == 39
+    assert found["retrieval"]["skipped"] == {"empty report": 1} and found["zero_shot"]["skipped"] == {}
+    assert found["zero_shot"]["prompts_from"] == "configs/prompts.py"
+    probe = found["linear_probe"]
+    assert probe["labels"]["effusion"]["value"] > 0.9  # half of the image is brighter
+    assert probe["studies"] == {"train": 60, "validation": 24, "test": 40}
+    assert probe["labels_not_fitted"] == ["nodule"]
+
+
+def test_prompts_file_and_limit(run_dir: Path, tmp_path: Path) -> None:
+    prompts, reports = tmp_path / "prompts.toml", tmp_path / "out.json"
+    prompts.write_text('[effusion]\npositive = ["Left effusion."]\nnegative = ["Clear."]\n')
+    options = ["--prompts", str(prompts), "--limit", "12", "--replicates", "20", "--json", str(reports)]
+    assert evaluate.main(["--run-dir", str(run_dir), "--protocol", "zero_shot", "--checkpoint", "best", *options]) == 0
+    report = json.loads(reports.read_text())["zero_shot"]
+    assert report["studies"] == 12 and report["prompts"] == {"effusion": {"positive": 1, "negative": 1}}
+    assert report["labels_without_prompts"] == ["nodule"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--run-dir", "nowhere"], 2, "nowhere"),
+        (["--split", "exam"], 3, "split 'exam' has no shard; this manifest has test, train, validation"),
+        (["--checkpoint", "step-9"], 2, "steps at hand: 4"),
+        (["--checkpoint", "../x"], 2, "names no checkpoint"),
+        (["--data", "missing/manifest.json"], 2, "missing"),
+        (["--prompts", "missing.toml"], 2, "cannot be read"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: int, message: str
+) -> None:
+    assert evaluate.main(["--run-dir", str(run_dir), *options]) == code
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_labels_without_any_prompt_are_named_before_anything_is_embedded(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "BUILT_IN_PROMPTS", {})
+    run_dir = make_run(tmp_path / "run", manifest)
+    assert evaluate.main(["--run-dir", str(run_dir)]) == 2
+    shown = capsys.readouterr().err
+    assert "no prompts for the labels of this data (effusion, nodule)" in shown and "test:" not in shown
+
+
+def test_a_changed_weight_file_is_refused(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    weights = copy / "checkpoints" / f"step-{STEP}" / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert evaluate.main(["--run-dir", str(copy)]) == 3
+    assert "differs from its checksum" in capsys.readouterr().err
+
+
+def test_run_and_data_in_a_bucket(
+    bucket: str, run_dir: Path, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_store(bucket) as store:
+        for path in sorted(path for path in run_dir.rglob("*") if path.is_file() and "eval" not in path.parts):
+            store.put(f"run/{path.relative_to(run_dir).as_posix()}", path)
+        for path in sorted(manifest.parent.iterdir()):
+            store.put(f"data/{path.name}", path)
+        options = ["--data", f"{bucket}/data/manifest.json", "--protocol", "zero_shot", "--replicates", "20"]
+        assert evaluate.main(["--run-dir", f"{bucket}/run", *options]) == 0
+        report = json.loads(store.get("run/eval/zero_shot.json"))
+        assert report["manifest_sha256"] == Manifest.from_bytes(manifest.read_bytes()).sha256
+        assert store.list("run/eval/tb/")
+        assert evaluate.main(["--run-dir", f"{bucket}/run", "--checkpoint", "step-9"]) == 2
+    assert "there are step-4" in capsys.readouterr().err
