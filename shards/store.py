@@ -567,7 +567,7 @@ def open_store(
             store.close()
             if isinstance(error.__cause__, TransientError) and error.__cause__.cause == "connect":
                 raise ConfigError(
-                    f"{text}: nothing answers at {bucket.endpoint} ({error.__cause__.detail}); start the server, or"
+                    f"{text}: no S3 server at {bucket.endpoint} ({error.__cause__.detail}); start the server, or"
                     " correct AWS_ENDPOINT_URL, the region or the network"
                 ) from None
             raise
@@ -880,6 +880,9 @@ class _Bucket:
         head = error.operation_name.startswith("Head")
         if code in _THROTTLED or status in (429, 503):
             return TransientError("throttled", f"{status} {code}")
+        if status >= 500 and code == str(status) and not head and error.operation_name != "GetObject":
+            # botocore says so too of a page that is no XML: a gateway in passing, a web server always.
+            return TransientError("connect", f"{self.endpoint} does not answer like S3")
         if code in _TRANSIENT or (status >= 500 and status not in (501, 505)):
             return TransientError("server", f"{status} {code}")
         if code in ("RequestTimeTooSkewed", "RequestExpired"):

@@ -13,8 +13,8 @@ QUICK = Store.Config(
     connections=6,
     part_bytes=1 << 20,
     connect_timeout_s=2.0,
-    stall_timeout_s=0.4,
-    read_timeout_s=0.8,
+    stall_timeout_s=0.6,
+    read_timeout_s=1.2,
     retry_limit_s=30.0,
 )
 
