@@ -12,16 +12,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
-import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import Tensor
 
 from shards.batch import StudyRecord
 from shards.errors import ConfigError, EmptyReportError
+
+if TYPE_CHECKING:  # training a vocabulary needs no torch, which takes seconds to import
+    from torch import Tensor
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -86,6 +87,8 @@ class Tokenizer:
         A text that is too long loses its end, never the closing special token. Raises ConfigError where `max_length`
         leaves no room for a token of the text.
         """
+        import torch
+
         room = max_length - len(self.prefix) - len(self.suffix)
         if room < 1:
             raise ConfigError(
