@@ -15,6 +15,8 @@ import hashlib
 import io
 import logging
 import os
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -53,6 +55,8 @@ OWNED_OPTIONS = (
     "zero_force_ds_cpu_optimizer",
     "checkpoint.load_universal",
 )
+# What DeepSpeed imports of its Muon optimizer while it runs another.
+MUON_NAMES = {"muon_optimizer": ("MuonWithAuxAdam",), "original_muon": ("muon_update",)}
 NAMED_SAMPLES = 8  # sample ids spelt out in an error line; the rest goes to events.jsonl
 
 
@@ -171,6 +175,12 @@ def _import_deepspeed() -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Its own version cannot send scalars (`view(torch.uint8)` of a tensor without dimensions).
         deepspeed.runtime.engine.DeepSpeedEngine._broadcast_model = _broadcast_weights
+        # To tell that our AdamW is not its Muon it would import torch's compiler: three seconds at every start.
+        # (`optimizer` is the engine's, so Muon cannot be asked for.)
+        for module, names in MUON_NAMES.items():
+            stand_in = types.ModuleType(f"deepspeed.runtime.zero.muon.{module}")
+            vars(stand_in).update({name: type(name, (), {}) for name in names})
+            sys.modules.setdefault(stand_in.__name__, stand_in)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It calls collectives by names that torch has begun to rename, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
