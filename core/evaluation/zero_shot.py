@@ -69,7 +69,8 @@ class ZeroShot:
                 f"there are some for {', '.join(self.prompts) or 'nothing'}: give others with --prompts"
             )
         directions = self._directions(task, tokenizer, scored, device, autocast)  # [E, K]
-        scores = (split.need("image_embeds") @ directions).numpy().astype(np.float64)  # [n, K]
+        # In NumPy, since a caller's autocast would make a product of tensors bfloat16.
+        scores = split.need("image_embeds").numpy().astype(np.float64) @ directions.numpy().astype(np.float64)  # [n, K]
         truth = split.labels[:, [list(labels).index(name) for name in scored]].numpy()
         areas = areas_under_curve(
             scores, truth, split.patient_key.numpy(), scored,
