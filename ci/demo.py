@@ -93,6 +93,7 @@ class Demo:
         self._launch(
             f"pre-training {RECIPE} on {RANKS} processes, ZeRO 2",
             str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(RANKS),
+            "--log_level", "warning",
             "launchers/pretrain.py", "--recipe", RECIPE, "--run-dir", str(self.run), "--set", *overrides,
             DS_ACCELERATOR="cpu", OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // RANKS)),
         )  # fmt: skip

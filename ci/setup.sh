@@ -45,11 +45,6 @@ if ! { [ -x .venv/bin/python ] && new_enough .venv/bin/python; }; then
 fi
 rm -f "$stamp"
 
-# DeepSpeed compiles one small C++ extension on first use; better said now than after ten minutes of downloads.
-command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler (${CXX:-c++}); DeepSpeed builds its shared-memory collective with it; on Debian or Ubuntu: apt-get install g++"
-.venv/bin/python -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' ||
-  fail "Python.h is missing; DeepSpeed's C++ extension needs it; on Debian or Ubuntu: apt-get install python3-dev"
-
 say "installing $(grep -c '==' "$lock") pinned packages (about 4 GB on disk, one to two minutes)"
 install() { # what it is, pip arguments...
   local what=$1
@@ -61,20 +56,5 @@ install() { # what it is, pip arguments...
 }
 install "$lock" -r "$lock"
 install "this repository" --no-deps --no-build-isolation -e .
-say "packages ready after $((SECONDS - started)) s"
-
-# The lock a killed compiler leaves behind would make every later run wait for ever; a live build holds it for two
-# minutes at most.
-extensions=${TORCH_EXTENSIONS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/torch_extensions}
-if [ -d "$extensions" ]; then
-  find "$extensions" -path '*deepspeed_shm_comm*' -name lock -mmin +10 -delete
-fi
-say "DeepSpeed's shared-memory collective: about 75 s the first time, then cached in $extensions"
-build() { PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu .venv/bin/python - >.venv/deepspeed-build.log 2>&1; }
-build <<'EOF' || { tail -n 20 .venv/deepspeed-build.log >&2 && fail "it did not compile; the whole log is .venv/deepspeed-build.log"; }
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-ShareMemCommBuilder().load(verbose=True)
-EOF
 wanted >"$stamp"
 say "done in $((SECONDS - started)) s"
