@@ -254,7 +254,8 @@ def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
             for name, justify in (("label", "left"), ("AUC", "right"), ("present", "right"), ("absent", "right")):
                 table.add_column(name, justify=justify)  # type: ignore[arg-type]
             for label, area in report["labels"].items():
-                table.add_row(label, _interval(area), str(area["positives"]), str(area["negatives"]))
+                counted = "" if label in report["macro_over"] else " (not in macro)"
+                table.add_row(label + counted, _interval(area), str(area["positives"]), str(area["negatives"]))
             table.add_row("macro", _interval(report["macro"]), "", "", style="bold")
         yield table
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from shards import keyed
 
 # Elements of the largest temporary array, replicates x studies in float32: 16 MB.
 BLOCK_ELEMENTS = 4 << 20
+# With fewer patients of a class an AUC is an anecdote and its bootstrap interval too narrow.
+LEAST_PATIENTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class AreasUnderCurve:
-    """AUC of several labels: `labels[k]` its estimate, `macro` the mean over labels that have both classes.
+    """AUC of several labels: `labels[k]` its estimate, `macro` the mean over the labels `macro_over`.
 
     `samples [R, K]` holds the bootstrap replicates, NaN where undefined.
     """
@@ -59,11 +61,12 @@ class AreasUnderCurve:
     names: tuple[str, ...]
     labels: tuple[Estimate, ...]
     macro: Estimate
+    macro_over: tuple[str, ...]
     samples: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
         labels = {name: estimate.to_json() for name, estimate in zip(self.names, self.labels, strict=True)}
-        return {"macro": self.macro.to_json(), "labels": labels}
+        return {"macro": self.macro.to_json(), "macro_over": list(self.macro_over), "labels": labels}
 
 
 def area_under_curve(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -84,8 +87,9 @@ def areas_under_curve(
 ) -> AreasUnderCurve:
     """AUC per label and macro average. `scores [n, K]`; `truth [n, K]`: 1, 0, anything else is left out.
 
-    The macro average is over labels with both classes in the data. A rare label that a replicate leaves without
-    positives is left out of that replicate's average.
+    The macro average is over the labels with LEAST_PATIENTS patients of either class (over all that have both classes,
+    where none has so many); the others are given without interval. A label that a replicate leaves without positives is
+    left out of that replicate's average.
     """
     scores, truth = np.asarray(scores, dtype=np.float64), np.asarray(truth)
     assert scores.shape == truth.shape == (len(patient_key), len(names)), (scores.shape, truth.shape, len(names))
@@ -104,20 +108,23 @@ def areas_under_curve(
         for k in np.flatnonzero(np.isfinite(values)).tolist():
             samples[block, k] = rankings[k].areas(counts[patient_of[k]])
     estimates = []
-    for k, rows in enumerate(annotated.T):
+    for k, members in enumerate(patient_of):
+        fewest = min(len(np.unique(members[rows])) for rows in (rankings[k].positive, rankings[k].negative))
         positives = len(rankings[k].positive)
-        estimates.append(
-            _estimate(
-                values[k], samples[:, k], level,
-                positives=positives, negatives=int(rows.sum()) - positives, patients=len(np.unique(patient_of[k])),
-            )
+        estimate = _estimate(
+            values[k], samples[:, k], level,
+            positives=positives, negatives=len(members) - positives, patients=len(np.unique(members)),
         )  # fmt: skip
-    defined = np.isfinite(values)
-    macro = float(values[defined].mean()) if defined.any() else math.nan
+        estimates.append(estimate if fewest >= LEAST_PATIENTS else replace(estimate, low=math.nan, high=math.nan))
+    counted = np.array([math.isfinite(estimate.low) for estimate in estimates])
+    if not counted.any():
+        counted = np.isfinite(values)
+    macro = float(values[counted].mean()) if counted.any() else math.nan
     return AreasUnderCurve(
         names=tuple(names),
         labels=tuple(estimates),
-        macro=_estimate(macro, _mean_of_defined(samples), level, patients=len(patients)),
+        macro=_estimate(macro, _mean_of_defined(samples[:, counted]), level, patients=len(patients)),
+        macro_over=tuple(name for name, counts in zip(names, counted, strict=True) if counts),
         samples=samples,
     )
 
@@ -138,15 +145,18 @@ def paired_difference(
     a = areas_under_curve(first, truth, patient_key, names, **options)  # type: ignore[arg-type]
     b = areas_under_curve(second, truth, patient_key, names, **options)  # type: ignore[arg-type]
     samples = a.samples - b.samples
-    labels = tuple(
-        _estimate(
+    counted = [name in a.macro_over for name in a.names]
+    labels = []
+    for k, (one, two) in enumerate(zip(a.labels, b.labels, strict=True)):
+        estimate = _estimate(
             one.value - two.value, samples[:, k], level,
             positives=one.positives, negatives=one.negatives, patients=one.patients,
-        )
-        for k, (one, two) in enumerate(zip(a.labels, b.labels, strict=True))
-    )  # fmt: skip
-    macro = _estimate(a.macro.value - b.macro.value, _mean_of_defined(samples), level, patients=a.macro.patients)
-    return AreasUnderCurve(names=a.names, labels=labels, macro=macro, samples=samples)
+        )  # fmt: skip
+        labels.append(estimate if math.isfinite(one.low) else replace(estimate, low=math.nan, high=math.nan))
+    macro = _estimate(
+        a.macro.value - b.macro.value, _mean_of_defined(samples[:, counted]), level, patients=a.macro.patients
+    )
+    return AreasUnderCurve(names=a.names, labels=tuple(labels), macro=macro, macro_over=a.macro_over, samples=samples)
 
 
 def means(

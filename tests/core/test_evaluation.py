@@ -127,6 +127,20 @@ def test_uncertain_and_missing_labels_are_left_out_and_counted() -> None:
         areas_under_curve(scores * np.nan, truth, np.arange(6), ["a", "b"], seed=0)
 
 
+def test_labels_of_too_few_patients_have_no_interval_and_no_part_in_the_macro_average() -> None:
+    random = np.random.default_rng(1)
+    truth = random.integers(0, 2, (40, 2))
+    truth[:, 1] = 0
+    truth[:6, 1] = 1  # six studies of four patients
+    patients = np.concatenate([[0, 0, 0, 1, 2, 3], np.arange(10, 44)])
+    scores = random.normal(size=(40, 2))
+    found = areas_under_curve(scores, truth, patients, ["common", "rare"], seed=0, replicates=100)
+    assert found.macro_over == ("common",) and found.macro.value == found.labels[0].value
+    assert np.isfinite(found.labels[1].value) and np.isnan(found.labels[1].low)
+    only_rare = areas_under_curve(scores[:, 1:], truth[:, 1:], patients, ["rare"], seed=0, replicates=100)
+    assert only_rare.macro_over == ("rare",) and np.isfinite(only_rare.macro.value)
+
+
 def test_intervals_cover_and_widen_when_studies_repeat_within_patients() -> None:
     random = np.random.default_rng(0)
     truth = random.integers(0, 2, 200)
