@@ -72,12 +72,13 @@ def ranks_of_best_match(queries: Tensor, candidates: Tensor, key: Tensor, block:
     Two sweeps over tiles of `block` x `block`: the best match of each query, then the wrong candidates not below it.
     """
     ranks = torch.ones(len(queries), dtype=torch.int64)
-    for rows in torch.arange(len(queries)).split(block):
-        best = torch.full((len(rows),), -torch.inf)
-        for similarity, same in _tiles(queries[rows], key[rows], candidates, key, block):
-            best = torch.maximum(best, similarity.masked_fill(~same, -torch.inf).amax(dim=1))
-        for similarity, same in _tiles(queries[rows], key[rows], candidates, key, block):
-            ranks[rows] += ((similarity >= best[:, None]) & ~same).sum(dim=1)
+    with torch.autocast(queries.device.type, enabled=False):  # the caller's bf16 would make ties of near misses
+        for rows in torch.arange(len(queries)).split(block):
+            best = torch.full((len(rows),), -torch.inf)
+            for similarity, same in _tiles(queries[rows], key[rows], candidates, key, block):
+                best = torch.maximum(best, similarity.masked_fill(~same, -torch.inf).amax(dim=1))
+            for similarity, same in _tiles(queries[rows], key[rows], candidates, key, block):
+                ranks[rows] += ((similarity >= best[:, None]) & ~same).sum(dim=1)
     return ranks
 
 
