@@ -173,8 +173,6 @@ def _import_deepspeed() -> Any:
         # Its shared-memory kernel serves inference only. It would cost 75 s of compilation at first use and leave
         # segments in /dev/shm when a rank is killed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Its own version cannot send scalars (`view(torch.uint8)` of a tensor without dimensions).
-        deepspeed.runtime.engine.DeepSpeedEngine._broadcast_model = _broadcast_weights
         # To tell that our AdamW is not its Muon it would import torch's compiler: three seconds at every start.
         # (`optimizer` is the engine's, so Muon cannot be asked for.)
         for module, names in MUON_NAMES.items():
@@ -185,12 +183,6 @@ def _import_deepspeed() -> Any:
     # It calls collectives by names that torch has begun to rename, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     return deepspeed
-
-
-def _broadcast_weights(engine: Any) -> None:
-    """All ranks start from rank 0's weights."""
-    for parameter in engine.module.parameters():
-        torch.distributed.broadcast(parameter.data.view(-1), 0)
 
 
 def join_world(*, timeout_s: float = 1800.0) -> World:
@@ -301,6 +293,8 @@ class Engine:
         self._optim = optim
         self._total_steps = total_steps
         self._seed = seed
+        scalars = [name for name, parameter in task.named_parameters() if parameter.ndim == 0]
+        assert not scalars, f"DeepSpeed cannot send parameters without dimensions: give {scalars} the shape [1]"
         if config.activation_checkpointing:
             checkpoint_activations(task)
         self._deepspeed = _import_deepspeed()

@@ -30,11 +30,11 @@ class LogitScale(nn.Module):
         super().__init__()
         self.high = math.log(maximum)
         self.initial = soft_bound_inverse(math.log(initial), 0.0, self.high)
-        self.log_scale = nn.Parameter(torch.tensor(self.initial))
+        self.log_scale = nn.Parameter(torch.tensor([self.initial]))  # DeepSpeed takes no scalars
 
     def forward(self) -> Tensor:
         """[] fp32."""
-        return soft_bound(self.log_scale.float(), 0.0, self.high).exp()
+        return soft_bound(self.log_scale.float(), 0.0, self.high).exp().squeeze(0)
 
 
 class LogitBias(nn.Module):
@@ -44,11 +44,11 @@ class LogitBias(nn.Module):
         super().__init__()
         self.bound = bound
         self.initial = soft_bound_inverse(initial, -bound, bound)
-        self.bias = nn.Parameter(torch.tensor(self.initial))
+        self.bias = nn.Parameter(torch.tensor([self.initial]))
 
     def forward(self) -> Tensor:
         """[] fp32."""
-        return soft_bound(self.bias.float(), -self.bound, self.bound)
+        return soft_bound(self.bias.float(), -self.bound, self.bound).squeeze(0)
 
 
 class Projection(nn.Module):
