@@ -530,6 +530,7 @@ class LoaderRun(Iterator[Batch]):
     def __init__(self, loader: Loader, step: int):
         self._loader, self.step, self._first_step = loader, step, step
         self._stop = threading.Event()
+        self._first_decoded = threading.Event()
         self._prepared: queue.Queue[_Prepared | BaseException] = queue.Queue(maxsize=1)
         self._batches: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=max(1, loader.config.prefetch_batches))
         self._pool = ThreadPoolExecutor(loader.config.fetch_threads, thread_name_prefix="loader-fetch")
@@ -567,6 +568,7 @@ class LoaderRun(Iterator[Batch]):
     def close(self) -> None:
         """Stop the threads; what they hold is dropped."""
         self._stop.set()
+        self._first_decoded.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:
             if thread is not threading.current_thread():
@@ -595,7 +597,10 @@ class LoaderRun(Iterator[Batch]):
         self._leave_out_used()
         step = self._first_step
         while not self._stop.is_set():
-            while planned <= step + ahead:
+            # Nothing is read ahead of the first batch: it would share disk and processor with it.
+            if step > self._first_step:
+                self._first_decoded.wait()
+            while planned <= (step + ahead if self._first_decoded.is_set() else step):
                 slots_of[planned] = loader.order.batch(planned, loader.lanes)
                 self._plan(slots_of[planned], single=planned < self._first_step + _SINGLE_READ_BATCHES)
                 planned += 1
@@ -629,7 +634,9 @@ class LoaderRun(Iterator[Batch]):
                     continue
             decoding = under_way.popleft()
             on_void = self._on_void(decoding.prepared.step, decoding.prepared.places)
-            if not self._put(self._batches, collate.finish(decoding, on_void)):
+            batch = collate.finish(decoding, on_void)
+            self._first_decoded.set()
+            if not self._put(self._batches, batch):
                 return
 
     def _on_void(self, step: int, places: Sequence[Place]) -> Callable[[int, str], None]:

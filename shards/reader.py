@@ -124,13 +124,15 @@ class MembersTable:
     def from_parquet(cls, data: bytes, name: str) -> MembersTable:
         """Parse a side file. Raises DataError naming `name` when it is no such table or names a pickle member."""
         try:
-            table = pq.read_table(io.BytesIO(data), columns=["key", "member", "offset", "size", "crc32c"])
-            keys = table["key"].to_pylist()
-            members = tuple(table["member"].to_pylist())
-            offset, size = (table[column].to_numpy().astype(np.int64) for column in ("offset", "size"))
-            column = table["crc32c"].combine_chunks()
-            crc = column.to_numpy().astype(np.uint32) if column.null_count == 0 else None
-        except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+            # A start reads a hundred side files. As dictionaries keys and names are made once, not once a row; and
+            # `pq.read_table` would import pyarrow's datasets, `to_numpy` pandas: together a second before any batch.
+            with pq.ParquetFile(pa.BufferReader(data), read_dictionary=["key", "member"]) as file:
+                table = file.read(columns=["key", "member", "offset", "size", "crc32c"], use_threads=False)
+            columns = {name: table[name].unify_dictionaries().combine_chunks() for name in table.column_names}
+            offset, size = (np.from_dlpack(columns[name]).astype(np.int64) for name in ("offset", "size"))
+            crc = None if columns["crc32c"].null_count else np.from_dlpack(columns["crc32c"]).astype(np.uint32)
+            (key_of_row, keys), (member_of_row, members) = (_dictionary(columns[name]) for name in ("key", "member"))
+        except (pa.ArrowException, KeyError, ValueError, TypeError, AttributeError, BufferError) as error:
             raise DataError(
                 f"{name}: not a members table ({type(error).__name__}); copy it anew with its tar"
             ) from None
@@ -138,18 +140,27 @@ class MembersTable:
             raise DataError(f"{name}: a member without a name; copy the table anew with its tar")
         if len(offset) and (offset.min() < 0 or size.min() < 0):
             raise DataError(f"{name}: a member with a negative offset or size; copy the table anew with its tar")
-        for member in members:
-            if is_pickle(member):
-                raise DataError(f"{name}: member *.{member} is in a pickle format, which is never read; pack it anew")
-        starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
+        for extension in members:
+            if is_pickle(extension):
+                raise DataError(
+                    f"{name}: member *.{extension} is in a pickle format, which is never read; pack it anew"
+                )
+        starts = np.flatnonzero(np.diff(key_of_row, prepend=-1))
         return cls(
-            keys=tuple(keys[i] for i in starts),
-            first=np.asarray([*starts, len(keys)], dtype=np.int64),
-            member=members,
+            keys=tuple(keys[i] for i in key_of_row[starts].tolist()),
+            first=np.append(starts, len(key_of_row)).astype(np.int64),
+            member=tuple(members[i] for i in member_of_row.tolist()),
             offset=offset,
             size=size,
             crc32c=crc,
         )
+
+
+def _dictionary(column: pa.DictionaryArray) -> tuple[np.ndarray, list[str | None]]:
+    """(row's place among the values [n], values), the values holding None where a row has none."""
+    if column.null_count:
+        return np.zeros(len(column), dtype=np.int64), [None]
+    return np.from_dlpack(column.indices).astype(np.int64), column.dictionary.to_pylist()
 
 
 def view_order(members: Sequence[str]) -> list[int]:
