@@ -84,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
     dicom.add_argument(
         "--reports", metavar="TABLE", help="CSV or Parquet: column study (StudyInstanceUID), then sections"
     )
+    dicom.add_argument(
+        "--modalities",
+        nargs="+",
+        metavar="TERM",
+        help="DICOM modalities taken, others are refused by name (CR DX DR); MG, RF, PX, IO come by asking",
+    )
 
     table = result.add_argument_group("table")
     table.add_argument("--mapping", metavar="TOML", help="which column is what; default: mapping.toml in --input")
@@ -151,11 +157,12 @@ def build_source(arguments: argparse.Namespace) -> Source:
         return TableSource(
             input=folder, mapping=mapping, secret=secret, deidentified=arguments.deidentified, limits=limits
         )
-    from shards.ingest.dicom import DicomRadiographs
+    from shards.ingest.dicom import RADIOGRAPHY, DicomRadiographs
 
     return DicomRadiographs(
         folder=folder,
         secret=secret,
+        modalities=tuple(arguments.modalities or RADIOGRAPHY),
         reports=Path(arguments.reports) if arguments.reports else None,
         deidentified=arguments.deidentified,
         limits=limits,
