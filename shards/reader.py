@@ -156,7 +156,7 @@ class MembersTable:
         )
 
 
-def _dictionary(column: pa.DictionaryArray) -> tuple[np.ndarray, list[str | None]]:
+def _dictionary(column: pa.DictionaryArray) -> tuple[np.ndarray, list[Any]]:
     """(row's place among the values [n], values), the values holding None where a row has none."""
     if column.null_count:
         return np.zeros(len(column), dtype=np.int64), [None]
