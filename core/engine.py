@@ -307,9 +307,13 @@ class Engine:
                 model=_Dispatch(task, world), optimizer=optimizer, config=options, dist_init_required=False
             )
         if config.zero_stage == 3:
-            # Parameters the task holds itself are used outside their module's forward.
-            for parameter in task.parameters(recurse=False):
-                self._deepspeed.zero.register_external_parameter(self._engine.module, parameter)
+            # ZeRO-3 gathers a module's weights again for backward only if its forward returns tensors, or tuples and
+            # dictionaries of them. Encoders return dataclasses: what they hold themselves (positions, tokens) is
+            # gathered around the whole call instead.
+            for module in task.modules():
+                if next(module.children(), None) is not None:
+                    for parameter in module.parameters(recurse=False):
+                        self._deepspeed.zero.register_external_parameter(self._engine.module, parameter)
 
     # ---- a step ----
 

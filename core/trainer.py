@@ -23,7 +23,7 @@ from core.checkpoint import Checkpoints, TrainState
 from core.engine import Engine, split
 from core.metrics import Metrics
 from core.world import World
-from shards.batch import Batch
+from shards.batch import Batch, batch_hash
 from shards.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -174,9 +174,12 @@ def train(
                 "bytes_read": float(loader.bytes_read),
                 "retries": float(loader.store_retries),
                 "queue": float(run.queue_depth),
+                "batch_hash": float(batch_hash(batch, world.rank * len(batch["valid"]))),
             }
             with meter.measuring(state.step):
                 output = engine.train_step(batch, step=state.step, sums=local)
+            # What replay.py compares with: which samples this step was made of.
+            on_event({"event": "batch", "step": state.step, "batch_hash": round(output.sums["batch_hash"])})
             state = state.advance(samples=global_batch_size)
             skip_rate.add(round(output.sums["void"]))
             meter.add(output.sums["wait_s"] / world.world_size)

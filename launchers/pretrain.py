@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.logging import RichHandler
 
 from configs import prompts, schema
@@ -34,6 +35,7 @@ from core.evaluation.zero_shot import ZeroShot
 from core.metrics import Events, Metrics, Uploader
 from core.trainer import Evaluator, StopRequest, TooManySkipsError, train, validation_loss
 from core.world import World
+from launchers import past_run
 from shards.errors import ConfigError, NonFiniteError, RoentgenError, StoreFullError
 from shards.loader import DataSet, Loader, as_mixture, corpus, find_tokenizer
 from shards.store import open_store
@@ -160,7 +162,8 @@ def _run(config: TrainConfig, run_dir: str, allow_changed: Sequence[str], world:
         if world.is_first:
             text = schema.dumps(config)
             write_atomically(folder / "config.json", text.encode())
-            events.write({"event": "start", "step": state.step, "ranks": world.world_size, "from": source.description})
+            start = {"event": "start", "step": state.step, "ranks": world.world_size, "from": source.description}
+            events.write({**start, "threads": torch.get_num_threads(), "versions": past_run.versions()})
         metrics = Metrics(folder, world, first_step=state.step)
         uploader = Uploader(run_dir, folder, events.write) if world.is_first and run_dir.startswith("s3://") else None
         metrics.text(state.step, "config", f"```\n{schema.to_text(config)}\n```")

@@ -1,0 +1,247 @@
+"""Whole small runs in killable processes: real CLIP towers, batches that are a pure function of the step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from configs import tiny
+from configs.schema import TrainConfig
+from core.checkpoint import Checkpoints, InitConfig
+from core.engine import Engine, _import_deepspeed, join_world, leave_world
+from core.metrics import Events, Metrics
+from core.tasks import Task
+from core.trainer import StopRequest, train, validation_loss
+from core.world import World
+from shards.batch import Batch
+from shards.errors import RoentgenError
+from tests.distributed import free_port
+
+VOCABULARY = 60
+GLOBAL_BATCH = 12
+TIMEOUT_S = 150.0
+
+_import_deepspeed()  # once, in the server that ranks are forked from
+import torch._dynamo  # noqa: E402  (torch's optimizers import it on first use)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """One start of a run. `kill_at`: SIGKILL itself when it asks for the batch of this step."""
+
+    run_dir: str
+    zero_stage: int = 1
+    precision: str = "fp32"
+    micro_batch: int | None = None
+    steps: int = 6
+    save_every: int = 2
+    learning_rate: float = 1e-2
+    seed: int = 0
+    validate: bool = False
+    kill_at: int | None = None
+    kill_rank: int | None = None  # None: all ranks
+    stop_at: int | None = None  # SIGTERM itself at this step, on `kill_rank`
+    nan_at: int | None = None  # NaN pixels at this step, on the last rank
+    void_from: int | None = None  # all rows void from this step on
+    keep_last: int = 2
+    keep_every: int | None = None
+    init: str | None = None
+    allow_changed: tuple[str, ...] = ()
+    full_disk_at: int | None = None  # saving fails with ENOSPC from this step on
+
+
+def config_of(options: Options) -> TrainConfig:
+    config = tiny.clip()
+    return replace(
+        config,
+        seed=options.seed,
+        optim=replace(config.optim, learning_rate=options.learning_rate, warmup_steps=1),
+        engine=replace(
+            config.engine,
+            zero_stage=options.zero_stage,  # type: ignore[arg-type]
+            precision=options.precision,  # type: ignore[arg-type]
+            micro_batch=options.micro_batch,
+        ),
+        trainer=replace(
+            config.trainer,
+            steps=options.steps,
+            save_every=options.save_every,
+            evaluate_every=options.save_every if options.validate else None,
+            log_every=1,
+        ),
+        checkpoint=replace(config.checkpoint, keep_last=options.keep_last, keep_every=options.keep_every),
+        init=InitConfig(checkpoint=options.init),
+    )
+
+
+def global_batch(step: int, seed: int = 0, rows: int = GLOBAL_BATCH) -> Batch:
+    """[B] studies of one or two images; row 3 is void, rows 1 and 2 have equal reports."""
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    views = torch.arange(rows) % 2 + 1
+    study_index = torch.repeat_interleave(torch.arange(rows), views)
+    length = 8
+    batch: Batch = {
+        "pixel_values": torch.randn(len(study_index), 1, 32, 32, generator=generator),
+        "study_index": study_index,
+        "valid": torch.arange(rows) != 3,
+        "input_ids": torch.randint(5, VOCABULARY, (rows, length), generator=generator),
+        "attention_mask": torch.arange(length)[None] < torch.arange(rows)[:, None] % length + 1,
+        "report_key": torch.arange(rows) + 100 * step,
+        "labels": torch.zeros(rows, 2, dtype=torch.int8),
+        "patient_key": torch.arange(rows),
+        "sample_id": torch.arange(rows) + rows * step,
+        "set_index": torch.zeros(rows, dtype=torch.int64),
+        "epoch": torch.zeros(rows, dtype=torch.int64),
+    }
+    batch["report_key"][2] = batch["report_key"][1]
+    batch["pixel_values"][study_index == 3] = 0
+    return batch
+
+
+def own_rows(batch: Batch, world: World) -> Batch:
+    from core.engine import split
+
+    return split(batch, len(batch["valid"]) // world.world_size)[world.rank]
+
+
+class Run(Iterator[Batch]):
+    queue_depth = 1
+
+    def __init__(self, options: Options, world: World, step: int):
+        self._options, self._world, self._step = options, world, step
+
+    def __next__(self) -> Batch:
+        options, step = self._options, self._step
+        chosen = options.kill_rank is None or options.kill_rank == self._world.rank
+        if options.kill_at == step and chosen:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if options.stop_at == step and chosen:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self._step += 1
+        batch = own_rows(global_batch(step), self._world)
+        if options.nan_at == step and self._world.rank == self._world.world_size - 1:
+            batch["pixel_values"][0] = float("nan")
+        if options.void_from is not None and step >= options.void_from:
+            batch["valid"][:] = False
+        return batch
+
+    def close(self) -> None:
+        return
+
+
+@dataclass
+class Source:
+    options: Options
+    world: World
+    bytes_read: int = 0
+    store_retries: int = 0
+
+    def start(self, step: int) -> Run:
+        return Run(self.options, self.world, step)
+
+
+def build(options: Options, world: World) -> tuple[TrainConfig, Task, Engine]:
+    """Engine with fresh weights, no files."""
+    config = config_of(options)
+    task: Task = config.task.build(vocab_size=VOCABULARY, seed=config.seed)
+    engine = Engine(
+        config.engine, task, world, optim=config.optim, total_steps=config.trainer.steps, seed=config.seed
+    )  # fmt: skip
+    return config, task, engine
+
+
+def rank_main(rank: int, world_size: int, port: int, options: Options) -> None:
+    """One rank of a run, as launchers/pretrain.py puts it together. Exits with the program's code."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    stop = StopRequest()
+    stop.install()
+    folder = Path(options.run_dir)
+    code = 1
+    try:
+        world = join_world(timeout_s=60)
+        config = config_of(options)
+        events = Events(folder, world)
+        checkpoints = Checkpoints(
+            options.run_dir, config.checkpoint, world, recipe=config.identity(), seed=config.seed, init=config.init,
+            allow_changed=options.allow_changed, on_event=events.write,
+        )  # fmt: skip
+        task = config.task.build(vocab_size=VOCABULARY, seed=config.seed)
+        source = checkpoints.prepare(task)
+        engine = Engine(
+            config.engine, task, world, optim=config.optim, total_steps=config.trainer.steps, seed=config.seed,
+            load_universal=source.universal,
+        )  # fmt: skip
+        state = checkpoints.resume(engine, source)
+        if options.full_disk_at is not None:
+            _fill_disk_from(options.full_disk_at, checkpoints)
+        metrics = Metrics(folder, world, first_step=state.step)
+        evaluators = [validation_loss(engine, lambda: iter([global_batch(999)]), world)] if options.validate else []
+        code = train(
+            config.trainer, engine, Source(options, world), checkpoints, state, world=world, metrics=metrics,
+            global_batch_size=GLOBAL_BATCH, max_skip_rate=0.2, evaluators=evaluators, on_event=events.write if world.is_first else lambda event: None, stop=stop,
+        )  # fmt: skip
+        metrics.close()
+        checkpoints.close()
+    except RoentgenError as error:
+        (folder / f"error-{rank}.txt").write_text(str(error))
+        code = error.exit_code
+    finally:
+        leave_world()
+    raise SystemExit(code)
+
+
+def _fill_disk_from(step: int, checkpoints: Checkpoints) -> None:
+    """From this step's save on, DeepSpeed's writer meets a full disk."""
+    import errno
+
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    original = TorchCheckpointEngine.save
+
+    def save(self: Any, state_dict: Any, path: str) -> None:
+        if int(Path(path).parents[1].name.removeprefix("step-").removesuffix(".tmp")) >= step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, state_dict, path)
+
+    TorchCheckpointEngine.save = save
+
+
+def server() -> BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.core.runs"])
+    return context
+
+
+def run(world_size: int, options: Options) -> list[int]:
+    """Start the ranks and wait; their exit codes, negative for a signal. When one dies of SIGKILL the rest are killed."""
+    context = server()
+    port = free_port()
+    Path(options.run_dir).mkdir(parents=True, exist_ok=True)
+    ranks = [context.Process(target=rank_main, args=(rank, world_size, port, options)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        while any(process.exitcode is None for process in ranks):
+            if any(process.exitcode == -signal.SIGKILL for process in ranks):
+                for process in ranks:
+                    process.kill()
+            assert time.monotonic() < deadline, f"ranks hang: {[process.exitcode for process in ranks]}"
+            time.sleep(0.02)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in ranks]

@@ -1,0 +1,177 @@
+"""Kill anything: what resumes equals what was never stopped; what is not whole is never loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from core.checkpoint import checksums, defect, differences, find_weights, steps_in
+from shards.errors import ConfigError, DataError
+from tests.core.runs import Options, run
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / f"step-{step}" / "weights.safetensors")
+
+
+def events(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].numpy().tobytes() == b[name].numpy().tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "precision"),
+    [(1, 0, "bf16"), (2, 1, "fp32"), (2, 2, "bf16"), (2, 3, "fp32")],
+)
+def test_killed_run_resumes_bit_identical(tmp_path: Path, ranks: int, zero_stage: int, precision: str) -> None:
+    options = Options(run_dir=str(tmp_path / "unbroken"), zero_stage=zero_stage, precision=precision, steps=5)
+    assert run(ranks, options) == [0] * ranks
+    broken = replace(options, run_dir=str(tmp_path / "broken"))
+    assert set(run(ranks, replace(broken, kill_at=3))) == {-signal.SIGKILL}
+    assert steps_in(tmp_path / "broken") == [2]
+    assert run(ranks, broken) == [0] * ranks
+    assert_same_bits(weights(tmp_path / "unbroken", 5), weights(tmp_path / "broken", 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_master"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_run_resumes_bit_identical_everywhere(
+    tmp_path: Path, ranks: int, zero_stage: int, precision: str
+) -> None:
+    if precision == "bf16_master" and zero_stage == 0:
+        pytest.skip("refused: without ZeRO nothing holds the fp32 weights")
+    test_killed_run_resumes_bit_identical(tmp_path, ranks, zero_stage, precision)
+
+
+@pytest.mark.parametrize(("zero_stage", "before", "after"), [(0, 1, 2), (2, 2, 1), (3, 2, 1)])
+def test_resume_on_another_number_of_ranks(tmp_path: Path, zero_stage: int, before: int, after: int) -> None:
+    options = Options(run_dir=str(tmp_path / "unbroken"), zero_stage=zero_stage, steps=4)
+    assert run(before, options) == [0] * before
+    broken = replace(options, run_dir=str(tmp_path / "broken"))
+    assert set(run(before, replace(broken, kill_at=2))) == {-signal.SIGKILL}
+    assert run(after, broken) == [0] * after
+    a, b = weights(tmp_path / "unbroken", 4), weights(tmp_path / "broken", 4)
+    # As a whole: single weights whose gradient is all rounding (key biases) take Adam's full step in any direction.
+    moved = sum((a[name] - b[name]).square().sum() for name in a)
+    assert moved < 1e-8 * sum(value.square().sum() for value in a.values())
+    assert not list((tmp_path / "broken" / "checkpoints").glob("*.tmp*"))
+    # And the converted run saves and resumes like any other.
+    assert run(after, replace(broken, steps=5, allow_changed=("trainer.steps",))) == [0] * after
+
+
+def test_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    options = Options(run_dir=str(tmp_path), steps=6, zero_stage=1)
+    assert run(1, options) == [0]
+    whole = weights(tmp_path, 6)
+    assert steps_in(tmp_path) == [4, 6]
+    part = next((tmp_path / "checkpoints" / "step-6" / "engine").glob("*optim*"))
+    part.write_bytes(part.read_bytes()[:-100])
+    half = tmp_path / "checkpoints" / "step-8.tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "step-4", half)
+    assert run(1, options) == [0]
+    passed = [event for event in events(tmp_path) if event["event"] == "checkpoint_passed_over"]
+    assert [event["checkpoint"] for event in passed] == ["step-6"]
+    assert "differs from its checksum" in str(passed[0]["cause"])
+    assert not half.exists()
+    assert_same_bits(whole, weights(tmp_path, 6))
+
+
+def test_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    options = Options(run_dir=str(tmp_path), steps=2)
+    assert run(1, options) == [0]
+    other = replace(options, steps=4, learning_rate=3e-3)
+    assert run(1, other) == [2]
+    message = (tmp_path / "error-0.txt").read_text()
+    assert "optim.learning_rate was 0.01, is 0.003" in message
+    assert "--allow-changed optim.learning_rate trainer.steps" in message
+    assert run(1, replace(other, allow_changed=("optim.learning_rate", "trainer.steps"))) == [0]
+    changed = {event["key"] for event in events(tmp_path) if event["event"] == "recipe_changed"}
+    assert changed == {"optim.learning_rate", "trainer.steps"}
+
+
+def test_full_disk_keeps_the_previous_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    options = Options(run_dir=str(tmp_path), steps=6, full_disk_at=4)
+    assert run(2, options) == [3, 3]  # the last save of the run must succeed
+    failed = [event["step"] for event in events(tmp_path) if event["event"] == "save_failed"]
+    assert set(failed) == {4, 6}
+    assert steps_in(tmp_path) == [2]
+    assert defect(tmp_path / "checkpoints" / "step-2") is None
+    assert (tmp_path / "latest").read_text().strip() == "step-2"
+    message = (tmp_path / "error-0.txt").read_text()
+    assert "No space left on device" in message
+    assert "\n" not in message
+    assert run(2, replace(options, full_disk_at=None)) == [0, 0]
+
+
+def test_keep_last_keep_every_and_best(tmp_path: Path) -> None:
+    options = Options(run_dir=str(tmp_path), steps=8, save_every=1, keep_last=2, keep_every=3, validate=True)
+    assert run(1, options) == [0]
+    best = json.loads((tmp_path / "best").read_text())
+    assert set(steps_in(tmp_path)) == {3, 6, 7, 8, best["step"]}
+    assert best["metric"] == "eval/validation/loss"
+    assert find_weights(tmp_path, "best").parent.name == f"step-{best['step']}"
+    assert find_weights(tmp_path).parent.name == "step-8"
+    assert find_weights(tmp_path, "3").parent.name == "step-3"
+    with pytest.raises(ConfigError, match="steps at hand"):
+        find_weights(tmp_path, "5")
+
+
+def test_weights_of_another_run_start_a_run(tmp_path: Path) -> None:
+    assert run(1, Options(run_dir=str(tmp_path / "first"), steps=2)) == [0]
+    second = Options(run_dir=str(tmp_path / "second"), steps=1, seed=5, learning_rate=1e-9, init=str(tmp_path / "first"))
+    assert run(1, second) == [0]
+    a, b = weights(tmp_path / "first", 2), weights(tmp_path / "second", 1)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-7)
+    # What the run directory holds comes before the recipe's checkpoint.
+    assert run(1, replace(second, init="/nowhere/at/all")) == [0]
+    assert run(1, replace(second, run_dir=str(tmp_path / "third"), init="/nowhere/at/all")) == [2]
+
+
+def test_defects_are_named(tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "part.pt").write_bytes(b"one")
+    assert defect(tmp_path) == "SHA256SUMS is missing or unreadable"
+    (tmp_path / "SHA256SUMS").write_text(checksums(tmp_path))
+    assert defect(tmp_path) is None
+    (tmp_path / "engine" / "part.pt").write_bytes(b"two")
+    assert defect(tmp_path) == "engine/part.pt differs from its checksum"
+    (tmp_path / "engine" / "part.pt").unlink()
+    assert defect(tmp_path) == "engine/part.pt is missing or unreadable"
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  ../../etc/passwd\n")
+    assert defect(tmp_path) == "SHA256SUMS is damaged"
+
+
+def test_damaged_weights_are_not_evaluated(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-1"
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").write_bytes(b"x")
+    (folder / "SHA256SUMS").write_text(checksums(folder))
+    (tmp_path / "latest").write_text("step-1\n")
+    assert find_weights(tmp_path) == folder / "weights.safetensors"
+    (folder / "weights.safetensors").write_bytes(b"y")
+    with pytest.raises(DataError, match="differs from its checksum"):
+        find_weights(tmp_path)
+    with pytest.raises(ConfigError, match="names no checkpoint"):
+        find_weights(tmp_path, "../../elsewhere")
+
+
+def test_differences_name_dotted_keys() -> None:
+    then = {"a": {"b": 1, "c": [1, 2]}, "d": None}
+    assert differences(then, {"a": {"b": 1, "c": [1, 2]}, "d": None}) == {}
+    now = {"a": {"b": 2, "c": [1, 2]}, "e": {}}
+    assert differences(then, now) == {"a.b": (1, 2), "d": (None, "(absent)"), "e": ("(absent)", {})}
