@@ -302,6 +302,8 @@ class Engine:
         task.to(world.device)
         # The optimizer's class matters to DeepSpeed, its groups to us; both are fixed before ZeRO takes the tensors.
         optimizer = build_optimizer(task, optim)
+        own = ("weight_decay", "multiplier")
+        self._group_settings = [{name: group[name] for name in own} for group in optimizer.param_groups]
         with _quiet():
             self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
                 model=_Dispatch(task, world), optimizer=optimizer, config=options, dist_init_required=False
@@ -565,6 +567,12 @@ class Engine:
         with _quiet():
             path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
         assert path is not None, f"DeepSpeed found no state in {folder}"
+        # Its universal form gives every group the first group's settings, and all of them one counter to share.
+        for group, settings in zip(self._optimizer.param_groups, self._group_settings, strict=True):
+            group.update(settings)
+        for state in self._optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
 
 
 def to_universal(source: Path, target: Path) -> None:
