@@ -19,13 +19,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from shards.errors import ConfigError
 
 BARS_FILE = Path(__file__).with_name("bars.toml")
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+LOG_COLUMNS = 150  # a table in a file or a pipe need not be as narrow as a terminal
 
 Better = Literal["higher", "lower"]
 
@@ -193,18 +195,31 @@ def _number(value: float | None) -> str:
 
 
 def print_table(figures: Sequence[Figure], title: str, console: Console | None = None) -> None:
-    """One row a figure; what ours and the peer did first, the figure itself and its bar last."""
+    """One row a figure; what ours and the peer did first, the figure itself last. Columns nobody fills are left out."""
     console = console or Console()
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    for heading in ("figure", "unit", "ours", "peer", "note", "bar", "holds", "value"):
-        table.add_column(heading, justify="right" if heading in ("ours", "bar", "value") else "left", overflow="fold")
-    for one in figures:
-        verdict = {True: "[green]yes[/green]", False: "[bold red]NO[/bold red]", None: "-"}[one.holds]
-        sign = "" if one.bar is None else "≥ " if one.better == "higher" else "≤ "
-        peer = f"{_number(one.peer)} {one.peer_name or ''}".strip()
-        table.add_row(
-            one.id, one.unit, _number(one.ours), peer, one.note, sign + _number(one.bar), verdict, _number(one.value)
+    if not console.is_terminal:
+        console.width = max(console.width, LOG_COLUMNS)
+    rows = [
+        (
+            one.id,
+            one.unit,
+            _number(one.ours),
+            f"{_number(one.peer)} {one.peer_name or ''}".strip(),
+            one.note,
+            "" if one.bar is None else ("≥ " if one.better == "higher" else "≤ ") + _number(one.bar),
+            {True: "[green]yes[/green]", False: "[bold red]NO[/bold red]", None: "-"}[one.holds],
+            _number(one.value),
         )
+        for one in figures
+    ]
+    headings = ("figure", "unit", "ours", "peer", "note", "bar", "holds", "value")
+    shown = [place for place in range(len(headings)) if any(row[place] for row in rows)]
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for place in shown:
+        side: JustifyMethod = "right" if headings[place] in ("ours", "bar", "value") else "left"
+        table.add_column(headings[place], justify=side, no_wrap=headings[place] != "note", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[place] for place in shown))
     console.print(table)
 
 
