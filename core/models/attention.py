@@ -58,7 +58,8 @@ class _MatmulAttention(torch.autograd.Function):
         sequences, length, _, heads, size = qkv.shape
         # [S, L, 3, H, K] -> [3, S * H, L, K], one copy, so that every product below is a plain batched one.
         q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, sequences * heads, length, size).unbind(0)
-        scores = torch.bmm(q, k.transpose(1, 2)).mul_(size**-0.5)  # [S * H, L, L]
+        # beta=0 ignores the first operand: the scale rides on the product. [S * H, L, L]
+        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=size**-0.5)
         if hidden is not None:
             scores.view(sequences, heads, length, length).masked_fill_(hidden, -torch.inf)
         probability = torch.softmax(scores, dim=-1)
@@ -76,9 +77,10 @@ class _MatmulAttention(torch.autograd.Function):
         grad_qkv = grad.new_empty((3, sequences * heads, length, size))
         torch.bmm(probability.transpose(1, 2), grad, out=grad_qkv[2])
         seed = torch.bmm(grad, v.transpose(1, 2))  # [S * H, L, L]
-        seed = torch._softmax_backward_data(seed, probability, -1, probability.dtype).mul_(size**-0.5)
-        torch.bmm(seed, k, out=grad_qkv[0])
-        torch.bmm(seed.transpose(1, 2), q, out=grad_qkv[1])
+        seed = torch._softmax_backward_data(seed, probability, -1, probability.dtype)
+        unused, scale = q.new_zeros(1, 1, 1), size**-0.5
+        torch.baddbmm(unused, seed, k, beta=0, alpha=scale, out=grad_qkv[0])
+        torch.baddbmm(unused, seed.transpose(1, 2), q, beta=0, alpha=scale, out=grad_qkv[1])
         return grad_qkv.view(3, sequences, heads, length, size).permute(1, 3, 0, 2, 4).contiguous(), None
 
 

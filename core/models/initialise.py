@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from core.models.heads import LogitBias, LogitScale, Projection
 from core.models.text import TextEncoder
-from core.models.transformer import Block, LayerScale
+from core.models.transformer import Block, LayerScale, Linear
 from core.models.vision import VisionEncoder, resize_positions
 from shards.errors import ConfigError
 
@@ -69,6 +69,8 @@ def _draw(part: nn.Module, name: str, parameter: nn.Parameter, generator: torch.
         parameter.fill_(1.0 if name == "weight" else 0.0)
     elif name == "bias":
         parameter.zero_()
+    elif isinstance(part, Linear):
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(part.fan_in))
     elif isinstance(part, nn.Linear | Projection):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1]))
     else:
@@ -297,6 +299,15 @@ def load_weights(encoder: VisionEncoder | TextEncoder, path: str | Path, *, pref
         load.tensors[ours] = tensor.to(torch.float32)
         load.origin[ours] = [name]
     _join_qkv(load)
+    for name, part in encoder.named_modules():
+        weight = f"{name}.weight"
+        # Ours are stored smaller side first; a file with our own names already is.
+        if (
+            isinstance(part, Linear)
+            and part.wide
+            and load.origin.get(weight, [f"{prefix}{weight}"]) != [f"{prefix}{weight}"]
+        ):
+            load.tensors[weight] = load.tensors[weight].T
     if isinstance(encoder, VisionEncoder):
         _fit_vision(encoder, load)
     else:

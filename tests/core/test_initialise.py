@@ -35,6 +35,8 @@ def timm_names(encoder: VisionEncoder) -> dict[str, torch.Tensor]:
     renamed = {}
     for name, value in encoder.state_dict().items():
         name = name.removeprefix("transformer.")
+        if name.endswith(("qkv.weight", "mlp_in.weight")):
+            value = value.T  # theirs are [out, in] throughout
         for ours, theirs in (
             (".qkv.", ".attn.qkv."),
             (".attention_out.", ".attn.proj."),
@@ -137,6 +139,8 @@ def test_open_clip_text_names(tmp_path: Path) -> None:
     draw_weights(source, 1)
     weights = {}
     for name, value in source.state_dict().items():
+        if name.endswith(("qkv.weight", "mlp_in.weight")):
+            value = value.T.contiguous()
         for ours, theirs in (
             ("transformer.blocks.", "transformer.resblocks."),
             (".norm1.", ".ln_1."),
