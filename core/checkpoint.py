@@ -195,8 +195,8 @@ def find_weights(run_dir: Path, which: str = LATEST) -> Path:
     if not folder.is_dir():
         known = ", ".join(map(str, steps_in(run_dir))) or "none"
         raise ConfigError(f"{folder}: no such checkpoint; steps at hand: {known}")
-    sums = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text().splitlines())
-    if sums.get(WEIGHTS) != _sha256(folder / WEIGHTS):
+    lines = (folder / SUMS).read_text().splitlines()
+    if f"{_sha256(folder / WEIGHTS)}  {WEIGHTS}" not in lines:
         raise DataError(f"{folder / WEIGHTS}: differs from its checksum; take another checkpoint")
     return folder / WEIGHTS
 
@@ -271,7 +271,7 @@ class Checkpoints:
         self._shared = not run_dir.startswith("s3://")
         self._leads_node = world.is_first if self._shared else world.local_rank == 0
         nodes = int(sum_over_ranks(torch.tensor(int(self._leads_node), device=world.device)))
-        problem = None
+        problem: RoentgenError | None = None
         if self._leads_node:
             try:
                 (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)

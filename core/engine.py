@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed
@@ -293,6 +293,7 @@ class Engine:
         self._optim = optim
         self._total_steps = total_steps
         self._seed = seed
+        self._embeddings: list[Tensor] = []  # of the last step, so that a bad one can be named
         scalars = [name for name, parameter in task.named_parameters() if parameter.ndim == 0]
         assert not scalars, f"DeepSpeed cannot send parameters without dimensions: give {scalars} the shape [1]"
         if config.activation_checkpointing:
@@ -343,17 +344,18 @@ class Engine:
         metrics = {name: totals[f"task/{name}"] for name in output.metrics}
         metrics["loss/total"] = totals["task/loss"]
         if not _finite(metrics["loss/total"]):
-            self._stop(batch, step, f"loss={metrics['loss/total']}", bad_here=not bool(output.loss.isfinite()))
+            self._stop(batch, step, f"loss={metrics['loss/total']}")
         norm = self._move()
         if norm is None:
-            self._stop(batch, step, "gradient norm is not finite", bad_here=False)
-        metrics["optim/grad_norm"] = float(norm)
+            self._stop(batch, step, "gradient norm is not finite")
+        metrics["optim/grad_norm"] = norm
         metrics["optim/lr"] = self._optim.learning_rate * factor
         return StepOutput(metrics=metrics, sums={name: totals[f"sum/{name}"] for name in sums or {}})
 
     def _direct(self, batch: Batch) -> LossOutput:
         def call(task: Task) -> tuple[Tensor, dict[str, Tensor]]:
             encoded = task.encode(batch)
+            self._embeddings = [rows.detach() for rows in encoded.gather.values() if rows.is_floating_point()]
             output = self._objective(task, encoded)
             return output.loss, output.metrics
 
@@ -376,6 +378,8 @@ class Engine:
             gather={name: _leaf([piece.gather[name] for piece in pieces]) for name in pieces[0].gather},
             local={name: _leaf([piece.local[name] for piece in pieces]) for name in pieces[0].local},
         )
+
+        self._embeddings = [leaf.detach() for leaf in leaves.gather.values() if leaf.is_floating_point()]
 
         def objective(task: Task) -> tuple[LossOutput, dict[str, Tensor], list[tuple[str, Tensor]]]:
             output = self._objective(task, leaves)
@@ -434,12 +438,12 @@ class Engine:
         # DeepSpeed averages over the ranks; the shares of the ranks add up.
         self._engine.backward(share * self.world.world_size)
 
-    def _move(self) -> Tensor | float | None:
+    def _move(self) -> float | None:
         """The optimizer's step, after which the gradient norm is returned; None if it is not finite: nothing moved."""
         if self.config.zero_stage == 0:
             parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]
-            norm = nn.utils.clip_grad_norm_(parameters, self.config.gradient_clipping or float("inf"))
-            if not _finite(float(norm)):
+            norm = float(nn.utils.clip_grad_norm_(parameters, self.config.gradient_clipping or float("inf")))
+            if not _finite(norm):
                 return None
             self._engine.step()
             return norm
@@ -448,7 +452,7 @@ class Engine:
             self._engine.step()
         if not self._engine.was_step_applied():
             return None
-        return self._engine.get_global_grad_norm()
+        return float(self._engine.get_global_grad_norm())
 
     def _add_up(self, of_task: Mapping[str, Tensor], of_caller: Mapping[str, float]) -> dict[str, float]:
         """One small all-reduce a step, and the only wait for the device before the optimizer moves."""
@@ -460,21 +464,22 @@ class Engine:
             torch.distributed.all_reduce(packed)
         return dict(zip(names, packed.tolist(), strict=True))
 
-    def _stop(self, batch: Batch, step: int, what: str, *, bad_here: bool) -> None:
-        """Raise on all ranks, naming the step and its samples. Never returns."""
-        if "sample_id" in batch:
-            ids = collectives.all_gather_rows(batch["sample_id"]).tolist()
-        else:
-            ids = []
-        votes = {str(rank): float(bad_here and rank == self.world.rank) for rank in range(self.world.world_size)}
-        culprits = [name.removeprefix("sum/") for name, value in self._add_up({}, votes).items() if value]
-        named = ", ".join(map(str, ids[:NAMED_SAMPLES])) + (", ..." if len(ids) > NAMED_SAMPLES else "")
-        where = f" (rank {', '.join(culprits)})" if culprits else ""
+    def _stop(self, batch: Batch, step: int, what: str) -> NoReturn:
+        """Raise on all ranks, naming the step and the samples: those with bad embeddings, else the whole batch."""
+        finite = torch.ones_like(batch["valid"])
+        for rows in self._embeddings:
+            finite &= rows.isfinite().flatten(1).all(dim=1)
+        ids = collectives.all_gather_rows(batch.get("sample_id", torch.arange(len(finite), device=finite.device)))
+        everywhere_finite = collectives.all_gather_rows(finite)
+        bad = ids[~everywhere_finite].tolist()
+        named = bad or ids.tolist()
+        listed = ", ".join(map(str, named[:NAMED_SAMPLES])) + (", ..." if len(named) > NAMED_SAMPLES else "")
+        subject = "embeddings are not finite for samples" if bad else "samples of the batch:"
         error = NonFiniteError(
-            f"step {step}: {what}{where}; no weight was moved; samples {named}; "
+            f"step {step}: {what}; no weight was moved; {subject} {listed}; "
             f"look at them with launchers/replay.py --step {step}"
         )
-        error.add_note("samples: " + " ".join(map(str, ids)))
+        error.sample_ids = named
         raise error
 
     def _random_state(self) -> tuple[Tensor, Tensor | None]:

@@ -61,8 +61,8 @@ class TrainerConfig:
 class Run(Protocol):
     """Batches from a step on, closed after use; `queue_depth` is how many wait."""
 
-    queue_depth: int
-
+    @property
+    def queue_depth(self) -> int: ...
     def __next__(self) -> Batch: ...
     def close(self) -> None: ...
 
@@ -70,9 +70,10 @@ class Run(Protocol):
 class Source(Protocol):
     """What the trainer needs of a loader. Counters are this rank's."""
 
-    bytes_read: int
-    store_retries: int
-
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def store_retries(self) -> int: ...
     def start(self, step: int) -> Run: ...
 
 

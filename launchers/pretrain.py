@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.logging import RichHandler
@@ -29,7 +29,7 @@ from configs.schema import TrainConfig
 from core.checkpoint import Checkpoints, TrainState, local_folder, write_atomically
 from core.collectives import any_rank
 from core.engine import Engine, join_world, leave_world
-from core.evaluation.embed import embed_split
+from core.evaluation.embed import Encoders, embed_split
 from core.evaluation.retrieval import Retrieval
 from core.evaluation.zero_shot import ZeroShot
 from core.metrics import Events, Metrics, Uploader
@@ -193,7 +193,7 @@ def _run(config: TrainConfig, run_dir: str, allow_changed: Sequence[str], world:
     except RoentgenError as error:
         event: dict[str, Any] = {"event": "error", "kind": type(error).__name__, "message": str(error)}
         if isinstance(error, NonFiniteError):
-            event["samples"] = getattr(error, "sample_ids", [])
+            event["samples"] = list(error.sample_ids)
         if world.is_first or not isinstance(error, NonFiniteError):
             events.write(event)
         raise
@@ -267,7 +267,8 @@ def _evaluators(config: TrainConfig, engine: Engine, loader: Loader, world: Worl
 
     def held_out(_state: TrainState) -> Iterator[tuple[str, float]]:
         limited = partial(loader.evaluate, batch_size=config.global_batch_size, limit=EVALUATION_LIMIT)
-        with engine.evaluating() as model:
+        with engine.evaluating() as evaluated:
+            model = cast(Encoders, evaluated)
             split = embed_split(model, limited(), world.device, parts=("image_embeds", "text_embeds"), world=world)
             for name, value in Retrieval(Retrieval.Config(replicates=1)).run(split):
                 yield f"retrieval/{name}", value

@@ -53,3 +53,4 @@ class NonFiniteError(RoentgenError):
     """The loss or the gradient norm is NaN or infinite; raised on all ranks before the optimizer moves."""
 
     exit_code = 4
+    sample_ids: tuple[int, ...] | list[int] = ()  # with bad embeddings, else of the whole batch

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class Options:
     zero_stage: int = 1
     precision: str = "fp32"
     micro_batch: int | None = None
+    recompute: bool = False
+    deepspeed: dict[str, Any] = field(default_factory=dict)
     steps: int = 6
     save_every: int = 2
     learning_rate: float = 1e-2
@@ -70,6 +73,8 @@ def config_of(options: Options) -> TrainConfig:
             zero_stage=options.zero_stage,  # type: ignore[arg-type]
             precision=options.precision,  # type: ignore[arg-type]
             micro_batch=options.micro_batch,
+            activation_checkpointing=options.recompute,
+            deepspeed=options.deepspeed,
         ),
         trainer=replace(
             config.trainer,
@@ -190,7 +195,8 @@ def rank_main(rank: int, world_size: int, port: int, options: Options) -> None:
         evaluators = [validation_loss(engine, lambda: iter([global_batch(999)]), world)] if options.validate else []
         code = train(
             config.trainer, engine, Source(options, world), checkpoints, state, world=world, metrics=metrics,
-            global_batch_size=GLOBAL_BATCH, max_skip_rate=0.2, evaluators=evaluators, on_event=events.write if world.is_first else lambda event: None, stop=stop,
+            global_batch_size=GLOBAL_BATCH, max_skip_rate=0.2, evaluators=evaluators, stop=stop,
+            on_event=events.write if world.is_first else lambda event: None,
         )  # fmt: skip
         metrics.close()
         checkpoints.close()
@@ -200,6 +206,43 @@ def rank_main(rank: int, world_size: int, port: int, options: Options) -> None:
     finally:
         leave_world()
     raise SystemExit(code)
+
+
+def _call(rank: int, world_size: int, port: int, function: Callable[[World], Any], results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    try:
+        results.put((rank, function(join_world(timeout_s=60)), None))
+    except Exception:
+        results.put((rank, None, traceback.format_exc()))
+    finally:
+        leave_world()
+
+
+def in_ranks(world_size: int, function: Callable[[World], Any]) -> list[Any]:
+    """`function(world)` on each rank of a group; its results by rank. The first failure is raised here."""
+    context = server()
+    results = context.Queue()
+    port = free_port()
+    ranks = [
+        context.Process(target=_call, args=(rank, world_size, port, function, results)) for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    found = {}
+    try:
+        for _ in ranks:
+            rank, value, error = results.get(timeout=TIMEOUT_S)
+            assert error is None, f"rank {rank} of {world_size}:\n{error}"
+            found[rank] = value
+    finally:
+        for process in ranks:
+            process.join(timeout=10 if len(found) == world_size else 0)
+            process.kill()
+            process.join()
+    return [found[rank] for rank in range(world_size)]
 
 
 def _fill_disk_from(step: int, checkpoints: Checkpoints) -> None:
@@ -225,7 +268,7 @@ def server() -> BaseContext:
 
 
 def run(world_size: int, options: Options) -> list[int]:
-    """Start the ranks and wait; their exit codes, negative for a signal. When one dies of SIGKILL the rest are killed."""
+    """Start the ranks and wait; their exit codes, negative for a signal. When one is killed, so are the others."""
     context = server()
     port = free_port()
     Path(options.run_dir).mkdir(parents=True, exist_ok=True)
