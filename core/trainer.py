@@ -88,9 +88,9 @@ class StopRequest:
         self._signal = 0
         self._parent = os.getppid()
 
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+    def install(self) -> dict[int, Any]:
+        """Takes over the signals; returns what handled them before."""
+        return {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number: int, _frame: object) -> None:
         # A second Ctrl-C means now.

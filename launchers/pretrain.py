@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0") or 0)
     # Before anything slow, so that a signal during start-up ends with the same code as one during training.
     stop = StopRequest()
-    stop.install()
+    before = stop.install()
     try:
         config = schema.load_recipe(arguments.recipe)
         changed = schema.apply_overrides(config, arguments.overrides)
@@ -107,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     finally:
         leave_world()
+        for number, action in before.items():
+            signal.signal(number, action)
 
 
 def _log_to_screen(world: World) -> None:

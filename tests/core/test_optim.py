@@ -1,0 +1,70 @@
+"""Learning rate as a function of the step; what decays."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from torch import nn
+
+from configs.chest import clip_b16, siglip_tiny
+from core.optim import OptimConfig, build, decays, parameter_groups, schedule_factor
+from core.tasks import Task
+from shards.errors import ConfigError
+
+
+def siglip() -> Task:
+    task: Task = siglip_tiny().task.build(vocab_size=50)
+    return task
+
+
+def test_cosine_rises_to_one_and_falls_to_the_final_factor() -> None:
+    config = OptimConfig(warmup_steps=4, final_factor=0.1)
+    factors = [schedule_factor(config, step, 20) for step in range(21)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(factors[4:]))
+    assert factors[12] == pytest.approx(0.55)  # half way between 1 and 0.1
+    assert factors[20] == pytest.approx(0.1)
+    assert schedule_factor(config, 10**6, 20) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("schedule", "half", "end"), [("linear", 0.5, 0.0), ("constant", 1.0, 1.0)])
+def test_other_schedules(schedule: str, half: float, end: float) -> None:
+    config = OptimConfig(schedule=schedule)  # type: ignore[arg-type]
+    assert schedule_factor(config, 0, 10) == 1.0
+    assert schedule_factor(config, 5, 10) == pytest.approx(half)
+    assert schedule_factor(config, 10, 10) == pytest.approx(end)
+
+
+def test_matrices_decay_and_nothing_else() -> None:
+    named = dict(siglip().named_parameters())
+    decaying = {name for name, parameter in named.items() if decays(name, parameter)}
+    assert "towers.vision.transformer.blocks.0.qkv.weight" in decaying
+    assert "towers.vision_projection.weight" in decaying
+    for name in ("positions", "token", "norm", "bias", "scale"):
+        assert not [found for found in decaying if name in found.rsplit(".", 1)[-1]], name
+    assert {name for name, parameter in named.items() if parameter.ndim < 2}.isdisjoint(decaying)
+
+
+def test_groups_hold_every_parameter_once_and_the_bias_learns_faster() -> None:
+    task = siglip()
+    config = siglip_tiny().optim
+    groups = parameter_groups(task, config)
+    assert sum(len(group["params"]) for group in groups) == len(list(task.parameters()))
+    fast = [group for group in groups if group["multiplier"] == 10.0]
+    assert [parameter is task.logit_bias.bias for group in fast for parameter in group["params"]] == [True]
+    assert fast[0]["weight_decay"] == 0.0
+    assert fast[0]["lr"] == pytest.approx(10 * config.learning_rate)
+    assert build(task, config).defaults["fused"]
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConfigError, match="matches no trainable parameter"):
+        parameter_groups(siglip(), OptimConfig(multipliers={"logit_bais": 2.0}))
+    with pytest.raises(ConfigError, match="no parameter is trainable"):
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False), OptimConfig())
+    for bad in ({"learning_rate": 0.0}, {"betas": (0.9, 1.0)}, {"final_factor": 2.0}, {"warmup_steps": -1}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            OptimConfig(**bad)  # type: ignore[arg-type]
+    assert clip_b16().optim.multipliers == {}

@@ -1,0 +1,117 @@
+"""The loop: stops together, counts voids, draws under fixed names, and its curves do not double after a restart."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from core.checkpoint import steps_in
+from core.metrics import NAMES, contact_sheet, peak_flops
+from core.trainer import SkipRate, StopRequest, TooManySkipsError
+from tests.core.runs import Options, run
+
+
+def curves(run_dir: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run_dir / "tb"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    return events
+
+
+def events(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_to_one_rank_stops_all_after_saving(tmp_path: Path, ranks: int) -> None:
+    options = Options(run_dir=str(tmp_path), zero_stage=2, steps=50, save_every=50, stop_at=3, kill_rank=ranks - 1)
+    assert run(ranks, options) == [128 + signal.SIGTERM] * ranks
+    # The signal comes while the batch of step 3 is fetched, and is agreed on in that step.
+    assert steps_in(tmp_path) == [4]
+    assert events(tmp_path)[-1] == {**events(tmp_path)[-1], "event": "stopped", "step": 4, "code": 143}
+    resumed = replace(options, stop_at=None, steps=6, allow_changed=("trainer.steps",))
+    assert run(ranks, resumed) == [0] * ranks
+    assert steps_in(tmp_path)[-1] == 6
+
+
+def test_names_of_curves_and_no_doubling_after_a_kill(tmp_path: Path) -> None:
+    options = Options(run_dir=str(tmp_path), steps=6, save_every=2, validate=True)
+    assert run(1, replace(options, kill_at=5)) == [-signal.SIGKILL]
+    assert run(1, options) == [0]
+    found = curves(tmp_path)
+    names = set(found.Tags()["scalars"])
+    missing = {name for name in NAMES if name not in names} - {"memory/device_gb"}  # there is no device
+    assert not missing
+    assert {"loss/image_to_text", "loss/text_to_image", "eval/validation/loss"} <= names
+    steps = [point.step for point in found.Scalars("loss/total")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    skipped = [point.value for point in found.Scalars("data/skipped")]
+    assert skipped[:2] == [1, 2]  # one void row a batch
+    batches = {event["step"]: event["batch_hash"] for event in events(tmp_path) if event["event"] == "batch"}
+    assert sorted(batches) == list(range(6))
+    assert len(set(batches.values())) == 6
+
+
+def test_nan_loss_ends_with_code_4_and_the_checkpoint_stays(tmp_path: Path) -> None:
+    options = Options(run_dir=str(tmp_path), zero_stage=1, steps=6, nan_at=3)
+    assert run(2, options) == [4, 4]
+    assert steps_in(tmp_path) == [2]
+    message = (tmp_path / "error-0.txt").read_text()
+    assert message.startswith("step 3: loss=nan; no weight was moved")
+    assert message == (tmp_path / "error-1.txt").read_text()
+    assert run(2, replace(options, nan_at=None)) == [0, 0]
+
+
+def add_many(rate: SkipRate, void: int, batches: int) -> None:
+    for _ in range(batches):
+        rate.add(void)
+
+
+def test_too_many_void_slots_end_with_code_3(tmp_path: Path) -> None:
+    # 12 slots a batch, 20 % of 10,000 slots allowed: 2,001 voids are reached after 181 all-void batches.
+    rate = SkipRate(0.2, 12)
+    add_many(rate, 2, 833)
+    with pytest.raises(TooManySkipsError, match=r"void \(\d+\.\d%\), data.max_skip_rate allows 20.0%"):
+        add_many(rate, 12, 200)
+    assert rate.total > 2000
+
+
+def test_skip_rate_waits_for_enough_slots() -> None:
+    rate = SkipRate(0.01, 96)
+    rate.add(1)  # 1 of 96 is above 1 %, but says nothing yet
+    with pytest.raises(TooManySkipsError):
+        add_many(rate, 96, 3)
+
+
+def test_stop_request_remembers_the_first_signal() -> None:
+    request = StopRequest()
+    assert request.code == 0
+    request._note(signal.SIGTERM, None)
+    request._note(signal.SIGINT, None)
+    assert request.code == 143
+    interrupted = StopRequest()
+    interrupted._note(signal.SIGINT, None)
+    assert interrupted.code == 130
+    with pytest.raises(KeyboardInterrupt):
+        interrupted._note(signal.SIGINT, None)
+    orphan = StopRequest()
+    orphan._parent = -1
+    assert orphan.code == 143
+
+
+def test_contact_sheet_places_images_row_by_row() -> None:
+    images = torch.zeros(5, 1, 2, 3)
+    images[:, :, 0, 0] = 1.0  # so that each is stretched to [0, 1]
+    sheet = contact_sheet(images, columns=3)
+    assert sheet.shape == (1, 4, 9)
+    assert sheet[0, 0, [0, 3, 6]].tolist() == [1, 1, 1]
+    assert sheet[0, 2, [0, 3, 6]].tolist() == [1, 1, 0]
+
+
+def test_peak_of_the_cpu_is_measured() -> None:
+    assert peak_flops(torch.device("cpu"), half_precision=False) > 1e8
