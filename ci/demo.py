@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -93,7 +94,7 @@ class Demo:
         self._launch(
             f"pre-training {RECIPE} on {RANKS} processes, ZeRO 2",
             str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(RANKS),
-            "--log_level", "warning",
+            "--master_port", str(free_port()), "--log_level", "warning",
             "launchers/pretrain.py", "--recipe", RECIPE, "--run-dir", str(self.run), "--set", *overrides,
             DS_ACCELERATOR="cpu", OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // RANKS)),
         )  # fmt: skip
@@ -116,6 +117,13 @@ class Demo:
         done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **environment}, check=False)
         if done.returncode:
             raise StepFailedError(program, done.returncode)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses, since another run may hold DeepSpeed's usual one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def data_wait_fraction(run: Path) -> float:
