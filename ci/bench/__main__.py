@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="seconds instead of minutes, to test the harness; no bar is judged"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as one JSON object")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures, and a plot beside it")
     options = parser.parse_args(arguments)
     console = Console()
     known = descriptions()
@@ -53,12 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.name not in known:
             near = get_close_matches(options.name, known) or sorted(known)
             raise ConfigError(f"no benchmark is called {options.name!r}; there is {', '.join(near)}")
-        figures = importlib.import_module(f"ci.bench.{options.name}").run(options.quick)
+        benchmark = importlib.import_module(f"ci.bench.{options.name}")
+        figures = benchmark.run(options.quick)
         if options.quick:
             figures = [replace(one, holds=None, note=f"quick; {one.note}".rstrip("; ")) for one in figures]
         print_table(figures, f"{options.name}: {known[options.name]}", console)
         if options.json is not None:
             write_json(figures, options.json)
+            if hasattr(benchmark, "plot"):
+                benchmark.plot(figures, options.json.with_suffix(".png"))
     except RoentgenError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
