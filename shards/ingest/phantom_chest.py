@@ -46,6 +46,7 @@ class Difficulty:
     decision: float  # strength at which the truth is an even coin
     blur: float  # width in strength over which the coin goes from sure to sure
     contrast: float  # factor on the attenuation of findings
+    bulk: float  # factor on the size of focal findings
     noise: float  # standard deviation of the detector's noise at mid grey
     variation: float  # factor on the spread of anatomy, pose and exposure
     clutter: float  # chance of each look-alike: skin fold, nipple shadow, line, fat pad
@@ -53,17 +54,18 @@ class Difficulty:
 
 EASY = Difficulty(
     prevalence={
-        "effusion": 0.30, "cardiomegaly": 0.28, "consolidation": 0.28, "edema": 0.20, "atelectasis": 0.20,
-        "nodule": 0.18, "pneumothorax": 0.16, "hernia": 0.10,
+        "effusion": 0.30, "cardiomegaly": 0.28, "consolidation": 0.28, "edema": 0.24, "atelectasis": 0.26,
+        "nodule": 0.26, "pneumothorax": 0.20, "hernia": 0.12,
     },
-    normal=0.25, weakest=0.25, decision=0.25, blur=0.10, contrast=1.3, noise=0.03, variation=0.7, clutter=0.0,
+    normal=0.25, weakest=0.40, decision=0.40, blur=0.10, contrast=1.8, bulk=1.8, noise=0.02, variation=0.5, clutter=0.0,
 )  # fmt: skip
 STANDARD = Difficulty(
     prevalence={
         "effusion": 0.26, "cardiomegaly": 0.22, "consolidation": 0.20, "edema": 0.14, "atelectasis": 0.12,
         "nodule": 0.10, "pneumothorax": 0.07, "hernia": 0.04,
     },
-    normal=0.35, weakest=0.10, decision=0.20, blur=0.20, contrast=1.0, noise=0.05, variation=1.0, clutter=0.3,
+    normal=0.35, weakest=0.05, decision=0.25, blur=0.40, contrast=0.75, bulk=1.0, noise=0.06, variation=1.0,
+    clutter=0.35,
 )  # fmt: skip
 DIFFICULTIES: dict[str, Difficulty] = {"easy": EASY, "standard": STANDARD}
 
@@ -184,6 +186,7 @@ def _draw_finding(name: str, draws: _Draws, difficulty: Difficulty) -> Finding:
         name=name, strength=strength, probability=probability, present=draws.chance(probability),
         side=draws.pick(kind.sides), zone=draws.pick(kind.zones),
         along=draws.between(-1.0, 1.0), across=draws.between(-1.0, 1.0), extra=draws.between(0.0, 1.0),
+        bulk=difficulty.bulk,
     )  # fmt: skip
 
 
@@ -465,13 +468,13 @@ _PLEURAL = {"effusion": _effusion, "pneumothorax": _pneumothorax}
 def _consolidation(lungs: _Lungs, finding: Finding, anatomy: Anatomy, haze: Array) -> tuple[Array, Array]:
     """Patch with ragged borders, limited by the lungs."""
     centre_x, centre_y = _lesion_centre(finding, anatomy)
-    radius = 0.13 + 0.20 * finding.strength
+    radius = (0.13 + 0.20 * finding.strength) * (0.5 + 0.5 * finding.bulk)
     square = _square((lungs.ax - np.float32(centre_x)) * np.float32(1.15 / radius)) + _square(
         (lungs.y - np.float32(centre_y)) * np.float32(1.0 / radius)
     )
     patch = _step(np.float32(0.85) - np.sqrt(square) + np.float32(0.45) * haze, 0.8) * lungs.tissue
     texture = np.float32(1.0) + np.float32(0.25) * haze
-    return np.float32(0.22 + 0.22 * finding.strength) * patch * texture, patch > 0.35
+    return np.float32(0.26 + 0.26 * finding.strength) * patch * texture, patch > 0.35
 
 
 def _nodule(lungs: _Lungs, finding: Finding, anatomy: Anatomy, haze: Array) -> tuple[Array, Array]:
@@ -482,7 +485,7 @@ def _nodule(lungs: _Lungs, finding: Finding, anatomy: Anatomy, haze: Array) -> t
         1 / radius**2
     )
     ball = np.sqrt(np.maximum(np.float32(1.0) - square, 0.0))
-    return np.float32(0.20 + 0.24 * finding.strength) * ball * lungs.tissue, square < 1.0
+    return np.float32(0.26 + 0.26 * finding.strength) * ball * lungs.tissue, square < 1.0
 
 
 def _atelectasis(lungs: _Lungs, finding: Finding, anatomy: Anatomy, haze: Array) -> tuple[Array, Array]:
@@ -491,13 +494,13 @@ def _atelectasis(lungs: _Lungs, finding: Finding, anatomy: Anatomy, haze: Array)
     floor = _dome(finding.side, anatomy, {finding.side: raised})
     above = 0.12 if finding.zone == "lower" else 0.34
     slope = 0.35 * finding.along
-    middle, half_length = 0.42 + 0.08 * finding.across, 0.16 + 0.12 * finding.strength
+    middle, half_length = 0.42 + 0.08 * finding.across, (0.16 + 0.12 * finding.strength) * (0.5 + 0.5 * finding.bulk)
     along = (lungs.ax - np.float32(middle)) * np.float32(1.0 / half_length)
     offset = lungs.y - np.float32(floor - above) - np.float32(slope) * (lungs.ax - np.float32(middle))
     offset = offset + np.float32(0.03) * _square(along)
-    width = 0.028 + 0.026 * finding.strength
+    width = (0.034 + 0.034 * finding.strength) * finding.bulk
     band = _bump(_square(offset * np.float32(1.0 / width))) * _step(np.float32(1.0) - np.abs(along), 0.3) * lungs.tissue
-    return np.float32(0.26 + 0.22 * finding.strength) * band, band > 0.3
+    return np.float32(0.30 + 0.25 * finding.strength) * band, band > 0.3
 
 
 def _edema(lungs: _Lungs, finding: Finding, anatomy: Anatomy, haze: Array) -> tuple[Array, Array]:
@@ -551,13 +554,13 @@ def _mediastinum(x: Array, y: Array, anatomy: Anatomy) -> Array:
 
 def _hernia(x: Array, y: Array, finding: Finding, anatomy: Anatomy) -> tuple[Array, Array]:
     """Stomach behind the heart: a ball with air above a level fluid surface."""
-    radius = 0.13 + 0.10 * finding.strength
+    radius = (0.15 + 0.11 * finding.strength) * (0.7 + 0.3 * finding.bulk)
     centre_x, centre_y = 0.05 + 0.05 * finding.across, anatomy.diaphragm - 0.04 - 0.3 * radius
     square = (_square(x - np.float32(centre_x)) + _square(y - np.float32(centre_y))) * np.float32(1 / radius**2)
     inside = _step(np.float32(1.0) - square, 0.25)
     wall = _bump(_square((np.sqrt(square) - np.float32(0.92)) * np.float32(1 / 0.16)))
     air = _step(np.float32(0.70) - square, 0.25) * _step(np.float32(centre_y - 0.1 * radius) - y, 0.02)
-    added = np.float32(0.14) * inside + np.float32(0.14) * wall - np.float32(0.26 + 0.22 * finding.strength) * air
+    added = np.float32(0.18) * inside + np.float32(0.12) * wall - np.float32(0.36 + 0.26 * finding.strength) * air
     return added, square < 1.0
 
 
@@ -663,11 +666,12 @@ class ChestPhantom:
             raise ConfigError("counts of studies must not be negative")
         self.config = config
         self.difficulty = DIFFICULTIES[config.difficulty]
-        self.name = f"phantom chest {config.difficulty} {generator_hash()}"
+        self.generator = generator_hash()  # here, so that worker processes get it with the pickled source
+        self.name = f"phantom chest {config.difficulty} {self.generator}"
         self.labels = LABELS
         self.masks = dict(MASKS) if config.masks else {}
         self.key_fingerprint: str | None = None
-        self.settings: Mapping[str, Any] = {"generator": generator_hash(), **vars(config)}
+        self.settings: Mapping[str, Any] = {"generator": self.generator, **vars(config)}
 
     def split_seed(self, split: str) -> int:
         """Generator seed of a split."""
@@ -702,7 +706,7 @@ class ChestPhantom:
             labels=_labels(scene),
             boxes=boxes, sex=scene.sex, age_years=scene.age_years, deidentifier="synthetic: no patient exists",
             provenance={
-                "generator": generator_hash(), "difficulty": config.difficulty, "seed": config.seed,
+                "generator": self.generator, "difficulty": config.difficulty, "seed": config.seed,
                 "index": scene.index,
                 **{f"strength of {finding.name}": round(finding.strength, 6) for finding in scene.findings},
             },
@@ -771,10 +775,10 @@ def _label_maps(drawing: Drawing) -> Iterator[Array]:
 
 @cache
 def generator_hash() -> str:
-    """16 hex digits of what the generator gives: pixels, labels and words of 40 small studies of each difficulty."""
+    """16 hex digits of what the generator gives: pixels, labels and words of 32 small studies of each difficulty."""
     digest = hashlib.sha256()
     for name, difficulty in DIFFICULTIES.items():
-        for index in range(40):
+        for index in range(32):
             scene = draw_scene(split_seed(0, "train"), index, difficulty)
             drawing = render(scene, difficulty, 48)
             digest.update(np.floor(drawing.pixels * np.float32(255.0) + np.float32(0.5)).astype(np.uint8).tobytes())

@@ -149,6 +149,18 @@ FINDINGS: dict[str, Kind] = {
 }  # fmt: skip
 LABELS = tuple(FINDINGS)
 
+# What most normal studies get, word for word, as from a dictation key.
+NORMAL_FINDINGS = (
+    {
+        "heart": "The heart is normal in size.",
+        "lungs": "The lungs are clear.",
+        "pleura": "No effusion or pneumothorax.",
+    },
+    {"heart": "Heart size is within normal limits.", "lungs": "Clear lungs.", "pleura": "No pleural effusion."},
+    {"lungs": "The lungs are clear.", "heart": "The cardiac silhouette is normal."},
+)
+NORMAL_SHARE = 0.6
+DENIALS_MAX = 2
 NORMAL_IMPRESSIONS = (
     "No acute finding.",
     "No acute cardiopulmonary abnormality.",
@@ -176,6 +188,7 @@ class Finding:
     along: float  # -1 .. 1, down the zone
     across: float  # -1 .. 1, from the hilum to the wall
     extra: float  # 0 .. 1
+    bulk: float  # factor on its size
 
     @property
     def hedged(self) -> bool:
@@ -185,7 +198,7 @@ class Finding:
     @property
     def radius_mm(self) -> float:
         """Radius of a nodule."""
-        return 7.0 + 10.0 * self.strength
+        return (7.0 + 12.0 * self.strength) * self.bulk
 
     @property
     def size(self) -> str:
@@ -242,22 +255,26 @@ def write_report(findings: tuple[Finding, ...], draw: Callable[[int], Any]) -> R
             prefix = "Possible " if finding.hedged else ""
             text = _fill(pick(kind.concluded), *words)
             concluded.append((-finding.strength, prefix + text[0].lower() + text[1:] if prefix else text))
+    if not said and next(numbers) < NORMAL_SHARE:
+        anatomy = dict(NORMAL_FINDINGS[int(next(numbers) * len(NORMAL_FINDINGS))])
+        sections = {"findings": " ".join(anatomy.values()), "impression": pick(NORMAL_IMPRESSIONS[:2])}
+        return Report(sections=sections, anatomy=anatomy)
     denials = 0
     for pair, sentences in JOINT_DENIALS.items():
-        if all(name in absent for name in pair) and next(numbers) < 0.5:
+        if all(name in absent for name in pair) and denials < DENIALS_MAX and next(numbers) < 0.35:
             absent = [name for name in absent if name not in pair]
             said.append((0.3 + 0.7 * next(numbers), FINDINGS[pair[0]].organ, pick(sentences)))
             denials += 1
     for name in absent:
-        share = 0.5 if name == "cardiomegaly" else 0.15
-        if next(numbers) < share and denials < 3:
+        share = 0.35 if name == "cardiomegaly" else 0.08
+        if denials < DENIALS_MAX and next(numbers) < share:
             said.append((0.3 + 0.7 * next(numbers), FINDINGS[name].organ, pick(FINDINGS[name].denied)))
             denials += 1
     if not said:
         said.append((0.0, "lungs", pick(NORMAL_IMPRESSIONS)))
     said.sort()
     concluded.sort()
-    anatomy: dict[str, str] = {}
+    anatomy = {}
     for _, organ, sentence in said:
         anatomy[organ] = f"{anatomy[organ]} {sentence}" if organ in anatomy else sentence
     impression = " ".join(text for _, text in concluded) or pick(NORMAL_IMPRESSIONS)
@@ -269,7 +286,7 @@ def write_report(findings: tuple[Finding, ...], draw: Callable[[int], Any]) -> R
 def _prompts(name: str) -> dict[str, list[str]]:
     """Report-like sentences with side, zone and size for, and denials against, one finding."""
     kind = FINDINGS[name]
-    sizes = ("14 mm", "24 mm", "32 mm") if name == "nodule" else kind.sizes
+    sizes = ("24 mm", "36 mm", "48 mm") if name == "nodule" else kind.sizes
     positive = []
     places = [(side, zone) for side in dict.fromkeys(kind.sides) for zone in kind.zones]
     for position, (side, zone) in enumerate(places):
