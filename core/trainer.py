@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import psutil
 from rich.console import Console
 
 from core import metrics as measures
@@ -87,6 +88,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._signal = 0
         self._parent = os.getppid()
+        self._runner = _deepspeed_runner()
 
     def install(self) -> dict[int, Any]:
         """Takes over the signals; returns what handled them before."""
@@ -103,7 +105,20 @@ class StopRequest:
         """Exit code wanted: 0 (go on), 143 or 130."""
         if self._signal:
             return 128 + self._signal
-        return 128 + signal.SIGTERM if os.getppid() != self._parent else 0
+        orphan = os.getppid() != self._parent or (self._runner is not None and not self._runner.is_running())
+        return 128 + signal.SIGTERM if orphan else 0
+
+
+def _deepspeed_runner() -> psutil.Process | None:
+    """The `deepspeed` command two generations up, if it is one: its launcher goes on when it is terminated."""
+    try:
+        launcher = psutil.Process().parent()
+        if launcher is None or "deepspeed.launcher.launch" not in launcher.cmdline():
+            return None
+        runner = launcher.parent()
+        return runner if runner is not None and any("deepspeed" in word for word in runner.cmdline()[:2]) else None
+    except psutil.Error:
+        return None
 
 
 class TooManySkipsError(DataError):
