@@ -557,23 +557,29 @@ class Checkpoints:
     def _prune(self) -> None:
         if not self._leads_node:
             return
-        steps = steps_in(self.folder)
-        best = self.best()
-        kept = set(steps[-self.config.keep_last :])
-        if self.config.keep_every:
-            kept |= {step for step in steps if step % self.config.keep_every == 0}
-        if best is not None:
-            kept.add(int(best["step"]))
-        # After going back to an older `latest`, newer steps of the abandoned branch may still lie here.
-        kept.add(int((self.folder / LATEST).read_text().strip().removeprefix("step-")))
-        for step in sorted(set(steps) - kept):
+        steps = set(steps_in(self.folder))
+        for step in sorted(steps - self._kept(steps)):
             name = f"step-{step}"
-            if self._mirror is not None and not self._mirror.drop(name):
+            if self._mirror is not None and self._mirror.is_busy(name):
                 continue  # still on its way; the next save comes back to it
             # The name goes first: a kill in between leaves no half checkpoint under a good name.
             doomed = self.folder / "checkpoints" / f"{name}.tmp-old"
             os.rename(self.folder / "checkpoints" / name, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+        if self._mirror is not None and self.world.is_first:
+            self._mirror.prune(self._kept)
+
+    def _kept(self, steps: set[int]) -> set[int]:
+        """Those of `steps` that stay."""
+        kept = set(sorted(steps)[-self.config.keep_last :])
+        if self.config.keep_every:
+            kept |= {step for step in steps if step % self.config.keep_every == 0}
+        best = self.best()
+        if best is not None:
+            kept.add(int(best["step"]))
+        # After going back to an older `latest`, newer steps of the abandoned branch may still lie here.
+        kept.add(int((self.folder / LATEST).read_text().strip().removeprefix("step-")))
+        return kept
 
     def _barrier(self) -> None:
         if self.world.world_size > 1:
@@ -635,7 +641,7 @@ def load_towers(task: Task, init: InitConfig) -> str:
 class _Mirror:
     """Copies checkpoints to a store in the background, `latest` last, once every node has sent its part.
 
-    A newer checkpoint replaces one that waits. Failures are events; the next save tries again.
+    Failures are events; the next save brings a newer checkpoint there.
     """
 
     def __init__(
@@ -649,7 +655,7 @@ class _Mirror:
     ) -> None:
         self._store, self._folder, self._world, self._nodes = store, folder, world, nodes
         self._on_event, self._on_settled = on_event, on_settled
-        self._jobs: queue.Queue[str | None] = queue.Queue()
+        self._jobs: queue.Queue[str | Callable[[set[int]], set[int]] | None] = queue.Queue()
         self._lock = threading.Lock()
         self._busy: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="checkpoint-mirror", daemon=True)
@@ -692,13 +698,14 @@ class _Mirror:
     def push_file(self, name: str) -> None:
         self._jobs.put(name)
 
-    def drop(self, name: str) -> bool:
-        """Delete it from the store, in the background; False if it is still being sent."""
+    def is_busy(self, name: str) -> bool:
+        """Whether it waits or is being sent."""
         with self._lock:
-            if name in self._busy:
-                return False
-        self._jobs.put(f"-{name}")
-        return True
+            return name in self._busy
+
+    def prune(self, kept: Callable[[set[int]], set[int]]) -> None:
+        """Delete from the store what `kept` does not choose among the checkpoints there, after what waits is sent."""
+        self._jobs.put(kept)
 
     def close(self) -> None:
         self._jobs.put(None)
@@ -708,17 +715,21 @@ class _Mirror:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
-                if job.startswith("-"):
-                    self._delete(job[1:])
+                if not isinstance(job, str):
+                    steps = {int(name.removeprefix("step-")) for name in self.names()}
+                    for step in steps - job(steps):
+                        self._delete(f"step-{step}")
                 elif _STEP_NAME.fullmatch(job):
                     self._send(job)
                 else:
                     self._store.put(job, self._folder / job)
             except (OSError, RoentgenError) as error:
-                self._on_event({"event": "mirror_failed", "what": job, "cause": str(error)})
+                self._on_event(
+                    {"event": "mirror_failed", "what": job if isinstance(job, str) else "prune", "cause": str(error)}
+                )
             finally:
                 with self._lock:
-                    self._busy.discard(job)
+                    self._busy.discard(str(job))
 
     def _send(self, name: str) -> None:
         folder = self._folder / "checkpoints" / name

@@ -19,7 +19,7 @@ from configs import tiny
 from configs.schema import TrainConfig
 from core.checkpoint import Checkpoints, InitConfig
 from core.engine import Engine, _import_deepspeed, join_world, leave_world
-from core.metrics import Events, Metrics
+from core.metrics import Events, Metrics, Uploader
 from core.tasks import Task
 from core.trainer import StopRequest, train, validation_loss
 from core.world import World
@@ -59,6 +59,8 @@ class Options:
     keep_every: int | None = None
     init: str | None = None
     allow_changed: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)  # of an S3 server
+    local_dir: str | None = None
     full_disk_at: int | None = None  # saving fails with ENOSPC from this step on
 
 
@@ -83,7 +85,12 @@ def config_of(options: Options) -> TrainConfig:
             evaluate_every=options.save_every if options.validate else None,
             log_every=1,
         ),
-        checkpoint=replace(config.checkpoint, keep_last=options.keep_last, keep_every=options.keep_every),
+        checkpoint=replace(
+            config.checkpoint,
+            keep_last=options.keep_last,
+            keep_every=options.keep_every,
+            local_dir=options.local_dir,
+        ),
         init=InitConfig(checkpoint=options.init),
     )
 
@@ -172,7 +179,8 @@ def rank_main(rank: int, world_size: int, port: int, options: Options) -> None:
     )
     stop = StopRequest()
     stop.install()
-    folder = Path(options.run_dir)
+    os.environ.update(options.environment)
+    folder = Path(options.local_dir or options.run_dir)
     code = 1
     try:
         world = join_world(timeout_s=60)
@@ -192,6 +200,7 @@ def rank_main(rank: int, world_size: int, port: int, options: Options) -> None:
         if options.full_disk_at is not None:
             _fill_disk_from(options.full_disk_at, checkpoints)
         metrics = Metrics(folder, world, first_step=state.step)
+        uploader = Uploader(options.run_dir, folder, events.write) if options.local_dir and world.is_first else None
         evaluators = [validation_loss(engine, lambda: iter([global_batch(999)]), world)] if options.validate else []
         code = train(
             config.trainer, engine, Source(options, world), checkpoints, state, world=world, metrics=metrics,
@@ -200,6 +209,8 @@ def rank_main(rank: int, world_size: int, port: int, options: Options) -> None:
         )  # fmt: skip
         metrics.close()
         checkpoints.close()
+        if uploader is not None:
+            uploader.close()
     except RoentgenError as error:
         (folder / f"error-{rank}.txt").write_text(str(error))
         code = error.exit_code
@@ -271,7 +282,8 @@ def run(world_size: int, options: Options) -> list[int]:
     """Start the ranks and wait; their exit codes, negative for a signal. When one is killed, so are the others."""
     context = server()
     port = free_port()
-    Path(options.run_dir).mkdir(parents=True, exist_ok=True)
+    if not options.local_dir:
+        Path(options.run_dir).mkdir(parents=True, exist_ok=True)
     ranks = [context.Process(target=rank_main, args=(rank, world_size, port, options)) for rank in range(world_size)]
     for process in ranks:
         process.start()

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ci.bench.s3_server import S3Server
 from core.checkpoint import checksums, defect, differences, find_weights, steps_in
 from shards.errors import ConfigError, DataError
+from shards.store import open_store
 from tests.core.runs import Options, run
 
 
@@ -132,7 +134,9 @@ def test_keep_last_keep_every_and_best(tmp_path: Path) -> None:
 
 def test_weights_of_another_run_start_a_run(tmp_path: Path) -> None:
     assert run(1, Options(run_dir=str(tmp_path / "first"), steps=2)) == [0]
-    second = Options(run_dir=str(tmp_path / "second"), steps=1, seed=5, learning_rate=1e-9, init=str(tmp_path / "first"))
+    second = Options(
+        run_dir=str(tmp_path / "second"), steps=1, seed=5, learning_rate=1e-9, init=str(tmp_path / "first")
+    )
     assert run(1, second) == [0]
     a, b = weights(tmp_path / "first", 2), weights(tmp_path / "second", 1)
     for name in a:
@@ -140,6 +144,40 @@ def test_weights_of_another_run_start_a_run(tmp_path: Path) -> None:
     # What the run directory holds comes before the recipe's checkpoint.
     assert run(1, replace(second, init="/nowhere/at/all")) == [0]
     assert run(1, replace(second, run_dir=str(tmp_path / "third"), init="/nowhere/at/all")) == [2]
+
+
+def test_run_in_a_bucket_survives_the_loss_of_its_node(tmp_path: Path, bucket: str, s3_server: S3Server) -> None:
+    unbroken = Options(run_dir=str(tmp_path / "unbroken"), zero_stage=2, steps=6)
+    assert run(2, unbroken) == [0, 0]
+    url = f"{bucket}/runs/a"
+    node = tmp_path / "node"
+    there = replace(unbroken, run_dir=url, local_dir=str(node), environment=s3_server.environment())
+    # Stopped at step 3, as a spot instance is: it saves, mirrors, and its disk is gone.
+    assert run(2, replace(there, stop_at=2)) == [143, 143]
+    shutil.rmtree(node)
+    with open_store(url) as store:
+        assert store.get("latest").decode().strip() == "step-3"
+        assert any(name.startswith("events-000001-") for name in store.list("events-"))
+        assert store.list("tb/")
+        # A newer checkpoint whose last part never arrived has no checksum list, and is none.
+        store.put("checkpoints/step-5/weights.safetensors", b"half")
+    assert run(2, there) == [0, 0]
+    assert_same_bits(weights(tmp_path / "unbroken", 6), weights(node, 6))
+    with open_store(url) as store:
+        assert store.get("latest").decode().strip() == "step-6"
+        sums = [name for name in store.list("checkpoints/") if name.endswith("SHA256SUMS")]
+        assert {name.split("/")[1] for name in sums} == {"step-4", "step-6"}  # pruned there too
+        assert any(name.startswith("events-000002-") for name in store.list("events-"))
+    # With its disk intact, a node fetches nothing that it has.
+    assert run(2, replace(there, steps=7, allow_changed=("trainer.steps",))) == [0, 0]
+
+
+def test_bucket_that_is_not_there_is_a_configuration_error(tmp_path: Path, s3_server: S3Server) -> None:
+    options = Options(
+        run_dir="s3://no-such-bucket/a", local_dir=str(tmp_path), environment=s3_server.environment(), steps=1
+    )
+    assert run(1, options) == [2]
+    assert "no-such-bucket" in (tmp_path / "error-0.txt").read_text()
 
 
 def test_defects_are_named(tmp_path: Path) -> None:
