@@ -4,15 +4,14 @@ A step is forward, loss, backward and AdamW (torch's fused one on both sides), b
 lives in a process of its own that waits while another is timed; all get the same threads. open_clip runs in each of its
 bf16 modes first, and the fastest is the peer.
 
-open_clip needs torchvision for image transforms that no step uses, and PyPI's torchvision does not load beside a CPU
-torch ("operator torchvision::nms does not exist"). Where it does not load, the peer's process, and only it, gets an
-empty stand-in; install the peer with `pip install --no-deps open_clip_torch==3.3.0 ftfy wcwidth`.
+open_clip comes from .venv/peers (`bash ci/bench/setup_peers.sh`). It imports torchvision for image transforms that no
+step uses, and PyPI's torchvision does not load beside a CPU torch ("operator torchvision::nms does not exist"). Where
+it does not load, the peer's process, and only it, gets an empty stand-in.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.util
 import json
 import os
 import subprocess
@@ -29,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ci.bench.figure import Figure, alternate, ratio
+from ci.bench.figure import REPOSITORY, Figure, alternate, ratio
 from core import collectives
 from core.models.text import bert_base, clip_text_b16
 from core.models.vision import vit_b16
@@ -39,6 +38,7 @@ from shards.errors import ConfigError, RoentgenError
 
 DESCRIPTION = "training step of ViT-B/16 with a text tower on the CPU: against open_clip, and packed against padded"
 
+PEERS_PYTHON = REPOSITORY / ".venv" / "peers" / "bin" / "python"
 THREADS = 2
 BATCH = 16
 VOCABULARY = {"clip": 49408, "bert": 30522}
@@ -72,7 +72,7 @@ class Contestant:
     @property
     def name(self) -> str:
         """As shown in tables."""
-        return f"{self.system} {self.mode}"
+        return f"{self.system} {self.mode}{'' if self.unpadded else ' padded'}"
 
 
 # ---- inside a contestant's process ----
@@ -163,7 +163,9 @@ def _open_clip() -> Any:
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):
-        from transformers import BertModel  # noqa: F401  transformers must look for torchvision before the stand-in
+        # transformers asks once whether torchvision is there, and must hear no.
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+        from transformers import BertModel  # noqa: F401
 
         _stand_in_for_torchvision()
     import open_clip
@@ -249,12 +251,17 @@ def _serve(contestant: Contestant) -> None:
 def _running(contestant: Contestant) -> Iterator[Callable[[], float]]:
     """A process of `contestant`, warmed by one step; yields a function that gives images/s of one more step."""
     environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
+    python = PEERS_PYTHON if contestant.system == "open_clip" else sys.executable
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ci.bench.step", json.dumps(asdict(contestant))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
-            cwd=Path(__file__).parents[2],
-        )  # fmt: skip
+            [python, "-m", "ci.bench.step", json.dumps(asdict(contestant))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+            cwd=REPOSITORY,
+        )
         assert process.stdin is not None and process.stdout is not None
         asked, answered = process.stdin, process.stdout
 
@@ -289,10 +296,10 @@ def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _fastest_peer(of: Contestant, steps: int) -> tuple[Contestant, str]:
-    """open_clip's fastest bf16 mode, and the images/s of each in words."""
+def _fastest_peer(of: Contestant, steps: int, quick: bool) -> tuple[Contestant, str]:
+    """open_clip's fastest bf16 mode, and the images/s of each in words; `quick` tries one."""
     rates: dict[str, float] = {}
-    for mode in PEER_MODES[of.text]:
+    for mode in PEER_MODES[of.text][-1:] if quick else PEER_MODES[of.text]:
         with _running(replace(of, system="open_clip", mode=mode)) as measure:
             rates[mode] = max(measure() for _ in range(steps))
         _log(f"open_clip {mode}, {of.text} text: {rates[mode]:.2f} images/s")
@@ -337,16 +344,14 @@ def _step_gflop(contestant: Contestant) -> float:
 
 def run(quick: bool) -> list[Figure]:
     """The figures of `step`; `quick` uses two layers at 64 px and one round."""
-    if importlib.util.find_spec("open_clip") is None:
-        raise ConfigError(
-            "open_clip, the peer of step, is not installed; pip install --no-deps open_clip_torch==3.3.0 ftfy wcwidth"
-        )
+    if not PEERS_PYTHON.is_file():
+        raise ConfigError(f"{PEERS_PYTHON} is missing, where open_clip lives; run bash ci/bench/setup_peers.sh")
     rounds, peer_steps = (1, 1) if quick else (7, 3)
     shape = {"depth": 2, "image_size": 64} if quick else {}
     base = Contestant(system="ours", mode="autocast", **shape)  # type: ignore[arg-type]
     free = {"unit": "ratio", "better": "higher"}
 
-    peer, modes = _fastest_peer(base, peer_steps)
+    peer, modes = _fastest_peer(base, peer_steps, quick)
     against_clip = _compare("step.vs_open_clip", base, peer, rounds, modes)
     if not quick and against_clip.ours is not None:
         reached = _step_gflop(base) * against_clip.ours / BATCH
@@ -367,7 +372,7 @@ def run(quick: bool) -> list[Figure]:
     ]
 
     bert = replace(base, text="bert")
-    peer, modes = _fastest_peer(bert, peer_steps)
+    peer, modes = _fastest_peer(bert, peer_steps, quick)
     figures.append(_compare("step.vs_open_clip_bert", bert, peer, rounds, f"BERT-base on both sides; {modes}"))
 
     recipe = replace(base, text="bert", context=128, real_lengths=True)
