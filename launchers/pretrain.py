@@ -77,7 +77,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    faulthandler.enable()
     arguments = parser().parse_args(argv)
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
@@ -283,4 +282,5 @@ def _evaluators(config: TrainConfig, engine: Engine, loader: Loader, world: Worl
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     sys.exit(main())

@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 TIMEOUT_S = 120.0
+# What the server of forked ranks imports once. There is one such server a test process, so all tests share the list.
+PRELOAD = ["torch", "torch.distributed", "numpy", "tests.core.runs"]
 
 
 def _enter(
@@ -45,7 +47,7 @@ def run_distributed(func: Callable[..., Any], world_size: int, backend: str = "g
     """
     # One server process imports torch, each rank is a fork of it: a second group starts in a fraction of a second.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+    context.set_forkserver_preload(PRELOAD)
     queue = context.Queue()
     port = free_port()
     ranks = [

@@ -25,7 +25,7 @@ from core.trainer import StopRequest, train, validation_loss
 from core.world import World
 from shards.batch import Batch
 from shards.errors import RoentgenError
-from tests.distributed import free_port
+from tests.distributed import PRELOAD, free_port
 
 VOCABULARY = 60
 GLOBAL_BATCH = 12
@@ -274,7 +274,7 @@ def _fill_disk_from(step: int, checkpoints: Checkpoints) -> None:
 
 def server() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.core.runs"])
+    context.set_forkserver_preload(PRELOAD)
     return context
 
 

@@ -1,0 +1,159 @@
+"""The real program, started as users start it: runner, ranks, shards, run directory, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from configs import schema
+from core.checkpoint import find_weights, steps_in
+from launchers import pretrain
+from tests.distributed import free_port
+from tests.launchers.past_runs import pack
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("set"))
+
+
+def environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
+
+
+def command(ranks: int, run_dir: Path, manifest: Path, *overrides: str) -> list[str]:
+    runner = [sys.executable]
+    if ranks > 1:
+        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        runner = [deepspeed, "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    settings = [f"data.train={manifest}", 'data.sections=["findings"]', "data.max_skip_rate=0.5", *overrides]
+    return [*runner, "launchers/pretrain.py", "--recipe", "tiny:clip", "--run-dir", str(run_dir), "--set", *settings]
+
+
+def events(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_under_the_runner_then_one_process_goes_on(tmp_path: Path, manifest: Path) -> None:
+    done = subprocess.run(
+        command(2, tmp_path, manifest, "trainer.steps=4", "trainer.save_every=2"),
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    shown = done.stdout + done.stderr
+    assert "step 4/4  loss" in shown
+    assert "data wait" in shown
+    assert "Warning" not in shown
+    config = schema.read((tmp_path / "config.json").read_text(), "config.json")
+    assert config.trainer.steps == 4
+    assert config.recipe == "tiny:clip"
+    assert steps_in(tmp_path) == [2, 4]
+    assert find_weights(tmp_path, "best").is_file()
+    assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
+    assert list((tmp_path / "tb").glob("events.out.tfevents.*"))
+    kinds = [event["event"] for event in events(tmp_path)]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+    assert kinds.count("save") == 2
+
+    longer = subprocess.run(
+        [*command(1, tmp_path, manifest, "trainer.steps=5"), "--allow-changed", "trainer.steps"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert longer.returncode == 0, longer.stderr[-3000:]
+    assert steps_in(tmp_path)[-1] == 5
+    starts = [(event["step"], event["ranks"]) for event in events(tmp_path) if event["event"] == "start"]
+    assert starts == [(0, 2), (4, 1)]
+
+
+@pytest.fixture
+def running(tmp_path: Path, manifest: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Two ranks in the middle of a long run, in their own process group."""
+    process = subprocess.Popen(
+        command(2, tmp_path, manifest, "trainer.steps=100000", "optim.schedule=constant"),
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not steps_in(tmp_path):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield process
+    finally:
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["rank", "launcher", "runner", "group"])
+def test_sigterm_to_anyone_saves_and_stops_all(tmp_path: Path, running: subprocess.Popen[bytes], target: str) -> None:
+    family = psutil.Process(running.pid).children(recursive=True)
+    launcher = next(member for member in family if "deepspeed.launcher.launch" in member.cmdline())
+    rank = next(member for member in family if "--local_rank=1" in member.cmdline())
+    if target == "group":
+        os.killpg(running.pid, signal.SIGTERM)
+    else:
+        {"rank": rank, "launcher": launcher, "runner": psutil.Process(running.pid)}[target].send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+    code = running.wait(timeout=60)
+    assert code == (143 if target == "rank" else code)
+    assert code != 0
+    last = [event for event in events(tmp_path) if event["event"] != "batch"]
+    stopped = next(event for event in last if event["event"] == "stopped")
+    assert stopped["code"] == 143
+    assert steps_in(tmp_path)[-1] == stopped["step"]
+
+
+def test_print_shows_the_run_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert pretrain.main(["--recipe", "chest:clip_b16", "--print", "--set", "optim.learning_rate=0.125", "seed=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "*   learning_rate: 0.125" in shown
+    assert "* seed: 3" in shown
+    assert "zero_stage: 1" in shown
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "chest:clip_b61"], "did you mean chest:clip_b16"),
+        (["--recipe", "chest:clip_tiny"], "--run-dir is missing"),
+        (["--recipe", "chest:clip_tiny", "--run-dir", "x", "--set", "optim.lr=1"], "--set optim.lr: unknown"),
+        (["--recipe", "chest:clip_tiny", "--run-dir", "x", "--set", "global_batch_size=7"], "use 48"),
+    ],
+)
+def test_bad_arguments_end_with_one_line_and_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pretrain.main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert message in shown
+    assert shown.count("\n") == 1
+
+
+def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pretrain.main(["--help"])
+    assert "chest:siglip_b16" in capsys.readouterr().out
