@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from ci.bench.fault_proxy import FaultProxy, Plan
 from ci.bench.s3_server import S3Server
 
 ROOT = Path(__file__).parents[1]
+# A busy machine is no failure: no test of this project measures time.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
