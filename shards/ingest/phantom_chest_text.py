@@ -284,15 +284,23 @@ def write_report(findings: tuple[Finding, ...], draw: Callable[[int], Any]) -> R
 
 
 def _prompts(name: str) -> dict[str, list[str]]:
-    """Report-like sentences with side, zone and size for, and denials against, one finding."""
+    """Whole small reports, findings and impression, that state one finding with side, zone and size, or deny it.
+
+    Single sentences will not do: a text encoder that has read reports only takes their shortness for their content
+    (after 500 steps of the demo 0.65 macro AUC against 0.91).
+    """
     kind = FINDINGS[name]
     sizes = ("24 mm", "36 mm", "48 mm") if name == "nodule" else kind.sizes
     positive = []
     places = [(side, zone) for side in dict.fromkeys(kind.sides) for zone in kind.zones]
-    for position, (side, zone) in enumerate(places):
+    for position, place in enumerate(places):
         for step, template in enumerate(kind.stated):
-            positive.append(_fill(template, side, zone, sizes[(position + step) % len(sizes)]))
-    return {"positive": positive, "negative": [*kind.denied, *NORMAL_IMPRESSIONS[:3]]}
+            words = (*place, sizes[(position + step) % len(sizes)])
+            positive.append(f"{_fill(template, *words)} {_fill(kind.concluded[step % len(kind.concluded)], *words)}")
+    negative = [f"{denial} {impression}" for denial in kind.denied for impression in NORMAL_IMPRESSIONS[:2]]
+    for findings in NORMAL_FINDINGS:
+        negative += [f"{' '.join(findings.values())} {impression}" for impression in NORMAL_IMPRESSIONS[:2]]
+    return {"positive": positive, "negative": negative}
 
 
 PROMPTS: dict[str, dict[str, list[str]]] = {name: _prompts(name) for name in LABELS}
