@@ -38,7 +38,7 @@ def flash_attention_installed() -> bool:
 
 @cache
 def choose(device_type: str, length: int, half_precision: bool) -> Implementation:
-    """Implementation for one (device, padded length, dtype class); logged at the first request of each case."""
+    """Implementation for one (device, padded length, dtype class); each that is chosen on a device is logged once."""
     chosen: Implementation
     if device_type == "cuda" and half_precision and flash_attention_installed():
         chosen = "flash"
@@ -46,8 +46,15 @@ def choose(device_type: str, length: int, half_precision: bool) -> Implementatio
         chosen = "matmul"
     else:
         chosen = "sdpa"
-    log.info("attention on %s, length %d, half precision %s: %s", device_type, length, half_precision, chosen)
+    _say(device_type, half_precision, chosen)
     return chosen
+
+
+@cache
+def _say(device_type: str, half_precision: bool, chosen: Implementation) -> None:
+    precision = "16 bit" if half_precision else "32 bit"
+    upto = f" up to {CPU_MATMUL_MAX_LENGTH} tokens" if chosen == "matmul" else ""
+    log.info("attention on %s, %s: %s%s", device_type, precision, chosen, upto)
 
 
 class _MatmulAttention(torch.autograd.Function):
