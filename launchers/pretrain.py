@@ -102,6 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == 0 or not agreed:
             print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except RuntimeError as error:
+        # A rank that dies takes its connections with it: its own message is the one to read, not twenty lines from here.
+        if not any(word in str(error) for word in ("Connection closed by peer", "Connection reset by peer", "NCCL")):
+            raise
+        print(f"error (rank {rank}): lost another rank; its message says why", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
