@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:
-        # A rank that dies takes its connections with it: its own message is the one to read, not twenty lines from here.
+        # A rank that dies takes its connections with it. Its own message is the one to read, not a trace from here.
         if not any(word in str(error) for word in ("Connection closed by peer", "Connection reset by peer", "NCCL")):
             raise
         print(f"error (rank {rank}): lost another rank; its message says why", file=sys.stderr, flush=True)
