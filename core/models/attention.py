@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 Implementation = Literal["flash", "sdpa", "matmul"]
 
-# Longest sequence for matmul-softmax on a CPU. Forward + backward in bf16, its time over SDPA's: 0.27 at length 64, 0.36
-# at 128, 0.58 at 256, 0.73 at 512, 0.95 at 1,024 (torch 2.13, one core); its memory, [S, H, L, L], ends it here.
+# Longest sequence for matmul-softmax on a CPU. Forward + backward in bf16, its time over SDPA's: 0.27 at length 64,
+# 0.36 at 128, 0.58 at 256, 0.73 at 512, 0.95 at 1,024 (torch 2.13, one core); its memory, [S, H, L, L], ends it here.
 CPU_MATMUL_MAX_LENGTH = 512
 
 
