@@ -33,7 +33,8 @@ if [ "${verdicts[0]}" = passed ]; then
   step "ruff check" ruff check .
   step "ruff format" ruff format --check .
   step mypy mypy
-  step "pytest ($selection)" pytest -m "$selection" --durations=15
+  # A worker a core: tests that start ranks of their own wait for them most of the time.
+  step "pytest ($selection)" pytest -m "$selection" -n "$(getconf _NPROCESSORS_ONLN)" --dist worksteal --durations=15
 fi
 
 printf '\n%-60s %8s  %s\n' step seconds result
