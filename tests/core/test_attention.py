@@ -78,9 +78,10 @@ def test_half_precision_stays_close() -> None:
 
 def test_choice_depends_on_device_and_length_only_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     attention.choose.cache_clear()
+    attention._say.cache_clear()
     with caplog.at_level(logging.INFO, logger="core.models.attention"):
-        for _ in range(3):
-            assert attention.choose("cpu", 197, True) == "matmul"
+        for length in (197, 197, 64):
+            assert attention.choose("cpu", length, True) == "matmul"
     assert len(caplog.records) == 1 and "matmul" in caplog.records[0].getMessage()
     assert attention.choose("cpu", attention.CPU_MATMUL_MAX_LENGTH + 1, True) == "sdpa"
     if not attention.flash_attention_installed():

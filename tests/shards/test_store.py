@@ -586,7 +586,8 @@ class TestChunkCache:
         root = Path(__file__).parents[2]
         others = [subprocess.Popen([sys.executable, "-c", program, str(n)], cwd=root) for n in range(2)]
         while any(other.poll() is None for other in others):
-            assert folder_bytes(tmp_path) <= 300_000 + 100
+            # A walk is not a snapshot: it can meet a file before and after its renaming. An excess would stay.
+            assert min(folder_bytes(tmp_path) for _ in range(4)) <= 300_000 + 100
             time.sleep(0.01)
         assert [other.returncode for other in others] == [0, 0]
         assert not list(tmp_path.glob("*/*.part"))
