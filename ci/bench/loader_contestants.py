@@ -103,7 +103,8 @@ def ours(spec: Spec) -> Iterator[Tensor]:
     loader = Loader(config, global_batch_size=BATCH, seed=1, fields=("pixel_values",))
     with loader.start(0) as batches:
         for batch in batches:
-            yield batch["pixel_values"][batch["valid"][batch["study_index"]]]
+            good = batch["valid"][batch["study_index"]]
+            yield batch["pixel_values"] if bool(good.all()) else batch["pixel_values"][good]
 
 
 def webdataset(spec: Spec) -> Iterator[Tensor]:
