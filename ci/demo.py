@@ -40,7 +40,7 @@ class Size:
     """How much of everything. `samples`: phantoms for training, validation and test."""
 
     samples: tuple[int, int, int] = (3000, 200, 800)
-    steps: int = 340  # of the recipe's 1,000: what two cores do in the time that a demo may take
+    steps: int = 300  # of the recipe's 1,000: what two cores do in the time that a demo may take
     warmup_steps: int = 40
     log_every: int = 20
 
