@@ -29,7 +29,7 @@ from shards.errors import BadSampleError, ConfigError, DataError
 from shards.manifest import Manifest, Shard
 from shards.order import Order, Slots, UnitTable, lanes_of_rank
 from shards.reader import MembersTable, check_member, log_key, read_members, record_from_members
-from shards.store import Store, StoreConfig, open_store, split_url
+from shards.store import Store, StoreConfig, StoreRetry, open_store, split_url
 from shards.tokenizer import EmptyReportError, Tokenizer, load_tokenizer, report_text
 from shards.transforms import augment
 
@@ -66,16 +66,31 @@ class Row:
 class DataSet:
     """One manifest's split: its store, its unit table, and the side files of the shards as they are needed."""
 
-    def __init__(self, url: str, split: str, *, every_image: bool = False, store: StoreConfig | None = None):
+    def __init__(
+        self,
+        url: str,
+        split: str,
+        *,
+        every_image: bool = False,
+        store: StoreConfig | None = None,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ):
         root, name = split_url(url)
-        self.store = open_store(root, store)
+        self._on_event, self._adopted = on_event, False
+        self.store = open_store(root, store, on_retry=self._tell_retry)
         self.url, self.every_image = url, every_image
         self.whole = Manifest.from_bytes(self.store.get(name), url)
+        self._adopted = self.whole.adopted
         self.manifest = self.whole.of_split(split)
         self.table = UnitTable.of(self.manifest, every_image=every_image)
         self.members = lru_cache(maxsize=1024)(self._read_members)
         self._elsewhere: dict[str, Store] = {}
         self.void = {(index, sample) for index, shard in enumerate(self.manifest.shards) for sample in shard.void}
+
+    def _tell_retry(self, retry: StoreRetry) -> None:
+        # Names below an adopted tar's URL may be somebody's identifiers; ours are shard names.
+        name = None if self._adopted else retry.name
+        self._on_event({"event": "retry", "object": name, "cause": retry.cause, "attempt": retry.attempt})
 
     def _read_members(self, shard_index: int) -> MembersTable:
         return read_members(self.store, self.manifest.shards[shard_index])
@@ -86,7 +101,7 @@ class DataSet:
             return self.store, shard.tar
         root, name = split_url(shard.url)
         if root not in self._elsewhere:
-            self._elsewhere[root] = open_store(root, self.store.config)
+            self._elsewhere[root] = open_store(root, self.store.config, on_retry=self._tell_retry)
         return self._elsewhere[root], name
 
     def shard(self, chunk: int) -> Shard:
@@ -176,7 +191,9 @@ class Loader:
         self.config, self.seed, self.on_event = config, seed, on_event
         every_image = config.sampling == "every_image"
         self.lanes = lanes_of_rank(rank, world_size, config.lanes, global_batch_size)
-        self.sets = [DataSet(s.manifest, s.split, every_image=every_image, store=config.store) for s in sets]
+        self.sets = [
+            DataSet(s.manifest, s.split, every_image=every_image, store=config.store, on_event=on_event) for s in sets
+        ]
         self.order = Order(
             [data.table for data in self.sets],
             global_batch_size=global_batch_size,

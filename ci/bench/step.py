@@ -4,9 +4,8 @@ A step is forward, loss, backward and AdamW (torch's fused one on both sides), b
 lives in a process of its own that waits while another is timed; all get the same threads. open_clip runs in each of its
 bf16 modes first, and the fastest is the peer.
 
-Which precision to train in on a CPU (`step.autocast_vs_master`): fp32 weights under autocast, `engine.precision=bf16`.
-Casting every weight once a step costs about 3 % of it, and bf16 weights pay as much to be written back from their fp32
-masters; in both, all blocks compute the same bf16 products.
+Which precision to train in on a CPU is `step.autocast_vs_master`: fp32 weights under autocast (`engine.precision=bf16`)
+cast every weight once a step, bf16 weights are written back from their fp32 masters; the products are the same.
 
 open_clip comes from .venv/peers (`bash ci/bench/setup_peers.sh`). It imports torchvision for image transforms that no
 step uses, and PyPI's torchvision does not load beside a CPU torch ("operator torchvision::nms does not exist"). Where

@@ -20,11 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
-from shards import keyed
+from ci.bench.fault_proxy import FaultProxy, Plan
+from shards import ingest, keyed
 from shards.batch import NOT_ANNOTATED, Batch, EncodedImage, Sample, StudyRecord, ViewRecord
 from shards.decode import Decoder
 from shards.errors import ConfigError, DataError, StoreUnreachableError
-from shards.ingest import Item, Loaded, Plan, hashed_key
+from shards.ingest import Item, Loaded, hashed_key
 from shards.loader import Loader, LoaderRun, MixtureSet, Row
 from shards.manifest import Manifest
 from shards.reader import read_members
@@ -47,8 +48,8 @@ class Studies:
     settings: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
-    def plan(self) -> Plan:
-        return Plan(
+    def plan(self) -> ingest.Plan:
+        return ingest.Plan(
             items=[
                 Item(
                     key=hashed_key(None, "study", f"{self.seed}-{i}"),
@@ -318,6 +319,21 @@ def test_a_forgotten_study_is_void_and_unread(config: Loader.Config, manifest: P
     found = batches(replace(config, train=str(changed)), 0, STUDIES // BATCH, on_event=events.append)
     assert sum(int((~batch["valid"]).sum()) for batch in found) <= 1
     assert all(event["cause"] == "forgotten" for event in events)
+
+
+def test_a_failing_bucket_gives_the_same_batches_and_tells_each_retry(
+    config: Loader.Config, manifest: Path, faulty_bucket: str, fault_proxy: FaultProxy
+):
+    with open_store(faulty_bucket) as store:
+        for path in manifest.parent.iterdir():
+            store.put(path.name, path)
+    events: list[dict[str, Any]] = []
+    fault_proxy.plan(Plan(rate=0.3, kinds=["error", "reset", "truncate"], methods=["GET"], match="train-"))
+    remote = replace(config, train=f"{faulty_bucket}/manifest.json")
+    for want, got in zip(batches(config, 2, 3), batches(remote, 2, 3, on_event=events.append), strict=True):
+        assert_equal(want, got)
+    assert events and {event["event"] for event in events} == {"retry"}
+    assert all(event["object"].startswith("train-") and event["cause"] for event in events)
 
 
 def test_misfits_are_refused_before_anything_starts(config: Loader.Config, tmp_path: Path):
