@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import google_crc32c
+from crc32c import crc32c as crc32c_of
 
 from shards.errors import ConfigError
 
@@ -58,7 +58,7 @@ class ChunkCache:
             with open(path, "rb", buffering=0) as file:
                 checksum = file.read(self._HEADER_BYTES)
                 data = file.readall() or b""
-            if len(data) == length and google_crc32c.value(data).to_bytes(4, "little") == checksum:
+            if len(data) == length and crc32c_of(data).to_bytes(4, "little") == checksum:
                 os.utime(path)  # most recently used
                 self.hits += 1
                 return data
@@ -88,7 +88,7 @@ class ChunkCache:
                 self._set_used_bytes(used_bytes + entry_bytes)
                 path.parent.mkdir(exist_ok=True)
                 with open(temporary, "wb", buffering=0) as file:
-                    file.write(google_crc32c.value(data).to_bytes(4, "little"))
+                    file.write(crc32c_of(data).to_bytes(4, "little"))
                     written = file.write(data)
                 if written != length:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

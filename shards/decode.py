@@ -1,17 +1,20 @@
-"""Encoded images -> normalised pixels: one DALI graph for decoding and augmentation, on CPU or `mixed` (GPU decoding).
+"""Encoded images -> normalised pixels: DALI decodes, on CPU or `mixed` (GPU), and on a GPU does everything else too.
 
-Every random choice comes in as a per-sample argument; no DALI random operator is used. The graph is instantiated once
-for each depth and set of operations that samples need, and which instance takes a sample depends on that sample alone,
-so its pixels do not depend on its batch. Bad images are reported, never raised; this module does not fetch or log.
+Every random choice comes in as a per-sample argument; no DALI random operator is used. On the CPU 8-bit images leave
+DALI once decoded and go on in `shards.transforms.pixels`; 16-bit ones stay in DALI's graph, as all do on a GPU. The
+graph is instantiated once for each depth and set of operations that samples need, and which instance takes a sample
+depends on that sample alone, so its pixels do not depend on its batch. Bad images are reported, never raised; this
+module does not fetch or log.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+import threading
 import zlib
-from collections import Counter, deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,13 +26,14 @@ from torch import Tensor
 
 from shards.errors import ConfigError
 from shards.image_header import ImageHeader, read_header
+from shards.transforms import pixels
 from shards.transforms.augment import ViewParameters
 
 # Images that one DALI run takes. Small, so that threads end a batch at nearly the same time; the price, a few calls per
 # run, is under 1 % of decoding 16 images.
 _IMAGES_PER_RUN = 16
 _IMAGES_PER_RUN_MIXED = 64  # nvJPEG needs more to fill a GPU
-_RUNS_QUEUED = 2  # per pipeline: one decoding, one waiting
+_WORKERS_MIXED = 2  # one run on the GPU, the next on its way there
 
 
 class _Operations(NamedTuple):
@@ -42,6 +46,10 @@ class _Operations(NamedTuple):
     rotated: bool
 
 
+# The instance that only decodes; the rest is done outside of DALI. None in place of _Operations.
+_DECODE_ONLY = None
+
+
 class Decoded(NamedTuple):
     """`pixel_values` [V, 1, H, W] float32; `ok` [V] bool; `causes` [V]: why an image is bad, or None. Never content."""
 
@@ -50,57 +58,48 @@ class Decoded(NamedTuple):
     causes: list[str | None]
 
 
-@dataclass(kw_only=True, eq=False)
-class _Run:
-    """Samples of one batch that go through one instance together. `rows` [n] are their rows in the batch."""
-
-    batch: PendingBatch
-    operations: _Operations
-    rows: np.ndarray
-    worker: int = 0
-    instance: _Instance | None = None
-
-
 class PendingBatch:
     """A batch on its way through the decoder; `result` waits for it. Holds the bytes, which DALI reads in place."""
 
-    def __init__(self, decoder: Decoder, encoded: Sequence[bytes], pixel_values: Tensor) -> None:
-        self._decoder = decoder
+    def __init__(self, encoded: Sequence[bytes | memoryview], pixel_values: Tensor) -> None:
         self.encoded = [np.frombuffer(image, dtype=np.uint8) for image in encoded]
         self.arguments: dict[str, np.ndarray] = {}  # [V, ...] each
         self.pixel_values = pixel_values
         self.causes: list[str | None] = [None] * len(encoded)
-        self.runs_left = 0
+        self.runs: list[Future[None]] = []
+
+    def refuse(self, row: int, cause: str) -> None:
+        """Image `row` is bad; its pixels become zero."""
+        self.causes[row] = cause
+        self.pixel_values[row] = 0.0
 
     def result(self) -> Decoded:
         """Wait for the pixels. Batches may be waited for in any order."""
-        self._decoder._finish(self)
+        for run in self.runs:
+            run.result()
         ok = np.array([cause is None for cause in self.causes], dtype=bool)
         return Decoded(self.pixel_values, ok, self.causes)
 
 
-class _Instance:
-    """One DALI pipeline for one worker. Its outputs come in the order of its runs."""
+class _Instance(NamedTuple):
+    """One DALI pipeline of one worker, and the names of its inputs."""
 
-    def __init__(self, pipeline: Pipeline, arguments: tuple[str, ...]) -> None:
-        self.pipeline: Pipeline | None = pipeline
-        self.arguments = arguments
+    pipeline: Pipeline
+    arguments: tuple[str, ...]
 
-    def start(self, values: dict[str, Any]) -> None:
-        assert self.pipeline is not None
+    def run(self, values: dict[str, Any]) -> Any:
+        """Feed, run and wait; the output is valid until `pipeline.release_outputs`."""
         for name in self.arguments:
             self.pipeline.feed_input(name, values[name])
         self.pipeline.schedule_run()
-
-    def discard(self) -> None:
-        """After an error: ends its threads now, while the bytes that they may still read are held."""
-        self.pipeline = None
+        (output,) = self.pipeline.share_outputs()
+        return output
 
 
 class Decoder:
-    """Decodes batches of images. One thread at a time may use it; its own threads run inside DALI.
+    """Decodes batches of images in `threads` workers, each with DALI pipelines of its own.
 
-    `submit` starts a batch and returns at once, so that a caller who keeps one batch ahead never lets the threads idle;
+    `submit` starts a batch and returns at once, so that a caller who keeps one batch ahead never lets the workers idle;
     `decode` is `submit` and wait.
     """
 
@@ -128,22 +127,22 @@ class Decoder:
             if self.std <= 0:
                 raise ConfigError(f"std={self.std} must be above 0")
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, whole_graph: bool = False) -> None:
+        """`whole_graph`: on the CPU, too, everything in DALI, as on a GPU. Slower; pixels agree to about one level."""
         if config.device == "mixed" and not torch.cuda.is_available():
             raise ConfigError("device='mixed' decodes on a GPU and this machine shows none; use device='cpu'")
         self.config = config
         self._mixed = config.device == "mixed"
+        self._whole_graph = whole_graph or self._mixed
         # On CPU each thread is a pipeline of its own: the operators of one pipeline run one after the other with a
         # barrier between them, at which the threads of a shared one would wait for the slowest image.
-        self._workers = 1 if self._mixed else config.threads
+        self._workers = _WORKERS_MIXED if self._mixed else config.threads
         self._run_size = _IMAGES_PER_RUN_MIXED if self._mixed else _IMAGES_PER_RUN
-        self._instances: dict[tuple[int, _Operations], _Instance] = {}
-        self._next_worker = 0
-        self._waiting: deque[_Run] = deque()
-        self._running: deque[_Run] = deque()
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
+        self._of_worker = threading.local()
 
     def decode(
-        self, encoded: Sequence[bytes], parameters: ViewParameters, window: np.ndarray, bits: np.ndarray
+        self, encoded: Sequence[bytes | memoryview], parameters: ViewParameters, window: np.ndarray, bits: np.ndarray
     ) -> tuple[Tensor, np.ndarray]:
         """Pixels and which of them are good. V = images, C = 1.
 
@@ -155,35 +154,37 @@ class Decoder:
         return decoded.pixel_values, decoded.ok
 
     def submit(
-        self, encoded: Sequence[bytes], parameters: ViewParameters, window: np.ndarray, bits: np.ndarray
+        self, encoded: Sequence[bytes | memoryview], parameters: ViewParameters, window: np.ndarray, bits: np.ndarray
     ) -> PendingBatch:
         """Start decoding; arguments as for `decode`. The bytes must not change before the result is taken."""
         views, size = len(encoded), self.config.image_size
         assert len(parameters) == views and np.shape(window) == (views, 2) and np.shape(bits) == (views,)
         device = torch.device("cuda", self.config.device_id) if self._mixed else torch.device("cpu")
-        batch = PendingBatch(self, encoded, torch.empty((views, 1, size, size), dtype=torch.float32, device=device))
+        shape = (views, 1, size, size)
+        # NumPy asks the system for large pages: with torch's small ones, touching them anew costs 0.2 ms an image.
+        room = torch.empty(shape, device=device) if self._mixed else torch.from_numpy(np.empty(shape, np.float32))
+        batch = PendingBatch(encoded, room)
         groups = self._plan(batch, parameters, np.asarray(window, dtype=np.float64), np.asarray(bits))
         for operations, rows in groups.items():
             runs = max(math.ceil(len(rows) / self._run_size), min(self._workers, len(rows)))
-            batch.runs_left += runs
-            for part in np.array_split(np.asarray(rows), runs):
-                self._waiting.append(_Run(batch=batch, operations=operations, rows=part))
-        for row, cause in enumerate(batch.causes):
-            if cause is not None:
-                batch.pixel_values[row] = 0.0
-        self._start_waiting()
+            batch.runs += [
+                self._pool.submit(self._decode_rows, batch, operations, part)
+                for part in np.array_split(np.asarray(rows), runs)
+            ]
         return batch
 
     def _plan(
         self, batch: PendingBatch, parameters: ViewParameters, window: np.ndarray, bits: np.ndarray
-    ) -> dict[_Operations, list[int]]:
-        """Check headers, compute the arguments of the graph and sort the rows by the instance that they need."""
+    ) -> dict[_Operations | None, list[int]]:
+        """Check headers, compute the arguments of every row and sort the rows by the instance that they need."""
         views, size = len(batch.encoded), float(self.config.image_size)
         height_width = np.ones((views, 2))
         for row, image in enumerate(batch.encoded):
             header = read_header(image.data)
-            batch.causes[row] = self._refusal(header, int(bits[row]), window[row])
-            if header is not None and batch.causes[row] is None:
+            cause = self._refusal(header, int(bits[row]), window[row])
+            if cause is not None:
+                batch.refuse(row, cause)
+            elif header is not None:
                 height_width[row] = header.height, header.width
 
         # Crop in pixels of the image, which starts at (0, 0); the fitted region may be smaller (crop) or larger (pad).
@@ -199,8 +200,11 @@ class Decoder:
         # The part of the crop that the image covers, and where that part lies in the output [0, size].
         source_start, source_end = np.maximum(start, 0.0), np.minimum(end, height_width)
         scale = size / (end - start)
-        target_start = np.rint((source_start - start) * scale)
-        target_end = np.maximum(np.rint((source_end - start) * scale), target_start + 1)
+        target_start = np.clip(np.rint((source_start - start) * scale), 0, size - 1)
+        target_end = np.clip(np.rint((source_end - start) * scale), target_start + 1, size)
+        # Cut at whole pixels of the image: no more than half a pixel off, and the same in DALI and outside of it.
+        source_start = np.clip(np.rint(source_start), 0, height_width - 1)
+        source_end = np.clip(np.rint(source_end), source_start + 1, height_width)
         covered = ((target_start == 0) & (target_end == size)).all(axis=1)
 
         white = (2.0**bits) - 1
@@ -209,11 +213,12 @@ class Decoder:
         contrast = np.asarray(parameters.contrast, dtype=np.float64)
         gamma = np.asarray(parameters.gamma, dtype=np.float64)
         exposed = (window[:, 0] != 0) | (window[:, 1] != white) | (brightness != 1) | (contrast != 1)
-        # Window, contrast and brightness are one straight line, and so is normalisation where no power comes between:
+        # Window, contrast and brightness are one straight line:
         # brightness * (0.5 + contrast * ((x - low) / (high - low) - 0.5)).
         span = window[:, 1] - window[:, 0]
         gain = brightness * contrast / np.where(span == 0, 1.0, span)
         shift = brightness * (0.5 - 0.5 * contrast) - gain * window[:, 0]
+        # In the graph normalisation joins that line where no power comes between.
         mean, std = np.where(gamma == 1, self.config.mean, 0.0), np.where(gamma == 1, self.config.std, 1.0)
         batch.arguments = {
             name: np.ascontiguousarray(value, dtype=np.float32)
@@ -221,20 +226,30 @@ class Decoder:
                 "roi_start": source_start,
                 "roi_end": source_end,
                 "size": target_end - target_start,
-                "gain": gain / std,
-                "shift": (shift - mean) / std,
+                "gain": gain,
+                "shift": shift,
+                "graph_gain": gain / std,
+                "graph_shift": (shift - mean) / std,
                 "gamma": gamma,
                 "matrix": np.stack([_rotation(degrees, size) for degrees in angle]) if views else np.empty((0, 2, 3)),
             }.items()
         }
+        batch.arguments["region"] = np.concatenate([source_start, source_end], axis=1).astype(np.int64)
         batch.arguments["anchor"] = (-target_start).astype(np.int32)
+        batch.arguments["turned"] = angle != 0
 
-        groups: dict[_Operations, list[int]] = {}
+        groups: dict[_Operations | None, list[int]] = {}
         for row in range(views):
             if batch.causes[row] is None:
-                operations = _Operations(
-                    int(bits[row]), not covered[row], bool(exposed[row]), bool(gamma[row] != 1), bool(angle[row] != 0)
-                )
+                operations = _DECODE_ONLY
+                if self._whole_graph or bits[row] != 8:
+                    operations = _Operations(
+                        bits=int(bits[row]),
+                        padded=not covered[row],
+                        exposed=bool(exposed[row]),
+                        gamma=bool(gamma[row] != 1),
+                        rotated=bool(angle[row] != 0),
+                    )
                 groups.setdefault(operations, []).append(row)
         return groups
 
@@ -252,118 +267,92 @@ class Decoder:
             return "window of no width"
         return None
 
-    def _start_waiting(self) -> None:
-        """Give waiting runs to pipelines, in order, as long as the queues take them."""
-        while self._waiting and len(self._running) < self._workers * _RUNS_QUEUED:
-            run = self._waiting.popleft()
-            # Never more than the queue holds: the call would wait for this thread to take a result, for ever.
-            load = Counter(other.worker for other in self._running)
-            run.worker = min(range(self._workers), key=lambda worker: load[worker])
-            if self._start(run):
-                self._running.append(run)
-            else:
-                self._decode_parts(run)
+    def _decode_rows(self, batch: PendingBatch, operations: _Operations | None, rows: np.ndarray) -> None:
+        """Decode rows of a batch in this worker; after an error again in halves, until the bad image stands alone.
 
-    def _finish(self, batch: PendingBatch) -> None:
-        while batch.runs_left:
-            self._start_waiting()
-            run = self._running.popleft()
-            if not self._collect(run):
-                self._decode_parts(run)
-        self._start_waiting()
-
-    def _start(self, run: _Run) -> bool:
-        """Feed and schedule; False after an error, with the pipeline discarded."""
-        run.instance = self._instance(run.worker, run.operations)
-        arguments = run.batch.arguments
-        values: dict[str, Any] = {
-            name: arguments[name][run.rows] for name in run.instance.arguments if name in arguments
-        }
-        values["encoded"] = [run.batch.encoded[row] for row in run.rows]
-        try:
-            run.instance.start(values)
-        except RuntimeError:
-            run.instance.discard()
-            return False
-        return True
-
-    def _collect(self, run: _Run) -> bool:
-        """Wait for the oldest run of its pipeline; False after an error, its own or one that took it along."""
-        assert run.instance is not None
-        if run.instance.pipeline is None:
-            return False
-        try:
-            self._copy_output(run, run.instance.pipeline)
-        except RuntimeError:
-            run.instance.discard()
-            return False
-        run.batch.runs_left -= 1
-        return True
-
-    def _decode_parts(self, run: _Run) -> None:
-        """Decode a failed run synchronously, halving until the bad image stands alone.
-
-        DALI raises for the whole batch and leaves the pipeline unusable (DALI #3913), so each error costs a rebuild;
-        the rebuilt pipeline decodes a known image first, and what that raises is no fault of the data.
+        DALI raises for the whole run and leaves the pipeline unusable (DALI #3913), so each error costs a rebuild; the
+        rebuilt pipeline decodes a known image first, and what that raises is no fault of the data.
         """
-        run.worker = _SYNCHRONOUS
-        if self._start(run) and self._collect(run):
+        instance = self._instance(operations)
+        values: dict[str, Any] = {
+            name: batch.arguments[name][rows] for name in instance.arguments if name in batch.arguments
+        }
+        values["encoded"] = [batch.encoded[row] for row in rows]
+        try:
+            output = instance.run(values)
+        except RuntimeError:
+            del instance, self._of_worker.instances[operations]
+            if len(rows) == 1:
+                batch.refuse(int(rows[0]), "does not decode")
+                return
+            for half in np.array_split(rows, 2):
+                self._decode_rows(batch, operations, half)
             return
-        run.batch.runs_left -= 1
-        if len(run.rows) == 1:
-            row = int(run.rows[0])
-            run.batch.causes[row] = "does not decode"
-            run.batch.pixel_values[row] = 0.0
-            return
-        for rows in np.array_split(run.rows, 2):
-            run.batch.runs_left += 1
-            self._decode_parts(_Run(batch=run.batch, operations=run.operations, rows=rows))
-
-    def _copy_output(self, run: _Run, pipeline: Pipeline) -> None:
-        """Copy the oldest finished run [n, 1, H, W] into the rows of its batch: no DALI buffer outlives this call."""
-        (output,) = pipeline.share_outputs()
-        first, last = int(run.rows[0]), int(run.rows[-1])
-        where = slice(first, last + 1) if last - first + 1 == len(run.rows) else run.rows
-        if self._mixed:
-            run.batch.pixel_values[where] = torch.from_dlpack(output.as_tensor())
+        if operations is _DECODE_ONLY:
+            for place, row in enumerate(rows.tolist()):
+                self._finish_on_host(batch, row, np.asarray(output[place]))  # in place; `at` would copy
+        elif self._mixed:
+            batch.pixel_values[torch.from_numpy(rows)] = torch.from_dlpack(output.as_tensor())
             torch.cuda.current_stream(self.config.device_id).synchronize()
         else:
-            # NumPy copies in this thread alone; torch would wake its own pool beside DALI's threads.
-            run.batch.pixel_values.numpy()[where] = np.asarray(output.as_tensor())
-        pipeline.release_outputs()
+            batch.pixel_values.numpy()[rows] = np.asarray(output.as_tensor())
+        instance.pipeline.release_outputs()
 
-    def _instance(self, worker: int, operations: _Operations) -> _Instance:
-        """The pipeline of this worker for these operations, built anew if there is none or an error broke it."""
-        instance = self._instances.get((worker, operations))
-        if instance is None or instance.pipeline is None:
-            instance = self._build(operations, queued=1 if worker == _SYNCHRONOUS else _RUNS_QUEUED)
-            self._instances[worker, operations] = instance
-        return instance
+    def _finish_on_host(self, batch: PendingBatch, row: int, image: np.ndarray) -> None:
+        """Stored levels [rows, columns, 1] uint8 -> the normalised pixels of `row`: what the graph does elsewhere."""
+        size, mean, std = self.config.image_size, self.config.mean, self.config.std
+        gain, shift, gamma, region, target, anchor = (
+            batch.arguments[name][row].tolist() for name in ("gain", "shift", "gamma", "region", "size", "anchor")
+        )
+        if image.shape[0] < region[2] or image.shape[1] < region[3]:
+            batch.refuse(row, "decodes to fewer pixels than its header says")
+            return
+        height, width = (round(side) for side in target)
+        low = pixels.resize(image[:, :, 0], region, height, width)
+        tone = pixels.tone_table(gain, shift, gamma)
+        shown = batch.pixel_values.numpy()[row, 0]
+        turned = bool(batch.arguments["turned"][row])
+        table = tone if turned else (tone - np.float32(mean)) * np.float32(1 / std)
+        if (height, width) == (size, size):
+            np.take(table, low, out=shown, mode="clip")  # the default mode, "raise", works in a copy
+        else:
+            shown.fill(0.0 if turned else -mean / std)
+            shown[-anchor[0] : height - anchor[0], -anchor[1] : width - anchor[1]] = table[low]
+        if turned:  # before normalisation, where black is 0
+            turned_pixels = pixels.warp(shown, batch.arguments["matrix"][row])
+            np.multiply(turned_pixels, np.float32(1 / std), out=shown)
+            shown -= np.float32(mean / std)
 
-    def _build(self, operations: _Operations, queued: int) -> _Instance:
+    def _instance(self, operations: _Operations | None) -> _Instance:
+        """This worker's pipeline for these operations, built anew if there is none or an error broke it."""
+        instances: dict[_Operations | None, _Instance] = self._of_worker.__dict__.setdefault("instances", {})
+        if operations not in instances:
+            instances[operations] = self._build(operations)
+        return instances[operations]
+
+    def _build(self, operations: _Operations | None) -> _Instance:
         pipeline = Pipeline(
             batch_size=self._run_size,
             num_threads=self.config.threads if self._mixed else 1,
             device_id=self.config.device_id if self._mixed else None,
-            prefetch_queue_depth=queued,
+            prefetch_queue_depth=1,
+            exec_async=self._mixed,  # on the CPU the worker itself decodes: no other thread to wake and wait for
         )
         with pipeline:
-            pixel_values, arguments = self._graph(operations)
-            pipeline.set_outputs(pixel_values)
+            output, arguments = self._graph(operations)
+            pipeline.set_outputs(output)
         pipeline.build()
-        # The first run of a DALI pipeline fills its queue, so it must find that many batches; later runs take one each.
-        blank: dict[str, Any] = {"encoded": [_blank_png(operations.bits)], **_BLANK_ARGUMENTS}
-        for _ in range(queued):
-            for name in arguments:
-                pipeline.feed_input(name, blank[name])
-        pipeline.schedule_run()
-        for _ in range(queued):
-            pipeline.share_outputs()
-            pipeline.release_outputs()
-        return _Instance(pipeline, arguments)
+        instance = _Instance(pipeline, arguments)
+        bits = 8 if operations is _DECODE_ONLY else operations.bits
+        instance.run({"encoded": [_blank_png(bits)], **_BLANK_ARGUMENTS})
+        pipeline.release_outputs()
+        return instance
 
-    def _graph(self, operations: _Operations) -> tuple[Any, tuple[str, ...]]:
-        """The DALI graph: encoded bytes -> [1, H, W] float32. Returns its output and the names of its inputs."""
+    def _graph(self, operations: _Operations | None) -> tuple[Any, tuple[str, ...]]:
+        """The DALI graph: encoded bytes -> [1, H, W] float32. Returns its output and the names of its inputs.
+
+        _DECODE_ONLY: -> [rows, columns, 1] uint8.
+        """
         config = self.config
         names: list[str] = []
 
@@ -372,14 +361,17 @@ class Decoder:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
         names.append("encoded")
+        bits = 8 if operations is _DECODE_ONLY else operations.bits
         encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1, no_copy=True)
         stored: Any = fn.decoders.image(  # [rows, columns, 1], uint8 or uint16
             encoded,
             device=config.device,
             output_type=types.DALIImageType.GRAY,
-            dtype=types.DALIDataType.UINT8 if operations.bits == 8 else types.DALIDataType.UINT16,
+            dtype=types.DALIDataType.UINT8 if bits == 8 else types.DALIDataType.UINT16,
             adjust_orientation=False,  # the header's rows and columns are those of the window and the boxes
         )
+        if operations is _DECODE_ONLY:
+            return stored, tuple(names)
         # Integers in, integers out: twice as fast as float on CPU, rounded to the depth that the image had.
         image: Any = fn.resize(
             stored,
@@ -398,8 +390,8 @@ class Decoder:
                 image = fn.cast(image, dtype=types.DALIDataType.FLOAT)
             shown = fn.brightness_contrast(  # gain * value + shift
                 image,
-                brightness=argument("gain", 0),
-                brightness_shift=argument("shift", 0),
+                brightness=argument("graph_gain", 0),
+                brightness_shift=argument("graph_shift", 0),
                 dtype=types.DALIDataType.FLOAT,
             )
             if operations.gamma:
@@ -437,16 +429,14 @@ class Decoder:
         return output, tuple(names)
 
 
-_SYNCHRONOUS = -1  # the worker that takes runs apart after an error
-
 _BLANK_ARGUMENTS: dict[str, np.ndarray] = {
     "roi_start": np.zeros((1, 2), np.float32),
     "roi_end": np.full((1, 2), 8, np.float32),
     "size": np.full((1, 2), 8, np.float32),
     "anchor": np.zeros((1, 2), np.int32),
     "matrix": np.array([[[1, 0, 0], [0, 1, 0]]], np.float32),
-    "gain": np.ones(1, np.float32),
-    "shift": np.zeros(1, np.float32),
+    "graph_gain": np.ones(1, np.float32),
+    "graph_shift": np.zeros(1, np.float32),
     "gamma": np.ones(1, np.float32),
 }
 

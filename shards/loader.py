@@ -1,8 +1,8 @@
 """Manifests to batches: order, store, reader, tokenizer, decode, collate; started at a step, nothing to restore.
 
     plan    (pool of threads)  which members of which chunk piece; byte ranges read, checksums verified
-    prepare (one thread)       JSON, view choice, text, tokens of the rows of a batch
-    decode  (one thread)       DALI, then the tensors of `shards.batch.FIELDS`
+    prepare (one thread)       JSON, view choice, text of the rows of a batch; its images go to the decoder's threads
+    join    (one thread)       waits for the pixels, adds tokens: the tensors of `shards.batch.FIELDS`
 
 A row that cannot be used becomes a void slot here and nowhere else. Nothing lives outside this process.
 """
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -137,7 +136,7 @@ class _Prepared:
     """Rows of a batch before decoding; `images` of row i are those with study_index i."""
 
     step: int
-    images: list[bytes]
+    images: list[memoryview]
     study_index: list[int]
     window: list[tuple[float, float]]
     bits: list[int]
@@ -303,15 +302,18 @@ def corpus(config: Loader.Config, global_batch_size: int, limit: int = 200_000) 
 
 @dataclass(frozen=True, kw_only=True)
 class Members:
-    """Verified members of one unit: texts by member name, and the chosen views as (number, member name, bytes)."""
+    """Verified members of one unit: texts by member name, and the chosen views as (number, member name, content).
+
+    The content of a view lies in the range that was read, together with its neighbours': to cut it out would copy it.
+    """
 
     key: str
     texts: dict[str, bytes]
-    views: list[tuple[int, str, bytes]]
+    views: list[tuple[int, str, memoryview]]
 
     def record(self, adopted: bool) -> StudyRecord:
         """Raises BadSampleError without a place; the caller knows it."""
-        images = {member: data for _, member, data in self.views} if adopted else {}
+        images = {member: bytes(data) for _, member, data in self.views} if adopted else {}
         try:
             return record_from_members(self.texts | images, adopted=adopted, key=self.key)
         except ValueError as error:
@@ -364,7 +366,7 @@ def read_units(
         while offset >= ranges[current][1] and current + 1 < len(ranges):
             current += 1
         begin, size, member = offset - ranges[current][0], int(table.size[row]), table.member[row]
-        body = bodies[current][begin : begin + size]
+        body = memoryview(bodies[current])[begin : begin + size]
         found = result[unit]
         if isinstance(found, BadSampleError):
             continue
@@ -376,7 +378,7 @@ def read_units(
             result[unit] = error
             continue
         if number < 0:
-            found.texts[member] = body
+            found.texts[member] = bytes(body)
         else:
             found.views.append((number, member, body))
     for found in result.values():
@@ -390,7 +392,7 @@ def _read_ranges(
 ) -> list[bytes]:
     if cache is None:
         store, name = data.tar(shard)
-        return [future.result() for future in store.get_ranges([(name, low, high - low) for low, high in ranges])]
+        return store.read_ranges([(name, low, high - low) for low, high in ranges])
     # The cache keeps whole chunks, so that every later epoch finds what it needs however its lanes cut the chunk.
     chunks, row = shard.chunks, int(data.table.chunk_in_shard[chunk])
     start, length = int(chunks.offset[row]), int(chunks.bytes[row])
@@ -458,7 +460,7 @@ class Collator:
                     raise BadSampleError("", "", "no image")
             except (BadSampleError, EmptyReportError) as error:
                 on_void(i, error.cause if isinstance(error, BadSampleError) else "empty report")
-                self._add_image(result, i, 0, b"", (0.0, 1.0), 8)
+                self._add_image(result, i, 0, memoryview(b""), (0.0, 1.0), 8)
                 continue
             columns["valid"][i] = True
             columns["patient_key"][i] = keyed.text_key(record.patient)
@@ -480,7 +482,9 @@ class Collator:
         return report_text(record, self.config.sections) if self.tokenizer is not None else ""
 
     @staticmethod
-    def _add_image(to: _Prepared, row: int, view: int, data: bytes, window: tuple[float, float], bits: int) -> None:
+    def _add_image(
+        to: _Prepared, row: int, view: int, data: memoryview, window: tuple[float, float], bits: int
+    ) -> None:
         to.images.append(data)
         to.study_index.append(row)
         to.view.append(view)
@@ -548,7 +552,8 @@ class LoaderRun(Iterator[Batch]):
         self._loader, self.step, self._first_step = loader, step, step
         self._stop = threading.Event()
         self._first_decoded = threading.Event()
-        self._prepared: queue.Queue[_Prepared | BaseException] = queue.Queue(maxsize=1)
+        # With the batch that is being joined and the one that waits to be put here, three are in the decoder.
+        self._decoding: queue.Queue[_Decoding | BaseException] = queue.Queue(maxsize=1)
         self._batches: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=max(1, loader.config.prefetch_batches))
         self._pool = ThreadPoolExecutor(loader.config.fetch_threads, thread_name_prefix="loader-fetch")
         # The read that brings each unit; units of a piece that were used before the start or read for it.
@@ -557,8 +562,8 @@ class LoaderRun(Iterator[Batch]):
         self._threads = [
             threading.Thread(target=self._guard, args=(target, sink), daemon=True, name=name)
             for target, sink, name in (
-                (self._prepare_all, self._prepared, "loader-prepare"),
-                (self._decode_all, self._batches, "loader-decode"),
+                (self._prepare_all, self._decoding, "loader-prepare"),
+                (self._join_all, self._batches, "loader-join"),
             )
         ]
         for thread in self._threads:
@@ -583,13 +588,14 @@ class LoaderRun(Iterator[Batch]):
         self.close()
 
     def close(self) -> None:
-        """Stop the threads; what they hold is dropped."""
+        """Stop the threads; what they hold is dropped. Waits for reads under way, but not for one that stalls."""
         self._stop.set()
         self._first_decoded.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=10)
+        wait([read for read in list(self._reads.values()) if read.running()], timeout=10)
 
     def _guard(self, target: Callable[[], None], sink: queue.Queue[Any]) -> None:
         try:
@@ -629,29 +635,20 @@ class LoaderRun(Iterator[Batch]):
             ]
             adopted = [loader.sets[set_index].manifest.adopted for set_index in slots.set_index]
             prepared = loader._collate.prepare(step, slots, found, places, adopted, self._on_void(step, places))
-            if not self._put(self._prepared, prepared):
+            if not self._put(self._decoding, loader._collate.submit(prepared, train=True)):
                 return
             step += 1
 
-    def _decode_all(self) -> None:
-        """Keep two batches in the decoder, so that its threads never wait for this one."""
-        collate = self._loader._collate
-        under_way: deque[_Decoding] = deque()
+    def _join_all(self) -> None:
         while not self._stop.is_set():
             try:
-                prepared = self._prepared.get(timeout=0.0 if under_way else 0.1)
+                decoding = self._decoding.get(timeout=0.1)
             except queue.Empty:
-                if not under_way:
-                    continue
-            else:
-                if isinstance(prepared, BaseException):
-                    raise prepared
-                under_way.append(collate.submit(prepared, train=True))
-                if len(under_way) < 2:
-                    continue
-            decoding = under_way.popleft()
+                continue
+            if isinstance(decoding, BaseException):
+                raise decoding
             on_void = self._on_void(decoding.prepared.step, decoding.prepared.places)
-            batch = collate.finish(decoding, on_void)
+            batch = self._loader._collate.finish(decoding, on_void)
             self._first_decoded.set()
             if not self._put(self._batches, batch):
                 return

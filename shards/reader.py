@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
+from crc32c import crc32c as crc32c_of
 from PIL import Image
 from pydantic import ValidationError
 
@@ -414,7 +414,7 @@ def index_tar(stream: StoreStream, name: str, *, checksums: bool = True) -> TarI
         if checksums:
             crc, left = 0, size
             while left and (part := stream.read(min(left, STREAM_BYTES))):
-                crc = google_crc32c.extend(crc, part)
+                crc = crc32c_of(part, crc)
                 left -= len(part)
             if left:
                 raise DataError(f"{name}: truncated at byte {offset + size - left} inside a member; copy the tar anew")
@@ -496,7 +496,7 @@ def check_member(data: bytes | memoryview, *, shard: str, key: str, member: str,
         raise BadSampleError(shard, key, f"member .{member} has 0 bytes")
     if len(data) != size:
         raise BadSampleError(shard, key, f"member .{member} has {len(data)} of {size} bytes; truncated tar?")
-    if crc32c is not None and google_crc32c.value(bytes(data)) != int(crc32c):
+    if crc32c is not None and crc32c_of(data) != int(crc32c):
         raise BadSampleError(shard, key, f"member .{member} does not match its crc32c")
 
 

@@ -377,6 +377,15 @@ class Store:
             _results([self._workers.submit(copy, offset, length) for _, offset, length in rest])
             return first.object_bytes
 
+    def read_ranges(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """All of these (name, offset, length) at once: in parallel from a bucket, in the calling thread from a folder.
+
+        A local read is shorter than waking another thread for it.
+        """
+        if not self._backend.splits:
+            return [self.get_range(*request) for request in requests]
+        return _results(self.get_ranges(requests))
+
     # Writing
 
     def put(self, name: str, data: bytes | Path) -> None:

@@ -24,8 +24,8 @@ from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import cast
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c as crc32c_of
 
 from shards.batch import Sample
 from shards.errors import ConfigError, DataError
@@ -177,7 +177,7 @@ class ShardBuilder:
             header = tarfile.TarInfo(f"{sample.key}.{member}")
             header.size, header.mode = len(content), 0o644
             self._tar.write(header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict"))
-            self._rows.append((member, self._tar.tell(), len(content), google_crc32c.value(content)))
+            self._rows.append((member, self._tar.tell(), len(content), crc32c_of(content)))
             self._tar.write(content)
             self._tar.write(b"\0" * (-len(content) % TAR_BLOCK))
         self._end.append(self._tar.tell())

@@ -61,6 +61,22 @@ def test_antialiased_resize_agrees_with_pillow():
         assert np.abs(ours - theirs).mean() <= 0.5 / 255  # promised: 1 / 255
 
 
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_host_and_graph_agree(fit):
+    """What the CPU does outside of DALI is what DALI's graph does on a GPU, to about one level."""
+    images, values, window, bits = mixed_batch()
+    window[3], window[8] = (40.0, 180.0), (255.0, 0.0)
+    values = augment.ViewParameters(**{**vars(values), "gamma": np.where(np.arange(24) % 5 == 0, 1.3, 1.0)})
+    config = Decoder.Config(image_size=48, mean=0.0, std=1.0, fit=fit)
+    on_host, ok = Decoder(config).decode(images, values, window, bits)
+    in_graph, ok_graph = Decoder(config, whole_graph=True).decode(images, values, window, bits)
+    assert ok.all() and ok_graph.all()
+    difference = (on_host - in_graph).abs().flatten(1)
+    assert difference.mean(dim=1).max() <= 0.5 / 255
+    assert torch.equal(on_host[bits == 16], in_graph[bits == 16])
+    assert not torch.equal(on_host, in_graph)  # two ways indeed
+
+
 def test_sixteen_bits_keep_their_depth():
     # Two levels that differ by 20 of 65,535 would be one level in 8 bits.
     pixels = np.full((64, 64), 30_000, np.uint16)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pytest
 import torch
+from crc32c import crc32c as crc32c_of
 from PIL import Image
 
 from ci.bench.fault_proxy import FaultProxy, Plan
@@ -186,20 +186,20 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, str], np.nda
     """(epoch, tar) -> how often each byte was asked for."""
     counts: dict[tuple[int, str], np.ndarray] = {}
     current, lock = threading.local(), threading.Lock()
-    read, get_ranges = LoaderRun._read, Store.get_ranges
+    read, read_ranges = LoaderRun._read, Store.read_ranges
 
     def counted_read(run: LoaderRun, set_index: int, chunk: int, epoch: int, units: list[int]) -> Any:
         current.epoch = epoch
         return read(run, set_index, chunk, epoch, units)
 
-    def counted_get_ranges(store: Store, requests: Any) -> Any:
+    def counted_read_ranges(store: Store, requests: Any) -> Any:
         with lock:
             for name, offset, length in requests:
                 counts.setdefault((current.epoch, name), np.zeros(1 << 18, dtype=int))[offset : offset + length] += 1
-        return get_ranges(store, requests)
+        return read_ranges(store, requests)
 
     monkeypatch.setattr(LoaderRun, "_read", counted_read)
-    monkeypatch.setattr(Store, "get_ranges", counted_get_ranges)
+    monkeypatch.setattr(Store, "read_ranges", counted_read_ranges)
     return counts
 
 
@@ -241,7 +241,7 @@ def spoil(manifest: Path, folder: Path, how: str, victim: Row) -> Path:
     if how == "decode":  # checksums agree, the pixels do not decode
         assert table.crc32c is not None
         body = json.loads(store.get("manifest.json"))
-        table.crc32c[row] = google_crc32c.value(bytes(data[offset : offset + size]))
+        table.crc32c[row] = crc32c_of(bytes(data[offset : offset + size]))
         content = table.to_parquet()
         (folder / shard.members).write_bytes(content)
         for entry in body["shards"]:
@@ -354,7 +354,7 @@ def test_a_silent_store_stops_the_run_and_skips_nothing(config: Loader.Config, m
     def silent(store: Store, requests: Any) -> Any:
         raise StoreUnreachableError("no answer for 60 s")
 
-    monkeypatch.setattr(Store, "get_ranges", silent)
+    monkeypatch.setattr(Store, "read_ranges", silent)
     with loader.start(0) as run, pytest.raises(StoreUnreachableError):
         next(run)
     assert events == []

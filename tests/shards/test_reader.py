@@ -9,9 +9,9 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import pytest
+from crc32c import crc32c as crc32c_of
 from PIL import Image
 
 from shards import reader
@@ -149,7 +149,7 @@ class TestWholeShard:
 
 class TestMember:
     def check(self, data: bytes, **change: object) -> None:
-        arguments = {"shard": "s", "key": "k", "member": "0.jpg", "size": 4, "crc32c": google_crc32c.value(b"abcd")}
+        arguments = {"shard": "s", "key": "k", "member": "0.jpg", "size": 4, "crc32c": crc32c_of(b"abcd")}
         check_member(data, **(arguments | change))  # type: ignore[arg-type]
 
     def test_good(self) -> None:
