@@ -45,9 +45,7 @@ class Config:
 
     crop_area_fraction: tuple[float, float] = (0.6, 1.0)
     crop_aspect_ratio: float = 4 / 3  # width over height lies in [1 / this, this]
-    rotation_degrees: float = (
-        10.0  # angle in [-this, this]; on CPU any rotation costs as much as decoding a 512-px JPEG
-    )
+    rotation_degrees: float = 10.0  # angle in [-this, this]
     brightness_fraction: float = 0.1  # factor in [1 - this, 1 + this]
     contrast_fraction: float = 0.1  # factor in [1 - this, 1 + this]
     gamma_ratio: float = 1.0  # exponent in [1 / this, this]; 1 spares the power
