@@ -113,9 +113,15 @@ class Block:
             epochs.append(np.full(len(order), epoch))
         piece_start = np.concatenate(bounds)
 
-        # Lane borders cut pieces too.
+        # Lane borders cut pieces too. Both lists ascend, so no sorting (nor hashing, as np.union1d does) is needed.
         lane_start = self.batches * (np.cumsum(widths) - widths)
-        self.piece_start = np.union1d(piece_start, lane_start[widths > 0])
+        distinct = piece_start[
+            np.append(np.diff(piece_start) > 0, True)
+        ]  # a chunk of no units starts where the next does
+        borders = lane_start[widths > 0]
+        place = np.searchsorted(distinct, borders)
+        missing = distinct[np.minimum(place, len(distinct) - 1)] != borders
+        self.piece_start = np.insert(distinct, place[missing], borders[missing])
         source = np.searchsorted(piece_start, self.piece_start, "right") - 1
         self.piece_chunk = np.concatenate(chunks)[source]
         self.piece_shift = np.concatenate(shifts)[source]
@@ -183,20 +189,22 @@ class Block:
         units = self.window_units[windows]
         if len(windows) >> _WINDOW_BITS:
             raise ValueError(f"{len(windows)} windows at once, at most {1 << _WINDOW_BITS} can be sorted together")
-        row = np.repeat(np.arange(len(windows)), units)
-        start = np.cumsum(units) - units
-        place = np.arange(len(row)) - start[row]
-        source = self.window_start[windows][row] + place
-        random = keyed.hash_u64(self.seed, "window", self.set_index, self.number, source) >> np.uint64(64 - _HASH_BITS)
-        word = (row.astype(np.uint64) << np.uint64(_HASH_BITS + _PLACE_BITS)) | (random << np.uint64(_PLACE_BITS))
-        word |= place.astype(np.uint64)
+        start = np.repeat(np.cumsum(units) - units, units)
+        place = np.arange(len(start)) - start
+        window_start = np.repeat(self.window_start[windows], units)
+        random = keyed.hash_u64(self.seed, "window", self.set_index, self.number, window_start + place)
+        # Sorted as one number: window, then hash, then place.
+        word = np.repeat(np.arange(len(windows), dtype=np.uint64) << np.uint64(_HASH_BITS + _PLACE_BITS), units)
+        word |= (random >> np.uint64(64 - _HASH_BITS)) << np.uint64(_PLACE_BITS)
+        word |= place.view(np.uint64)
         word.sort()
-        order = start[row] + (word & np.uint64((1 << _PLACE_BITS) - 1)).astype(np.int64)
+        word &= np.uint64((1 << _PLACE_BITS) - 1)
+        place = word.view(np.int64)
         first_piece = np.searchsorted(self.piece_start, self.window_start[windows])
         pieces = self.window_pieces[windows]
         piece = np.arange(int(pieces.sum())) + np.repeat(first_piece - np.cumsum(pieces) + pieces, pieces)
         piece = np.repeat(piece, self.piece_units[piece])
-        return source[order], piece[order]
+        return window_start + place, piece[start + place]
 
 
 class Order:
