@@ -9,25 +9,17 @@ from torch import Tensor
 from core.losses.siglip import siglip
 from core.models.heads import LogitBias, LogitScale
 from core.models.initialise import draw_weights
-from core.models.text import TextEncoder
-from core.models.towers import TwoTowers
-from core.models.vision import VisionEncoder
-from core.tasks import Encoded, Gathered, LossOutput, Task, share_of_constant
-from shards.batch import Batch
+from core.tasks import Gathered, LossOutput, share_of_constant
+from core.tasks.two_towers import TwoTowerTask
 
 
-class SigLIP(Task):
+class SigLIP(TwoTowerTask):
     """Every pair of image and report is a yes-or-no question of its own; equal reports are positives of each other."""
 
-    fields = ("pixel_values", "study_index", "valid", "input_ids", "attention_mask", "report_key")
-
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(TwoTowerTask.Config):
         """Scale and bias start as in the paper: near "no pair matches", which most pairs do not."""
 
-        vision: VisionEncoder.Config
-        text: TextEncoder.Config
-        embed_dim: int = 512
         scale_init: float = 10.0
         scale_max: float = 200.0
         bias_init: float = -10.0
@@ -38,22 +30,11 @@ class SigLIP(Task):
             return SigLIP(self, vocab_size=vocab_size, seed=seed)
 
     def __init__(self, config: SigLIP.Config, *, vocab_size: int | None = None, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(config, vocab_size=vocab_size)
         self.config = config
-        self.towers = TwoTowers(config.vision, config.text, config.embed_dim, vocab_size=vocab_size)
         self.logit_scale = LogitScale(config.scale_init, config.scale_max)
         self.logit_bias = LogitBias(config.bias_init, config.bias_bound)
         draw_weights(self, seed)
-
-    def encode(self, batch: Batch) -> Encoded:
-        return Encoded(
-            gather={
-                "image_embeds": self.embed_images(batch),
-                "text_embeds": self.embed_texts(batch["input_ids"], batch["attention_mask"]),
-                "report_key": batch["report_key"],
-                "valid": batch["valid"],
-            }
-        )
 
     def objective(self, gathered: Gathered, local: dict[str, Tensor]) -> LossOutput:
         own, everyone = gathered.own, gathered.all
@@ -76,15 +57,3 @@ class SigLIP(Task):
                 "optim/logit_bias": share_of_constant(bias, gathered),
             },
         )
-
-    def embed_images(self, batch: Batch) -> Tensor:
-        """Unit-norm `[b, E]`; reads `pixel_values`, `study_index`, `valid`."""
-        return self.towers.embed_images(batch)
-
-    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Unit-norm `[n, E]`."""
-        return self.towers.embed_texts(input_ids, attention_mask)
-
-    def image_features(self, batch: Batch) -> Tensor:
-        """Pooled, before the projection, `[b, D]`."""
-        return self.towers.image_features(batch)
