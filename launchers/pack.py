@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from shards import reader, writer
+from shards import adopt, reader, tar_index, writer
 from shards.errors import ConfigError, RoentgenError
 from shards.ingest import Source, read_key_file
 from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS, ImageLimits
@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     shards = result.add_argument_group("shards")
     shards.add_argument("--shard-bytes", type=int, default=64 << 20, help="a shard ends here (%(default)s)")
     shards.add_argument("--shard-samples", type=int, help="or here; small sets need many shards to mix well")
-    shards.add_argument("--chunk-bytes", type=int, default=reader.CHUNK_BYTES, help="unit of fetching (%(default)s)")
+    shards.add_argument("--chunk-bytes", type=int, default=tar_index.CHUNK_BYTES, help="unit of fetching (%(default)s)")
     shards.add_argument(
         "--fractions",
         default="train=0.8,validation=0.1,test=0.1",
@@ -211,7 +211,7 @@ def _adopt(arguments: argparse.Namespace) -> Manifest:
         split, equals, pattern = text.partition("=")
         named = equals == "=" and split.replace("_", "").replace("-", "").isalnum()
         splits.setdefault(split if named else "train", []).append(pattern if named else text)
-    return reader.adopt(
+    return adopt.adopt(
         splits,
         arguments.output,
         headers_only=arguments.headers_only,

@@ -41,6 +41,11 @@ class Piece(NamedTuple):
     version: str | None
 
 
+def changed_object(what: str) -> DataError:
+    """The error for an object that is not the one whose first part was read."""
+    return DataError(f"{what}: changed while it was read; stop what writes it and start again")
+
+
 def source_file(path: Path) -> BinaryIO:
     """A local file that is to be uploaded. Raises DataError."""
     try:

@@ -5,9 +5,12 @@ Pure parsing of untrusted bytes; every reader returns None where the format's ru
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 from typing import NamedTuple
+
+from PIL import Image
 
 
 class ImageHeader(NamedTuple):
@@ -119,3 +122,27 @@ _READERS = (
     (b"MM\x00*", _tiff),
     (b"P", _pnm),
 )
+
+
+def probe_image(data: bytes) -> tuple[int, int, int]:
+    """(height, width, bits) from the encoded header alone. Raises ValueError when it is no known image.
+
+    `bits` is 8 or 16, the smaller that holds the stored precision. Pillow, which reads lazily, is asked for what
+    `read_header` does not know and for TIFF of 32 bits; the rest does not meet its size limit.
+    """
+    header = read_header(data)
+    if header is not None and header.bits > 16 and data[:2] in (b"II", b"MM"):
+        header = None
+    if header is None and data[:3] == b"\xff\xd8\xff":
+        raise ValueError("JPEG without a frame header")
+    if header is None:
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                header = ImageHeader(image.width, image.height, 16 if image.mode.startswith(("I", "F")) else 8)
+        except Image.DecompressionBombError:
+            raise ValueError("image of more pixels than any limit") from None
+        except Exception as error:  # Pillow's plug-ins raise many kinds for malformed headers; all mean the same here
+            raise ValueError(f"no image header ({type(error).__name__})") from None
+    if header.height < 1 or header.width < 1 or not 1 <= header.bits <= 16:
+        raise ValueError(f"image header says {header.height} x {header.width} pixels of {header.bits} bits")
+    return header.height, header.width, 8 if header.bits <= 8 else 16

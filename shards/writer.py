@@ -31,8 +31,9 @@ from shards.batch import Sample
 from shards.errors import ConfigError, DataError
 from shards.ingest import Item, Loaded, Refusal, Source
 from shards.manifest import Manifest, Shard
-from shards.reader import CHUNK_BYTES, TAR_BLOCK, MembersTable, TarIndex, describe_shard, is_pickle
+from shards.members import MembersTable, is_pickle
 from shards.store import Store, open_store
+from shards.tar_index import CHUNK_BYTES, TAR_BLOCK, TarIndex, describe_shard
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ CORE_MAY_READ = frozenset({"shards.batch", "shards.store", "shards.errors", "sha
 
 # One owner per heavy dependency: path, or folder with a closing slash, that alone may import it.
 OWNERS: dict[str, tuple[str, ...]] = {
-    "boto3": ("shards/store.py",),
-    "botocore": ("shards/store.py",),
+    "boto3": ("shards/bucket.py",),
+    "botocore": ("shards/bucket.py",),
     "webdataset": ("shards/reader.py",),
     "nvidia": ("shards/decode.py",),
     "transformers": ("core/models/text.py", "shards/tokenizer.py"),
@@ -227,5 +227,5 @@ class TestTheCheckItself:
         assert owner_faults(Path("shards/loader.py"), iter([(1, "boto3")]))
         assert owner_faults(Path("shards/loader.py"), iter([(1, "nvidia.dali.fn")]))
         assert owner_faults(Path("core/trainer.py"), iter([(1, "torch.utils.tensorboard.SummaryWriter")]))
-        assert not owner_faults(Path("shards/store.py"), iter([(1, "boto3.session")]))
+        assert not owner_faults(Path("shards/bucket.py"), iter([(1, "boto3.session")]))
         assert not owner_faults(Path("core/x.py"), iter([(1, "rayon")]))

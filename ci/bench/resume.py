@@ -35,7 +35,7 @@ from shards import keyed
 from shards.batch import EncodedImage, Sample, StudyRecord, ViewRecord
 from shards.errors import DataError
 from shards.manifest import Manifest, Shard
-from shards.reader import CHUNK_BYTES, describe_shard
+from shards.tar_index import CHUNK_BYTES, describe_shard
 from shards.writer import ShardBuilder
 
 DESCRIPTION = "seconds to the first batch of a start at step N of 1,000,000 samples, cold; what is read, what is left"

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from shards.batch import EncodedImage
-from shards.reader import probe_image
+from shards.image_header import probe_image
 
 SIDE_MIN_PIXELS = 32
 AREA_MAX_PIXELS = 100_000_000

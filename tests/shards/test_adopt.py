@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from shards.adopt import adopt, expand_urls
 from shards.errors import BadSampleError, ConfigError, DataError
-from shards.reader import StoreStream, adopt, expand_urls, index_tar, read_members, read_samples, verify
+from shards.reader import read_members, read_samples, verify
 from shards.store import open_store
+from shards.tar_index import StoreStream, index_tar
 from tests.shards.sources import encoded
 
 LONG = "patient name " * 12

@@ -16,8 +16,10 @@ from PIL import Image
 
 from shards import reader
 from shards.errors import BadSampleError, DataError
+from shards.image_header import probe_image
 from shards.manifest import Manifest, Shard
-from shards.reader import MembersTable, check_member, parse_study, probe_image, read_members, read_samples, verify
+from shards.members import MembersTable
+from shards.reader import check_member, parse_study, read_members, read_samples, verify
 from shards.store import Store, open_store
 from shards.writer import WriterConfig, write_shards
 from tests.shards.sources import TinySource, encoded, make_sample
