@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import psutil
+import torch
 from rich.console import Console
 
 from core import metrics as measures
 from core.checkpoint import Checkpoints, TrainState
-from core.engine import Engine, split
+from core.collectives import any_rank, sum_over_ranks
+from core.engine import Engine
 from core.metrics import Metrics
 from core.world import World
 from shards.batch import Batch, batch_hash
@@ -82,6 +84,10 @@ class Source(Protocol):
 Evaluator = Callable[[TrainState], Iterator[tuple[str, float]]]
 
 
+class EvaluationStoppedError(Exception):
+    """Raised on all ranks by an evaluator that was asked to stop; the run then stops at its next step."""
+
+
 class StopRequest:
     """Notes SIGTERM, SIGINT or the death of the parent; the ranks agree on it at the next step."""
 
@@ -99,6 +105,11 @@ class StopRequest:
         if self._signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = self._signal or number
+
+    def leave_evaluation(self, device: torch.device) -> None:
+        """Collective, to be called now and then by an evaluator. Raises EvaluationStoppedError on all ranks."""
+        if any_rank(self.code != 0, device):
+            raise EvaluationStoppedError
 
     @property
     def code(self) -> int:
@@ -249,11 +260,15 @@ def _is_better(config: TrainerConfig, figures: Mapping[str, float], best: Mappin
 
 def _evaluate(
     evaluators: Sequence[Evaluator], state: TrainState, metrics: Metrics, progress: _Progress
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     figures: dict[str, float] = {}
-    for evaluator in evaluators:
-        for name, value in evaluator(state):
-            figures[f"eval/{name}"] = value
+    try:
+        for evaluator in evaluators:
+            for name, value in evaluator(state):
+                figures[f"eval/{name}"] = value
+    except EvaluationStoppedError:
+        progress.say("evaluation left unfinished: a stop was requested")
+        return None
     metrics.scalars(state.step, figures)
     shown = [name for name in figures if name.rsplit("/", 1)[-1] in SHOWN_FIGURES]
     if shown:
@@ -262,11 +277,12 @@ def _evaluate(
 
 
 def validation_loss(
-    engine: Engine, batches: Callable[[], Iterator[Batch]], world: World, *, limit: int | None = None
+    engine: Engine, batches: Callable[[], Iterator[Batch]], *, limit: int | None = None, stop: StopRequest | None = None
 ) -> Evaluator:
-    """An evaluator: the objective over held-out batches, each split over the ranks; the mean weighs studies equally.
+    """An evaluator: the objective over held-out batches; the mean weighs studies equally.
 
-    `batches` gives the same global batches on every rank, void rows filling the last one.
+    `batches` gives every rank its equal share of each global batch, void rows filling the last one. A requested `stop`
+    ends it between two batches.
     """
 
     def run(_state: TrainState) -> Iterator[tuple[str, float]]:
@@ -275,9 +291,10 @@ def validation_loss(
         for number, batch in enumerate(batches()):
             if number == limit:
                 break
-            valid = int(batch["valid"].sum())
-            own = split(batch, len(batch["valid"]) // world.world_size)[world.rank]
-            for name, value in engine.validation_step(own).items():
+            if stop is not None:
+                stop.leave_evaluation(engine.world.device)
+            valid = int(sum_over_ranks(batch["valid"].sum().to(engine.world.device)))
+            for name, value in engine.validation_step(batch).items():
                 totals[name] = totals.get(name, 0.0) + value * valid
             studies += valid
         if not studies:

@@ -18,9 +18,10 @@ from configs.schema import TrainConfig
 from core.checkpoint import BEST, LATEST, SUMS, WEIGHTS, find_weights, load_checkpoint_weights
 from core.evaluation.embed import Encoders
 from core.tasks import Task
+from shards.dataset import DataSet
 from shards.decode import Decoder
 from shards.errors import ConfigError
-from shards.loader import DataSet, as_mixture, find_tokenizer
+from shards.loader import as_mixture, find_tokenizer
 from shards.store import Store, open_store
 from shards.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 

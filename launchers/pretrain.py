@@ -36,8 +36,9 @@ from core.metrics import Events, Metrics, Uploader
 from core.trainer import Evaluator, StopRequest, TooManySkipsError, train, validation_loss
 from core.world import World
 from launchers import past_run
+from shards.dataset import DataSet
 from shards.errors import ConfigError, NonFiniteError, RoentgenError, StoreFullError
-from shards.loader import DataSet, Loader, as_mixture, corpus, find_tokenizer
+from shards.loader import Loader, as_mixture, corpus, find_tokenizer
 from shards.store import open_store
 from shards.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
 
@@ -185,7 +186,7 @@ def _run(config: TrainConfig, run_dir: str, allow_changed: Sequence[str], world:
                 metrics=metrics,
                 global_batch_size=config.global_batch_size,
                 max_skip_rate=config.data.max_skip_rate,
-                evaluators=_evaluators(config, engine, loader, world),
+                evaluators=_evaluators(config, engine, loader, world, stop),
                 on_event=events.write if world.is_first else lambda event: None,
                 stop=stop,
             )
@@ -255,7 +256,9 @@ def _identity(config: TrainConfig, loader: Loader) -> dict[str, Any]:
     return {**config.identity(), **content, "tokenizer_sha256": tokenizer.sha256 if tokenizer is not None else None}
 
 
-def _evaluators(config: TrainConfig, engine: Engine, loader: Loader, world: World) -> list[Evaluator]:
+def _evaluators(
+    config: TrainConfig, engine: Engine, loader: Loader, world: World, stop: StopRequest
+) -> list[Evaluator]:
     """Validation loss always; zero-shot and retrieval on the held-out split where the task embeds both sides."""
     splits = loader.sets[0].whole.splits
     if config.data.validation is None and config.data.validation_split not in splits:
@@ -264,7 +267,7 @@ def _evaluators(config: TrainConfig, engine: Engine, loader: Loader, world: Worl
         )
         return []
     batches = partial(loader.evaluate, batch_size=config.global_batch_size)
-    found = [validation_loss(engine, batches, world, limit=config.trainer.validation_batches)]
+    found = [validation_loss(engine, batches, limit=config.trainer.validation_batches, stop=stop)]
     task = engine.task
     tokenizer = loader.tokenizer
     if tokenizer is None or not all(callable(getattr(task, name, None)) for name in ("embed_images", "embed_texts")):
@@ -276,7 +279,13 @@ def _evaluators(config: TrainConfig, engine: Engine, loader: Loader, world: Worl
         limited = partial(loader.evaluate, batch_size=config.global_batch_size, limit=EVALUATION_LIMIT)
         with engine.evaluating() as evaluated:
             model = cast(Encoders, evaluated)
-            split = embed_split(model, limited(), world.device, parts=("image_embeds", "text_embeds"), world=world)
+            split = embed_split(
+                model,
+                limited(),
+                world.device,
+                parts=("image_embeds", "text_embeds"),
+                on_batch=lambda studies: stop.leave_evaluation(world.device),
+            )
             for name, value in Retrieval(Retrieval.Config(replicates=1)).run(split):
                 yield f"retrieval/{name}", value
             if chosen:

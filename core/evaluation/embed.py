@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from core.collectives import all_gather_rows
-from core.world import World
 from shards.batch import Batch
 from shards.errors import DataError
 
 PARTS = ("image_embeds", "text_embeds", "features")
+METADATA = ("valid", "labels", "report_key", "patient_key", "sample_id")
 
 
 class Encoders(Protocol):
@@ -72,39 +72,34 @@ def embed_split(
     device: torch.device,
     *,
     parts: Sequence[str] = PARTS,
-    world: World | None = None,
     autocast: torch.dtype | None = None,
     on_batch: Callable[[int], None] = lambda studies: None,
 ) -> EmbeddedSplit:
     """Embed every valid study of `batches`. `autocast`: bfloat16 where the run used it, None: as outside this call.
 
-    With several ranks, all are given the same batches; each encodes its share of the rows and all get the whole result,
-    so that ranks stay in step whatever shards their weights (ZeRO 3). `on_batch(studies)` is told of progress.
+    With several ranks, each is given its equal share of every batch and all get the whole result, in rank order, so
+    that ranks stay in step whatever shards their weights (ZeRO 3). `on_batch(studies)` is told of progress.
     The task is put in evaluation mode, then back. Raises DataError when no study is valid.
     """
-    world = world or World(device=device)
     kept: dict[str, list[Tensor]] = {}
     was_training = getattr(task, "training", False)
     if isinstance(task, torch.nn.Module):
         task.eval()
     try:
         for batch in batches:
-            valid = batch["valid"].cpu()
-            own = rows_of_rank(batch, world.rank, world.world_size)
-            own = {name: tensor.to(device, non_blocking=True) for name, tensor in own.items()}
-            found: dict[str, Tensor] = {}
+            own = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            found = {name: own[name] for name in METADATA}
             with precision(device, autocast):
                 if "image_embeds" in parts:
-                    found["image_embeds"] = task.embed_images(own)
+                    found["image_embeds"] = task.embed_images(own).float()
                 if "text_embeds" in parts:
-                    found["text_embeds"] = task.embed_texts(own["input_ids"], own["attention_mask"])
+                    found["text_embeds"] = task.embed_texts(own["input_ids"], own["attention_mask"]).float()
                 if "features" in parts:
-                    found["features"] = task.image_features(own)
-            for name, rows in found.items():
-                whole = all_gather_rows(rows.float().contiguous()) if world.world_size > 1 else rows.float()
-                kept.setdefault(name, []).append(whole[: len(valid)].cpu()[valid])
-            for name in ("labels", "report_key", "patient_key", "sample_id"):
-                kept.setdefault(name, []).append(batch[name].cpu()[valid])
+                    found["features"] = task.image_features(own).float()
+            everyone = {name: all_gather_rows(found[name].contiguous()).cpu() for name in sorted(found)}
+            valid = everyone.pop("valid")
+            for name, rows in everyone.items():
+                kept.setdefault(name, []).append(rows[valid])
             on_batch(int(valid.sum()))
     finally:
         if isinstance(task, torch.nn.Module):
@@ -119,33 +114,3 @@ def embed_split(
 def precision(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
     """Products in `autocast`; None leaves whatever is set outside, such as the engine's own, as it is."""
     return nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
-
-
-def rows_of_rank(batch: Batch, rank: int, world_size: int) -> Batch:
-    """This rank's equal share of a batch's studies with their images; void rows fill up what does not divide.
-
-    The joined shares of all ranks are the batch again, then the void rows.
-    """
-    if world_size == 1:
-        return batch
-    studies = len(batch["valid"])
-    share = -(-studies // world_size)
-    first, last = min(studies, rank * share), min(studies, (rank + 1) * share)
-    images = (batch["study_index"] >= first) & (batch["study_index"] < last)
-    missing = share - (last - first)
-    part: Batch = {}
-    for name, tensor in batch.items():
-        if name == "pixel_values":
-            rows, filler = tensor[images.to(tensor.device)], missing
-        elif name == "study_index":
-            rows, filler = tensor[images] - first, 0
-        else:
-            rows, filler = tensor[first:last], missing
-        part[name] = torch.cat([rows, rows.new_zeros((filler, *tensor.shape[1:]))]) if filler else rows
-    if missing:
-        voids = torch.arange(last - first, share, device=part["study_index"].device, dtype=torch.int64)
-        part["study_index"] = torch.cat([part["study_index"], voids])
-        # A text row needs a token to attend to, void or not.
-        if "attention_mask" in part:
-            part["attention_mask"][last - first :, 0] = True
-    return part

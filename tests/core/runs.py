@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Options:
     kill_at: int | None = None
     kill_rank: int | None = None  # None: all ranks
     stop_at: int | None = None  # SIGTERM itself at this step, on `kill_rank`
+    stop_in_evaluation: bool = False  # SIGTERM itself while validating on batches without end, on `kill_rank`
     nan_at: int | None = None  # NaN pixels at this step, on the last rank
     void_from: int | None = None  # all rows void from this step on
     keep_last: int = 2
@@ -150,6 +152,15 @@ class Run(Iterator[Batch]):
         return
 
 
+def held_out_batches(options: Options, world: World) -> Iterator[Batch]:
+    batch = own_rows(global_batch(999), world)
+    yield batch
+    while options.stop_in_evaluation:
+        if options.kill_rank in (None, world.rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+
+
 @dataclass
 class Source:
     options: Options
@@ -201,7 +212,8 @@ def rank_main(rank: int, world_size: int, port: int, options: Options) -> None:
             _fill_disk_from(options.full_disk_at, checkpoints)
         metrics = Metrics(folder, world, first_step=state.step)
         uploader = Uploader(options.run_dir, folder, events.write) if options.local_dir and world.is_first else None
-        evaluators = [validation_loss(engine, lambda: iter([global_batch(999)]), world)] if options.validate else []
+        held_out = partial(held_out_batches, options, world)
+        evaluators = [validation_loss(engine, held_out, stop=stop)] if options.validate else []
         code = train(
             config.trainer, engine, Source(options, world), checkpoints, state, world=world, metrics=metrics,
             global_batch_size=GLOBAL_BATCH, max_skip_rate=0.2, evaluators=evaluators, stop=stop,

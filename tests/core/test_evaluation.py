@@ -6,12 +6,12 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from core.evaluation.embed import EmbeddedSplit, embed_split, rows_of_rank
+from core.engine import split
+from core.evaluation.embed import EmbeddedSplit, embed_split
 from core.evaluation.probe import LinearProbe
 from core.evaluation.retrieval import Retrieval, ranks_of_best_match
 from core.evaluation.statistics import area_under_curve, areas_under_curve, means, paired_difference
 from core.evaluation.zero_shot import ZeroShot, check_prompts
-from core.world import World
 from shards.batch import NOT_ANNOTATED, UNCERTAIN, Batch
 from shards.errors import ConfigError, DataError
 from tests.distributed import run_distributed
@@ -67,18 +67,18 @@ def toy_batches() -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     batches = []
     for index in range(3):
-        views = torch.tensor([0, 0, 1, 2, 3, 3, 4])
+        views = torch.tensor([0, 0, 1, 2, 3, 3, 4, 5])
         batches.append(
             {
-                "pixel_values": torch.randn(7, 1, 2, 2, generator=generator),
+                "pixel_values": torch.randn(8, 1, 2, 2, generator=generator),
                 "study_index": views,
-                "valid": torch.tensor([True, True, index != 1, True, index != 2]),
-                "input_ids": torch.randint(0, 4, (5, 6), generator=generator),
-                "attention_mask": torch.ones(5, 6, dtype=torch.bool),
-                "report_key": torch.arange(5) + 5 * index,
-                "patient_key": torch.arange(5) + 5 * index,
-                "sample_id": torch.arange(5) + 5 * index,
-                "labels": torch.zeros(5, 2, dtype=torch.int8),
+                "valid": torch.tensor([True, True, index != 1, True, index != 2, True]),
+                "input_ids": torch.randint(0, 4, (6, 6), generator=generator),
+                "attention_mask": torch.ones(6, 6, dtype=torch.bool),
+                "report_key": torch.arange(6) + 6 * index,
+                "patient_key": torch.arange(6) + 6 * index,
+                "sample_id": torch.arange(6) + 6 * index,
+                "labels": torch.zeros(6, 2, dtype=torch.int8),
             }
         )
     return batches
@@ -187,8 +187,8 @@ def test_embed_split_keeps_valid_studies_in_order_and_turns_dropout_off() -> Non
     task = ToyTask()
     progress: list[int] = []
     split = embed_split(task, toy_batches(), CPU, on_batch=progress.append)
-    assert progress == [5, 4, 4] and len(split) == 13 and task.training
-    assert split.sample_id.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13]
+    assert progress == [6, 5, 5] and len(split) == 16 and task.training
+    assert split.sample_id.tolist() == [*range(8), *range(9, 16), 17]
     again = embed_split(task, toy_batches(), CPU)
     assert torch.equal(split.need("features"), again.need("features"))
     first = toy_batches()[0]["pixel_values"]
@@ -198,28 +198,17 @@ def test_embed_split_keeps_valid_studies_in_order_and_turns_dropout_off() -> Non
 
 
 def test_embed_split_without_a_valid_study_is_an_error() -> None:
-    batch = toy_batches()[0] | {"valid": torch.zeros(5, dtype=torch.bool)}
+    batch = toy_batches()[0] | {"valid": torch.zeros(6, dtype=torch.bool)}
     for batches in ([], [batch]):
         with pytest.raises(DataError, match="no usable study"):
             embed_split(ToyTask(), batches, CPU)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-def test_rows_of_all_ranks_join_to_the_batch(world_size: int) -> None:
-    batch = toy_batches()[0]
-    parts = [rows_of_rank(batch, rank, world_size) for rank in range(world_size)]
-    assert len({len(part["valid"]) for part in parts}) == 1
-    joined = torch.cat([ToyTask().eval().embed_images(part) for part in parts])
-    torch.testing.assert_close(joined[:5], ToyTask().eval().embed_images(batch))
-    assert torch.cat([part["valid"] for part in parts])[5:].sum() == 0
-    for part in parts:
-        assert part["attention_mask"].any(dim=1).all()
-        assert torch.bincount(part["study_index"], minlength=len(part["valid"])).min() >= 1
-
-
 def _embed_on_rank(rank: int, world_size: int) -> np.ndarray:
-    split = embed_split(ToyTask(), toy_batches(), CPU, world=World(rank=rank, world_size=world_size))
-    return torch.cat([split.need("image_embeds"), split.need("text_embeds"), split.need("features")], dim=1).numpy()
+    batches = [split(batch, 6 // world_size)[rank] for batch in toy_batches()]
+    found = embed_split(ToyTask(), batches, CPU)
+    parts = [found.need("image_embeds"), found.need("text_embeds"), found.need("features"), found.sample_id[:, None]]
+    return torch.cat(parts, dim=1).numpy()
 
 
 def test_two_ranks_embed_what_one_embeds() -> None:

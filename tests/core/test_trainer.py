@@ -39,6 +39,15 @@ def test_a_signal_to_one_rank_stops_all_after_saving(tmp_path: Path, ranks: int)
     assert steps_in(tmp_path)[-1] == 6
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_during_evaluation_does_not_wait_for_its_end(tmp_path: Path, ranks: int) -> None:
+    options = Options(
+        run_dir=str(tmp_path), steps=50, save_every=2, validate=True, stop_in_evaluation=True, kill_rank=ranks - 1
+    )
+    assert run(ranks, options) == [128 + signal.SIGTERM] * ranks
+    assert events(tmp_path)[-1]["event"] == "stopped" and steps_in(tmp_path)[-1] == 3  # the step after it
+
+
 def test_names_of_curves_and_no_doubling_after_a_kill(tmp_path: Path) -> None:
     options = Options(run_dir=str(tmp_path), steps=6, save_every=2, validate=True)
     assert run(1, replace(options, kill_at=5)) == [-signal.SIGKILL]

@@ -302,6 +302,29 @@ def test_evaluation_gives_every_study_once(config: Loader.Config):
     assert len(found[0]["pixel_values"]) == len(found[0]["study_index"]) > 8
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_ranks_share_the_evaluation(config: Loader.Config, world_size: int):
+    config = replace(config, lanes=24)
+    whole = list(Loader(config, global_batch_size=BATCH, seed=5).evaluate(batch_size=24))
+    shares = [
+        list(Loader(config, global_batch_size=BATCH, seed=5, rank=rank, world_size=world_size).evaluate(batch_size=24))
+        for rank in range(world_size)
+    ]
+    for step, batch in enumerate(whole):
+        parts = [share[step] for share in shares]
+        assert {len(part["valid"]) for part in parts} == {24 // world_size}
+        assert_equal(joined(parts), batch)
+    # What does not divide is rounded up; the study counts stay.
+    uneven = [
+        batch
+        for rank in range(world_size)
+        for batch in Loader(config, global_batch_size=BATCH, seed=5, rank=rank, world_size=world_size).evaluate(
+            batch_size=7
+        )
+    ]
+    assert sorted(int(i) for batch in uneven for i in batch["sample_id"][batch["valid"]]) == list(range(20))
+
+
 def test_a_cache_gives_the_same_batches(config: Loader.Config, tmp_path: Path):
     cached = replace(config, cache_dir=str(tmp_path / "cache"))
     for want, first, second in zip(batches(config, 2, 4), batches(cached, 2, 4), batches(cached, 2, 4), strict=True):

@@ -1,0 +1,249 @@
+"""Members of the rows of a batch to the tensors of `shards.batch.FIELDS`; what cannot be used becomes a void slot.
+
+`Collator.prepare` makes everything but the pixels, `submit` starts the decoder, `finish` waits for it and joins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from shards import keyed
+from shards.batch import NOT_ANNOTATED, Batch, StudyRecord
+from shards.dataset import DataSet, Event, Found, read_units
+from shards.decode import Decoder, PendingBatch
+from shards.errors import BadSampleError
+from shards.order import Slots
+from shards.tokenizer import EmptyReportError, Tokenizer, report_text
+from shards.transforms import augment
+
+if TYPE_CHECKING:
+    from shards.loader import Loader
+
+Place = Callable[[], tuple[str, str]]  # (shard, key) of a row, looked up only when it is to be logged
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """Rows of a batch before decoding; `images` of row i are those with study_index i."""
+
+    step: int
+    images: list[memoryview]
+    study_index: list[int]
+    window: list[tuple[float, float]]
+    bits: list[int]
+    view: list[int]
+    columns: dict[str, np.ndarray]
+    texts: list[str]
+    places: list[Place]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """A batch in the decoder; `present` [n] are the images that were given to it, of `study_index` [V]."""
+
+    prepared: Prepared
+    pending: PendingBatch
+    present: np.ndarray
+    study_index: np.ndarray
+
+
+class Collator:
+    """Rows to tensors: JSON, text, view metadata, then one call of the decoder."""
+
+    def __init__(self, config: Loader.Config, tokenizer: Tokenizer | None, labels: Sequence[str], seed: int):
+        self.config, self.tokenizer, self.seed = config, tokenizer, seed
+        self.labels = {name: column for column, name in enumerate(labels)}
+        self._decoder: Decoder | None = None
+
+    @property
+    def decoder(self) -> Decoder:
+        if self._decoder is None:  # DALI takes a second to build, and describing a batch needs none
+            self._decoder = Decoder(self.config.decode)
+        return self._decoder
+
+    def prepare(
+        self,
+        step: int,
+        slots: Slots,
+        found: Sequence[Found],
+        places: list[Place],
+        adopted: Sequence[bool],
+        on_void: Callable[[int, str], None],
+    ) -> Prepared:
+        """Everything but the pixels. `on_void(row, cause)` is told of each row that cannot be used."""
+        count = len(slots)
+        columns = {
+            "valid": np.zeros(count, dtype=bool),
+            "labels": np.full((count, len(self.labels)), NOT_ANNOTATED, dtype=np.int8),
+            "report_key": np.zeros(count, dtype=np.int64),
+            "patient_key": np.zeros(count, dtype=np.int64),
+            "sample_id": slots.unit,
+            "set_index": slots.set_index,
+            "epoch": slots.epoch,
+        }
+        result = Prepared(
+            step=step, images=[], study_index=[], window=[], bits=[], view=[], columns=columns,
+            texts=[""] * count, places=places,
+        )  # fmt: skip
+        for i, members in enumerate(found):
+            try:
+                if isinstance(members, BadSampleError):
+                    raise members
+                record = members.record(adopted[i])
+                text = self._text(record)
+                if not members.views:
+                    raise BadSampleError("", "", "no image")
+            except (BadSampleError, EmptyReportError) as error:
+                on_void(i, error.cause if isinstance(error, BadSampleError) else "empty report")
+                self._add_image(result, i, 0, memoryview(b""), (0.0, 1.0), 8)
+                continue
+            columns["valid"][i] = True
+            columns["patient_key"][i] = keyed.text_key(record.patient)
+            columns["report_key"][i] = keyed.text_key(text)
+            result.texts[i] = text
+            for name, value in record.labels.items():
+                if name in self.labels:
+                    columns["labels"][i, self.labels[name]] = value
+            views = {view.id: view for view in record.views}
+            for place, (number, member, data) in enumerate(members.views):
+                # Ours are named by their id; a foreign record lists just the images that it was made from.
+                view = record.views[place] if adopted[i] else views.get(member.partition(".")[0])
+                bits = view.bits if view else 8
+                window = view.window if view and view.window else (0.0, 255.0 if bits == 8 else 65535.0)
+                self._add_image(result, i, number, data, window, bits)
+        return result
+
+    def _text(self, record: StudyRecord) -> str:
+        return report_text(record, self.config.sections) if self.tokenizer is not None else ""
+
+    @staticmethod
+    def _add_image(to: Prepared, row: int, view: int, data: memoryview, window: tuple[float, float], bits: int) -> None:
+        to.images.append(data)
+        to.study_index.append(row)
+        to.view.append(view)
+        to.window.append(window)
+        to.bits.append(bits)
+
+    def submit(self, prepared: Prepared, *, train: bool) -> Decoding:
+        """Start decoding; at most a few batches are under way at once, finished in order by `finish`."""
+        columns, study_index = prepared.columns, np.asarray(prepared.study_index, dtype=np.int64)
+        present = np.flatnonzero(columns["valid"][study_index])
+        if train:
+            parameters = augment.draw(
+                self.config.augment,
+                self.seed,
+                columns["epoch"][study_index],
+                # Unit 7 of one set and unit 7 of another are different samples.
+                columns["sample_id"][study_index] + (columns["set_index"][study_index] << 48),
+                np.asarray(prepared.view),
+            )
+        else:
+            parameters = augment.identity(len(study_index))
+        pending = self.decoder.submit(
+            [prepared.images[i] for i in present],
+            parameters.take(present),
+            np.asarray(prepared.window, dtype=np.float32).reshape(-1, 2)[present],
+            np.asarray(prepared.bits)[present],
+        )
+        return Decoding(prepared=prepared, pending=pending, present=present, study_index=study_index)
+
+    def finish(self, decoding: Decoding, on_void: Callable[[int, str], None]) -> Batch:
+        """Wait for the pixels, make void what did not decode, and join the tensors of the batch."""
+        prepared, present, study_index = decoding.prepared, decoding.present, decoding.study_index
+        columns = prepared.columns
+        pixels, decoded, causes = decoding.pending.result()
+        for image in np.flatnonzero(~decoded):
+            row = int(study_index[present[image]])
+            if columns["valid"][row]:  # one event a study, whatever the number of its bad views
+                columns["valid"][row] = False
+                on_void(row, f"image: {causes[image]}")
+        valid = columns["valid"]
+        if len(present) == len(study_index):
+            pixel_values = pixels
+        else:
+            pixel_values = torch.zeros(len(study_index), *pixels.shape[1:], dtype=pixels.dtype, device=pixels.device)
+            pixel_values[torch.from_numpy(present)] = pixels
+        if not valid.all():
+            void_image = torch.from_numpy(~valid[study_index])
+            pixel_values[void_image] = 0.0
+            for name in ("report_key", "patient_key"):
+                columns[name] = np.where(valid, columns[name], 0)
+            columns["labels"][~valid] = NOT_ANNOTATED
+        batch: Batch = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+        batch["pixel_values"] = pixel_values
+        batch["study_index"] = torch.from_numpy(study_index)
+        if self.tokenizer is not None:
+            texts = [text if ok else "" for text, ok in zip(prepared.texts, valid, strict=True)]
+            batch["input_ids"], batch["attention_mask"] = self.tokenizer.encode(texts, self.config.text_length)
+        return batch
+
+
+def evaluation_batches(
+    data: DataSet,
+    collate: Collator,
+    config: Loader.Config,
+    on_event: Callable[[Event], None],
+    batch_size: int,
+    limit: int | None = None,
+    place: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """Studies 0, 1, 2, ... of a set in batches of `batch_size`, of which rank and world size `place` take one share.
+
+    One batch is read ahead and one is decoded ahead of the caller.
+    """
+    total = min(data.table.total, limit or data.table.total)
+    rank, world_size = place
+    share = -(-batch_size // world_size)
+    firsts = range(rank * share, rank * share + total, share * world_size)  # as many on every rank
+
+    def read(first: int) -> tuple[Slots, list[Found]]:
+        unit = np.arange(first, max(first, min(first + share, total)))
+        chunk = np.searchsorted(data.table.first_unit, unit, "right") - 1
+        zero = np.zeros(share, dtype=np.int64)
+        found: dict[int, Found] = {}
+        for number in np.unique(chunk):
+            units = unit[chunk == number].tolist()
+            found |= read_units(data, int(number), units, lambda unit, views: range(min(views, config.max_views)))
+        rest = share - len(unit)
+        slots = Slots(
+            set_index=zero, epoch=zero, block=zero, lane=zero, piece=zero,
+            unit=np.concatenate([unit, zero[:rest]]), chunk=np.concatenate([chunk, zero[:rest]]),
+        )  # fmt: skip
+        return slots, [found[u] for u in unit.tolist()] + [_FILLING] * rest
+
+    def submit(slots: Slots, found: list[Found]) -> tuple[Decoding, Callable[[int, str], None]]:
+        places: list[Place] = [
+            partial(data.key, int(chunk), int(unit)) for chunk, unit in zip(slots.chunk, slots.unit, strict=True)
+        ]
+
+        def on_void(row: int, cause: str) -> None:
+            if found[row] is not _FILLING:
+                shard, key = places[row]()
+                on_event({"event": "skip", "step": None, "shard": shard, "key": key, "cause": cause})
+
+        prepared = collate.prepare(0, slots, found, places, [data.manifest.adopted] * share, on_void)
+        return collate.submit(prepared, train=False), on_void
+
+    with ThreadPoolExecutor(1, thread_name_prefix="evaluation-read") as pool:
+        ahead = pool.submit(read, firsts[0])
+        decoding: tuple[Decoding, Callable[[int, str], None]] | None = None
+        for following in [*firsts[1:], None]:
+            read_now = ahead.result()
+            if following is not None:
+                ahead = pool.submit(read, following)
+            submitted = submit(*read_now)
+            if decoding is not None:
+                yield collate.finish(*decoding)
+            decoding = submitted
+        assert decoding is not None
+        yield collate.finish(*decoding)
+
+
+_FILLING = BadSampleError("", "", "fills up the last batch")

@@ -1,0 +1,197 @@
+"""One manifest's split as units that can be read: where a unit lies, and its members, verified.
+
+What a batch needs of which unit is the order's and the loader's business; nothing here is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from shards.batch import StudyRecord
+from shards.chunk_cache import ChunkCache
+from shards.errors import BadSampleError, DataError
+from shards.manifest import Manifest, Shard
+from shards.members import MembersTable
+from shards.order import UnitTable
+from shards.reader import check_member, log_key, read_members, record_from_members
+from shards.store import Store, StoreConfig, StoreRetry, open_store, split_url
+
+# Members that follow each other are read as one range: between them lie padding and tar headers, nothing else unless a
+# foreign tar holds a member that its index left out.
+_MERGE_GAP_BYTES = 4096
+
+Event = dict[str, Any]
+
+
+class DataSet:
+    """One manifest's split: its store, its unit table, and the side files of the shards as they are needed."""
+
+    def __init__(
+        self,
+        url: str,
+        split: str,
+        *,
+        every_image: bool = False,
+        store: StoreConfig | None = None,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ):
+        root, name = split_url(url)
+        self._on_event, self._adopted = on_event, False
+        self.store = open_store(root, store, on_retry=self._tell_retry)
+        self.url, self.every_image = url, every_image
+        self.whole = Manifest.from_bytes(self.store.get(name), url)
+        self._adopted = self.whole.adopted
+        self.manifest = self.whole.of_split(split)
+        self.table = UnitTable.of(self.manifest, every_image=every_image)
+        self.members = lru_cache(maxsize=1024)(self._read_members)
+        self._elsewhere: dict[str, Store] = {}
+        self.void = {(index, sample) for index, shard in enumerate(self.manifest.shards) for sample in shard.void}
+
+    def _tell_retry(self, retry: StoreRetry) -> None:
+        # Names below an adopted tar's URL may be somebody's identifiers; ours are shard names.
+        name = None if self._adopted else retry.name
+        self._on_event({"event": "retry", "object": name, "cause": retry.cause, "attempt": retry.attempt})
+
+    def _read_members(self, shard_index: int) -> MembersTable:
+        return read_members(self.store, self.manifest.shards[shard_index])
+
+    def tar(self, shard: Shard) -> tuple[Store, str]:
+        """Where the shard's tar lies: beside the manifest, or, for adopted tars, wherever they were found."""
+        if shard.url is None:
+            return self.store, shard.tar
+        root, name = split_url(shard.url)
+        if root not in self._elsewhere:
+            self._elsewhere[root] = open_store(root, self.store.config, on_retry=self._tell_retry)
+        return self._elsewhere[root], name
+
+    def shard(self, chunk: int) -> Shard:
+        return self.manifest.shards[int(self.table.shard[chunk])]
+
+    def locate(self, chunk: int, unit: int) -> tuple[int, int, int | None]:
+        """(shard, sample in it, view number or None) of a unit. Reads the side file if units are images."""
+        shard_index = int(self.table.shard[chunk])
+        chunks = self.manifest.shards[shard_index].chunks
+        row = int(self.table.chunk_in_shard[chunk])
+        first, place = int(chunks.first_sample[row]), unit - int(self.table.first_unit[chunk])
+        if not self.every_image:
+            return shard_index, first + place, None
+        table = self.members(shard_index)
+        for sample in range(first, first + int(chunks.samples[row])):
+            views = len(table.images(sample))
+            if place < views:
+                return shard_index, sample, place
+            place -= views
+        raise DataError(
+            f"{self.manifest.shards[shard_index].members}: fewer images than the manifest's chunk table says"
+        )
+
+    def key(self, chunk: int, unit: int) -> tuple[str, str]:
+        """(shard name, sample key), both safe to log."""
+        shard_index, sample, view = self.locate(chunk, unit)
+        key = log_key(self.manifest, self.members(shard_index).keys[sample])
+        return self.manifest.shards[shard_index].name, key if view is None else f"{key}.{view}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """Verified members of one unit: texts by member name, and the chosen views as (number, member name, content).
+
+    The content of a view lies in the range that was read, together with its neighbours': to cut it out would copy it.
+    """
+
+    key: str
+    texts: dict[str, bytes]
+    views: list[tuple[int, str, memoryview]]
+
+    def record(self, adopted: bool) -> StudyRecord:
+        """Raises BadSampleError without a place; the caller knows it."""
+        images = {member: bytes(data) for _, member, data in self.views} if adopted else {}
+        try:
+            return record_from_members(self.texts | images, adopted=adopted, key=self.key)
+        except ValueError as error:
+            raise BadSampleError("", "", str(error)) from None
+
+
+Found = Members | BadSampleError
+
+
+def read_units(
+    data: DataSet,
+    chunk: int,
+    units: Sequence[int],
+    choose: Callable[[int, int], Sequence[int]],
+    cache: ChunkCache | None = None,
+) -> dict[int, Found]:
+    """Verified members of some units of a chunk, by unit. `choose(unit, views there are)` says which views are read.
+
+    Neighbouring members are read as one range. A member that fails its check fails its unit only; a store that does
+    not answer raises.
+    """
+    shard, table = data.shard(chunk), data.members(int(data.table.shard[chunk]))
+    result: dict[int, Found] = {}
+    wanted: list[tuple[int, int, int, int]] = []  # (offset, row of the members table, unit, view number or -1)
+    for unit in units:
+        shard_index, sample, view = data.locate(chunk, unit)
+        if (shard_index, sample) in data.void:
+            result[unit] = BadSampleError(shard.name, log_key(data.manifest, table.keys[sample]), "forgotten")
+            continue
+        images = table.images(sample)
+        chosen = [view] if view is not None else choose(unit, len(images))
+        result[unit] = Members(key=table.keys[sample], texts={}, views=[])
+        wanted += [(int(table.offset[row]), row, unit, -1) for row in table.records(sample)]
+        wanted += [(int(table.offset[images[number]]), images[number], unit, number) for number in chosen]
+    wanted.sort()
+
+    ranges: list[tuple[int, int]] = []
+    last_row = -2
+    for offset, row, _, _ in wanted:
+        end = offset + int(table.size[row])
+        if row == last_row + 1 and offset - ranges[-1][1] <= _MERGE_GAP_BYTES:
+            ranges[-1] = (ranges[-1][0], end)
+        else:
+            ranges.append((offset, end))
+        last_row = row
+    bodies = _read_ranges(data, shard, chunk, ranges, cache)
+
+    current = 0
+    for offset, row, unit, number in wanted:
+        while offset >= ranges[current][1] and current + 1 < len(ranges):
+            current += 1
+        begin, size, member = offset - ranges[current][0], int(table.size[row]), table.member[row]
+        body = memoryview(bodies[current])[begin : begin + size]
+        found = result[unit]
+        if isinstance(found, BadSampleError):
+            continue
+        try:
+            crc32c = None if table.crc32c is None else int(table.crc32c[row])
+            key = log_key(data.manifest, found.key)
+            check_member(body, shard=shard.name, key=key, member=member, size=size, crc32c=crc32c)
+        except BadSampleError as error:
+            result[unit] = error
+            continue
+        if number < 0:
+            found.texts[member] = bytes(body)
+        else:
+            found.views.append((number, member, body))
+    for found in result.values():
+        if isinstance(found, Members):
+            found.views.sort()
+    return result
+
+
+def _read_ranges(
+    data: DataSet, shard: Shard, chunk: int, ranges: list[tuple[int, int]], cache: ChunkCache | None
+) -> list[bytes]:
+    if cache is None:
+        store, name = data.tar(shard)
+        return store.read_ranges([(name, low, high - low) for low, high in ranges])
+    # The cache keeps whole chunks, so that every later epoch finds what it needs however its lanes cut the chunk.
+    chunks, row = shard.chunks, int(data.table.chunk_in_shard[chunk])
+    start, length = int(chunks.offset[row]), int(chunks.bytes[row])
+    store, name = data.tar(shard)
+    identity = shard.sha256 or shard.members_sha256
+    body = cache.get_or_fetch(identity, start, length, lambda: store.get_range(name, start, length))
+    return [body[low - start : high - start] for low, high in ranges]
