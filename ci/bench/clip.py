@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ci.bench.figure import REPOSITORY, Figure, figure
-from ci.demo import QUICK, RANKS, RECIPE, Size
+from ci.demo import QUICK, RANKS, RECIPE, Size, free_port
 from configs import schema
 from configs.schema import TrainConfig
 from core import optim
@@ -106,12 +106,17 @@ def run_seed(difficulty: str, seed: int, size: Size) -> Scores:
          "--samples", samples, "--output", str(folder / "shards"), "--workers", str(RANKS)],
     )  # fmt: skip
     manifest = folder / "shards" / "manifest.json"
-    overrides = [f"data.train={manifest}", f"seed={seed}"]
-    if size.steps is not None:
-        overrides += [f"trainer.steps={size.steps}", f"optim.warmup_steps={min(5, size.steps)}"]
+    overrides = [
+        f"data.train={manifest}",
+        f"seed={seed}",
+        f"trainer.steps={size.steps}",
+        f"trainer.evaluate_every={size.steps}",
+        f"optim.warmup_steps={size.warmup_steps}",
+    ]
     started = time.perf_counter()
     launch(
-        [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(RANKS), "launchers/pretrain.py",
+        [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(RANKS),
+         "--master_port", str(free_port()), "launchers/pretrain.py",
          "--recipe", RECIPE, "--run-dir", str(folder / "run"), "--set", *overrides],
         DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
     )  # fmt: skip
