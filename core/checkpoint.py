@@ -58,12 +58,16 @@ _STEP_NAME = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """All that must survive a restart besides the engine."""
+    """All that must survive a restart besides the engine.
+
+    `evaluation_due`: a stop came before the evaluation of this step was done; the next start begins with it.
+    """
 
     step: int
     samples_seen: int
     seed: int
     recipe_hash: str
+    evaluation_due: bool = False
 
     def advance(self, *, samples: int) -> TrainState:
         return replace(self, step=self.step + 1, samples_seen=self.samples_seen + samples)

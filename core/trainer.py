@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import psutil
@@ -22,7 +22,7 @@ from rich.console import Console
 
 from core import metrics as measures
 from core.checkpoint import Checkpoints, TrainState
-from core.collectives import any_rank, sum_over_ranks
+from core.collectives import sum_over_ranks
 from core.engine import Engine
 from core.metrics import Metrics
 from core.world import World
@@ -85,11 +85,22 @@ Evaluator = Callable[[TrainState], Iterator[tuple[str, float]]]
 
 
 class EvaluationStoppedError(Exception):
-    """Raised on all ranks by an evaluator that was asked to stop; the run then stops at its next step."""
+    """Raised on all ranks by an evaluator that was asked to stop: the run saves and ends with `code`."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def _agreed_code(codes: float, wanted: float) -> int:
+    """Exit code of all ranks from the sum of their codes and the number of those that want to stop."""
+    if not wanted:
+        return 0
+    return 128 + (signal.SIGINT if codes == wanted * (128 + signal.SIGINT) else signal.SIGTERM)
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGINT or the death of the parent; the ranks agree on it at the next step."""
+    """Notes SIGTERM, SIGINT or the death of the parent; the ranks agree on it in the next step or evaluation."""
 
     def __init__(self) -> None:
         self._signal = 0
@@ -108,8 +119,9 @@ class StopRequest:
 
     def leave_evaluation(self, device: torch.device) -> None:
         """Collective, to be called now and then by an evaluator. Raises EvaluationStoppedError on all ranks."""
-        if any_rank(self.code != 0, device):
-            raise EvaluationStoppedError
+        votes = sum_over_ranks(torch.tensor([self.code, int(self.code != 0)], device=device))
+        if code := _agreed_code(*votes.tolist()):
+            raise EvaluationStoppedError(code)
 
     @property
     def code(self) -> int:
@@ -185,6 +197,13 @@ def train(
     meter = _Meter(engine, world, global_batch_size)
     best = checkpoints.best()
     saved_step = state.step if state.step else None
+    if state.evaluation_due:
+        evaluated, code = _evaluate(evaluators, state, metrics, progress)
+        if evaluated is None:
+            return code
+        if _is_better(config, evaluated, best):
+            best = _mark_best(config, checkpoints, state, evaluated)
+        state = replace(state, evaluation_due=False)
     if state.step >= config.steps:
         progress.say(f"nothing to do: step {state.step} of {config.steps} is reached")
         return 0
@@ -221,21 +240,20 @@ def train(
                 metrics.picture(state.step, "batch/pixel_values", measures.contact_sheet(batch["pixel_values"]))
 
             # All ranks saw the same sums, so all leave here together.
-            wanted = output.sums["wants_stop"]
-            interrupted = output.sums["stop"] == wanted * (128 + signal.SIGINT)
-            code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM) if wanted else 0
-            evaluated = None
-            if not code and _due(config.evaluate_every, state.step, last):
-                evaluated = _evaluate(evaluators, state, metrics, progress)
-                meter.restart()
+            code = _agreed_code(output.sums["stop"], output.sums["wants_stop"])
+            evaluated: dict[str, float] | None = {}
+            if _due(config.evaluate_every, state.step, last):
+                evaluated = None
+                if not code:
+                    evaluated, code = _evaluate(evaluators, state, metrics, progress)
+                    meter.restart()
             better = evaluated is not None and _is_better(config, evaluated, best)
             if better or code or _due(config.save_every, state.step, last):
-                if checkpoints.save(engine, state, final=last or bool(code)):
+                saved = replace(state, evaluation_due=evaluated is None)
+                if checkpoints.save(engine, saved, final=last or bool(code)):
                     saved_step = state.step
-                    if better and evaluated is not None and config.best_metric is not None:
-                        value = evaluated[config.best_metric]
-                        best = {"metric": config.best_metric, "value": value, "step": state.step}
-                        checkpoints.mark_best(state, config.best_metric, value)
+                    if better and evaluated is not None:
+                        best = _mark_best(config, checkpoints, state, evaluated)
                 metrics.flush()
                 meter.restart()
             if code:
@@ -258,26 +276,36 @@ def _is_better(config: TrainerConfig, figures: Mapping[str, float], best: Mappin
     return value < before if config.best_is == "lowest" else value > before
 
 
+def _mark_best(
+    config: TrainerConfig, checkpoints: Checkpoints, state: TrainState, figures: Mapping[str, float]
+) -> dict[str, Any]:
+    """`best` of the run from now on: the checkpoint of this step, which is saved."""
+    assert config.best_metric is not None
+    checkpoints.mark_best(state, config.best_metric, figures[config.best_metric])
+    return {"metric": config.best_metric, "value": figures[config.best_metric], "step": state.step}
+
+
 def _evaluate(
     evaluators: Sequence[Evaluator], state: TrainState, metrics: Metrics, progress: _Progress
-) -> dict[str, float] | None:
+) -> tuple[dict[str, float] | None, int]:
+    """(figures, 0), or (None, exit code) when a stop was requested on the way; then nothing of it is kept."""
     figures: dict[str, float] = {}
     try:
         for evaluator in evaluators:
             for name, value in evaluator(state):
                 figures[f"eval/{name}"] = value
-    except EvaluationStoppedError:
-        progress.say("evaluation left unfinished: a stop was requested")
-        return None
+    except EvaluationStoppedError as stopped:
+        progress.say("evaluation left unfinished: a stop was requested; the next start begins with it")
+        return None, stopped.code
     metrics.scalars(state.step, figures)
     shown = [name for name in figures if name.rsplit("/", 1)[-1] in SHOWN_FIGURES]
     if shown:
         progress.say("  ".join(f"{name.removeprefix('eval/')} {figures[name]:.4f}" for name in shown))
-    return figures
+    return figures, 0
 
 
 def validation_loss(
-    engine: Engine, batches: Callable[[], Iterator[Batch]], *, limit: int | None = None, stop: StopRequest | None = None
+    engine: Engine, batches: Callable[[], Iterator[Batch]], *, stop: StopRequest | None = None
 ) -> Evaluator:
     """An evaluator: the objective over held-out batches; the mean weighs studies equally.
 
@@ -288,9 +316,7 @@ def validation_loss(
     def run(_state: TrainState) -> Iterator[tuple[str, float]]:
         totals: dict[str, float] = {}
         studies = 0
-        for number, batch in enumerate(batches()):
-            if number == limit:
-                break
+        for batch in batches():
             if stop is not None:
                 stop.leave_evaluation(engine.world.device)
             valid = int(sum_over_ranks(batch["valid"].sum().to(engine.world.device)))

@@ -33,10 +33,10 @@ from core.evaluation.zero_shot import Prompts, ZeroShot, check_prompts
 from core.metrics import Metrics
 from core.world import World
 from launchers.past_run import PastRun, open_run
-from shards.collate import Collator, evaluation_batches
+from shards.collate import Collator
 from shards.dataset import DataSet
 from shards.errors import ConfigError, RoentgenError
-from shards.loader import as_mixture
+from shards.loader import as_mixture, evaluation_batches
 from shards.store import open_store
 
 PROTOCOLS = (ZeroShot.protocol, Retrieval.protocol, LinearProbe.protocol)

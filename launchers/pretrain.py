@@ -267,7 +267,9 @@ def _evaluators(
         )
         return []
     batches = partial(loader.evaluate, batch_size=config.global_batch_size)
-    found = [validation_loss(engine, batches, limit=config.trainer.validation_batches, stop=stop)]
+    limit = config.trainer.validation_batches
+    studies = None if limit is None else limit * config.global_batch_size
+    found = [validation_loss(engine, partial(batches, limit=studies), stop=stop)]
     task = engine.task
     tokenizer = loader.tokenizer
     if tokenizer is None or not all(callable(getattr(task, name, None)) for name in ("embed_images", "embed_texts")):

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from crc32c import crc32c as crc32c_of
+from awscrt.checksums import crc32c as crc32c_of
 
 from shards.errors import ConfigError
 

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +14,7 @@ import torch
 
 from shards import keyed
 from shards.batch import NOT_ANNOTATED, Batch, StudyRecord
-from shards.dataset import DataSet, Event, Found, read_units
+from shards.dataset import Found
 from shards.decode import Decoder, PendingBatch
 from shards.errors import BadSampleError
 from shards.order import Slots
@@ -183,67 +181,3 @@ class Collator:
             texts = [text if ok else "" for text, ok in zip(prepared.texts, valid, strict=True)]
             batch["input_ids"], batch["attention_mask"] = self.tokenizer.encode(texts, self.config.text_length)
         return batch
-
-
-def evaluation_batches(
-    data: DataSet,
-    collate: Collator,
-    config: Loader.Config,
-    on_event: Callable[[Event], None],
-    batch_size: int,
-    limit: int | None = None,
-    place: tuple[int, int] = (0, 1),
-) -> Iterator[Batch]:
-    """Studies 0, 1, 2, ... of a set in batches of `batch_size`, of which rank and world size `place` take one share.
-
-    One batch is read ahead and one is decoded ahead of the caller.
-    """
-    total = min(data.table.total, limit or data.table.total)
-    rank, world_size = place
-    share = -(-batch_size // world_size)
-    firsts = range(rank * share, rank * share + total, share * world_size)  # as many on every rank
-
-    def read(first: int) -> tuple[Slots, list[Found]]:
-        unit = np.arange(first, max(first, min(first + share, total)))
-        chunk = np.searchsorted(data.table.first_unit, unit, "right") - 1
-        zero = np.zeros(share, dtype=np.int64)
-        found: dict[int, Found] = {}
-        for number in np.unique(chunk):
-            units = unit[chunk == number].tolist()
-            found |= read_units(data, int(number), units, lambda unit, views: range(min(views, config.max_views)))
-        rest = share - len(unit)
-        slots = Slots(
-            set_index=zero, epoch=zero, block=zero, lane=zero, piece=zero,
-            unit=np.concatenate([unit, zero[:rest]]), chunk=np.concatenate([chunk, zero[:rest]]),
-        )  # fmt: skip
-        return slots, [found[u] for u in unit.tolist()] + [_FILLING] * rest
-
-    def submit(slots: Slots, found: list[Found]) -> tuple[Decoding, Callable[[int, str], None]]:
-        places: list[Place] = [
-            partial(data.key, int(chunk), int(unit)) for chunk, unit in zip(slots.chunk, slots.unit, strict=True)
-        ]
-
-        def on_void(row: int, cause: str) -> None:
-            if found[row] is not _FILLING:
-                shard, key = places[row]()
-                on_event({"event": "skip", "step": None, "shard": shard, "key": key, "cause": cause})
-
-        prepared = collate.prepare(0, slots, found, places, [data.manifest.adopted] * share, on_void)
-        return collate.submit(prepared, train=False), on_void
-
-    with ThreadPoolExecutor(1, thread_name_prefix="evaluation-read") as pool:
-        ahead = pool.submit(read, firsts[0])
-        decoding: tuple[Decoding, Callable[[int, str], None]] | None = None
-        for following in [*firsts[1:], None]:
-            read_now = ahead.result()
-            if following is not None:
-                ahead = pool.submit(read, following)
-            submitted = submit(*read_now)
-            if decoding is not None:
-                yield collate.finish(*decoding)
-            decoding = submitted
-        assert decoding is not None
-        yield collate.finish(*decoding)
-
-
-_FILLING = BadSampleError("", "", "fills up the last batch")

@@ -67,6 +67,11 @@ class DataSet:
             self._elsewhere[root] = open_store(root, self.store.config, on_retry=self._tell_retry)
         return self._elsewhere[root], name
 
+    def close(self) -> None:
+        """Close its stores: descriptors and threads."""
+        for store in (self.store, *self._elsewhere.values()):
+            store.close()
+
     def shard(self, chunk: int) -> Shard:
         return self.manifest.shards[int(self.table.shard[chunk])]
 

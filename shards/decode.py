@@ -73,6 +73,11 @@ class PendingBatch:
         self.causes[row] = cause
         self.pixel_values[row] = 0.0
 
+    def cancel(self) -> None:
+        """Give up what has not begun; `result` must not be asked for any more."""
+        for run in self.runs:
+            run.cancel()
+
     def result(self) -> Decoded:
         """Wait for the pixels. Batches may be waited for in any order."""
         for run in self.runs:
@@ -97,7 +102,7 @@ class _Instance(NamedTuple):
 
 
 class Decoder:
-    """Decodes batches of images in `threads` workers, each with DALI pipelines of its own.
+    """Decodes batches of images in workers with DALI pipelines of their own: `threads` on the CPU, two for a GPU.
 
     `submit` starts a batch and returns at once, so that a caller who keeps one batch ahead never lets the workers idle;
     `decode` is `submit` and wait.
@@ -273,6 +278,16 @@ class Decoder:
         DALI raises for the whole run and leaves the pipeline unusable (DALI #3913), so each error costs a rebuild; the
         rebuilt pipeline decodes a known image first, and what that raises is no fault of the data.
         """
+        if self._run(batch, operations, rows):
+            return
+        if len(rows) == 1:
+            batch.refuse(int(rows[0]), "does not decode")
+            return
+        for half in np.array_split(rows, 2):
+            self._decode_rows(batch, operations, half)
+
+    def _run(self, batch: PendingBatch, operations: _Operations | None, rows: np.ndarray) -> bool:
+        """One run of a pipeline; False after an error of DALI, with the pipeline gone when this returns."""
         instance = self._instance(operations)
         values: dict[str, Any] = {
             name: batch.arguments[name][rows] for name in instance.arguments if name in batch.arguments
@@ -281,22 +296,20 @@ class Decoder:
         try:
             output = instance.run(values)
         except RuntimeError:
-            del instance, self._of_worker.instances[operations]
-            if len(rows) == 1:
-                batch.refuse(int(rows[0]), "does not decode")
-                return
-            for half in np.array_split(rows, 2):
-                self._decode_rows(batch, operations, half)
-            return
-        if operations is _DECODE_ONLY:
-            for place, row in enumerate(rows.tolist()):
-                self._finish_on_host(batch, row, np.asarray(output[place]))  # in place; `at` would copy
-        elif self._mixed:
-            batch.pixel_values[torch.from_numpy(rows)] = torch.from_dlpack(output.as_tensor())
-            torch.cuda.current_stream(self.config.device_id).synchronize()
-        else:
-            batch.pixel_values.numpy()[rows] = np.asarray(output.as_tensor())
-        instance.pipeline.release_outputs()
+            del self._of_worker.instances[operations]
+            return False
+        try:
+            if operations is _DECODE_ONLY:
+                for place, row in enumerate(rows.tolist()):
+                    self._finish_on_host(batch, row, np.asarray(output[place]))  # in place; `at` would copy
+            elif self._mixed:
+                batch.pixel_values[torch.from_numpy(rows)] = torch.from_dlpack(output.as_tensor())
+                torch.cuda.current_stream(self.config.device_id).synchronize()
+            else:
+                batch.pixel_values.numpy()[rows] = np.asarray(output.as_tensor())
+        finally:
+            instance.pipeline.release_outputs()
+        return True
 
     def _finish_on_host(self, batch: PendingBatch, row: int, image: np.ndarray) -> None:
         """Stored levels [rows, columns, 1] uint8 -> the normalised pixels of `row`: what the graph does elsewhere."""
@@ -333,7 +346,7 @@ class Decoder:
     def _build(self, operations: _Operations | None) -> _Instance:
         pipeline = Pipeline(
             batch_size=self._run_size,
-            num_threads=self.config.threads if self._mixed else 1,
+            num_threads=max(1, self.config.threads // self._workers),
             device_id=self.config.device_id if self._mixed else None,
             prefetch_queue_depth=1,
             exec_async=self._mixed,  # on the CPU the worker itself decodes: no other thread to wake and wait for

@@ -1,6 +1,7 @@
 """Size and depth of an encoded image from its first bytes, without decoding: a bomb is refused before it is unpacked.
 
-Pure parsing of untrusted bytes; every reader returns None where the format's rules are broken.
+`read_header` parses untrusted bytes and returns None where the format's rules are broken; `probe_image` is for sources
+that take every image Pillow knows, and raises.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -22,9 +24,9 @@ import numpy as np
 from shards import keyed
 from shards.batch import Batch
 from shards.chunk_cache import ChunkCache
-from shards.collate import Collator, Decoding, Place, evaluation_batches
+from shards.collate import Collator, Decoding, Place
 from shards.dataset import DataSet, Event, Found, Members, read_units
-from shards.decode import Decoder
+from shards.decode import Decoder, PendingBatch
 from shards.errors import BadSampleError, ConfigError
 from shards.order import Order, Slots, lanes_of_rank
 from shards.store import StoreConfig
@@ -171,7 +173,12 @@ class Loader:
             manifest or self.config.validation or first, split or self.config.validation_split, store=self.config.store
         )
         place = (self.rank, self.world_size)
-        return evaluation_batches(data, self._collate, self.config, self.on_event, batch_size, limit, place)
+
+        def batches() -> Iterator[Batch]:
+            with closing(data):
+                yield from evaluation_batches(data, self._collate, self.config, self.on_event, batch_size, limit, place)
+
+        return batches()
 
 
 def as_mixture(config: Loader.Config, global_batch_size: int) -> tuple[MixtureSet, ...]:
@@ -227,6 +234,7 @@ class LoaderRun(Iterator[Batch]):
         # The read that brings each unit; units of a piece that were used before the start or read for it.
         self._reads: dict[UnitName, Future[dict[int, Found]]] = {}
         self._taken: dict[PieceName, set[int]] = {}
+        self._submitted: deque[PendingBatch] = deque(maxlen=4)  # as many as are in the decoder at once, at least
         self._threads = [
             threading.Thread(target=self._guard, args=(target, sink), daemon=True, name=name)
             for target, sink, name in (
@@ -260,6 +268,8 @@ class LoaderRun(Iterator[Batch]):
         self._stop.set()
         self._first_decoded.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for pending in list(self._submitted):
+            pending.cancel()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=10)
@@ -303,7 +313,10 @@ class LoaderRun(Iterator[Batch]):
             ]
             adopted = [loader.sets[set_index].manifest.adopted for set_index in slots.set_index]
             prepared = loader._collate.prepare(step, slots, found, places, adopted, self._on_void(step, places))
-            if not self._put(self._decoding, loader._collate.submit(prepared, train=True)):
+            decoding = loader._collate.submit(prepared, train=True)
+            self._submitted.append(decoding.pending)
+            if not self._put(self._decoding, decoding):
+                decoding.pending.cancel()
                 return
             step += 1
 
@@ -380,3 +393,81 @@ def _choose_views(config: Loader.Config, seed: int, set_index: int, epoch: int, 
     if views <= config.max_views:
         return range(views)
     return sorted(keyed.permutation(views, seed, "view", set_index, epoch, unit)[: config.max_views].tolist())
+
+
+_Submitted = tuple[Decoding, Callable[[int, str], None]]
+_FILLING = BadSampleError("", "", "fills up the last batch")
+
+
+def evaluation_batches(
+    data: DataSet,
+    collate: Collator,
+    config: Loader.Config,
+    on_event: Callable[[Event], None],
+    batch_size: int,
+    limit: int | None = None,
+    place: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """Studies 0, 1, 2, ... of a set in batches of `batch_size`, of which rank and world size `place` take one share.
+
+    One batch is read ahead and one is decoded ahead of the caller.
+    """
+    total = min(data.table.total, limit or data.table.total)
+    rank, world_size = place
+    share = -(-batch_size // world_size)
+    firsts = range(rank * share, rank * share + total, share * world_size)  # as many on every rank
+
+    def read(first: int) -> tuple[Slots, list[Future[dict[int, Found]]]]:
+        unit = np.arange(first, max(first, min(first + share, total)))
+        chunk = np.searchsorted(data.table.first_unit, unit, "right") - 1
+        zero = np.zeros(share, dtype=np.int64)
+        reads = [
+            pool.submit(read_units, data, int(number), unit[chunk == number].tolist(), choose)
+            for number in np.unique(chunk)
+        ]
+        rest = share - len(unit)
+        slots = Slots(
+            set_index=zero, epoch=zero, block=zero, lane=zero, piece=zero,
+            unit=np.concatenate([unit, zero[:rest]]), chunk=np.concatenate([chunk, zero[:rest]]),
+        )  # fmt: skip
+        return slots, reads
+
+    def choose(unit: int, views: int) -> Sequence[int]:
+        return range(min(views, config.max_views))
+
+    def submit(first: int, slots: Slots, reads: list[Future[dict[int, Found]]]) -> _Submitted:
+        members: dict[int, Found] = {}
+        for one in reads:
+            members |= one.result()
+        present = max(0, min(share, total - first))
+        found = [members[unit] for unit in slots.unit[:present].tolist()] + [_FILLING] * (share - present)
+        places: list[Place] = [
+            partial(data.key, int(chunk), int(unit)) for chunk, unit in zip(slots.chunk, slots.unit, strict=True)
+        ]
+
+        def on_void(row: int, cause: str) -> None:
+            if found[row] is not _FILLING:
+                shard, key = places[row]()
+                on_event({"event": "skip", "step": None, "shard": shard, "key": key, "cause": cause})
+
+        prepared = collate.prepare(0, slots, found, places, [data.manifest.adopted] * share, on_void)
+        return collate.submit(prepared, train=False), on_void
+
+    pool = ThreadPoolExecutor(config.fetch_threads, thread_name_prefix="evaluation-read")
+    decoding: _Submitted | None = None
+    try:
+        ahead = {first: read(first) for first in firsts[:1]}
+        for first, following in zip(firsts, [*firsts[1:], None], strict=False):
+            if following is not None:
+                ahead[following] = read(following)
+            slots, reads = ahead.pop(first)
+            submitted = submit(first, slots, reads)
+            if decoding is not None:
+                yield collate.finish(*decoding)
+            decoding = submitted
+        if decoding is not None:
+            yield collate.finish(*decoding)
+    finally:
+        if decoding is not None:
+            decoding[0].pending.cancel()
+        pool.shutdown(cancel_futures=True)

@@ -115,9 +115,8 @@ class Block:
 
         # Lane borders cut pieces too. Both lists ascend, so no sorting (nor hashing, as np.union1d does) is needed.
         lane_start = self.batches * (np.cumsum(widths) - widths)
-        distinct = piece_start[
-            np.append(np.diff(piece_start) > 0, True)
-        ]  # a chunk of no units starts where the next does
+        # A chunk of no units starts where the next one does.
+        distinct = piece_start[np.append(np.diff(piece_start) > 0, True)]
         borders = lane_start[widths > 0]
         place = np.searchsorted(distinct, borders)
         missing = distinct[np.minimum(place, len(distinct) - 1)] != borders

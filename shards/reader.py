@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c as crc32c_of
+from awscrt.checksums import crc32c as crc32c_of
 from pydantic import ValidationError
 
 from shards.batch import EncodedImage, Sample, StudyRecord

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection, wait
 from typing import cast
 
 import numpy as np
-from crc32c import crc32c as crc32c_of
+from awscrt.checksums import crc32c as crc32c_of
 
 from shards.batch import Sample
 from shards.errors import ConfigError, DataError

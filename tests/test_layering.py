@@ -26,7 +26,7 @@ CORE_MAY_READ = frozenset({"shards.batch", "shards.store", "shards.errors", "sha
 OWNERS: dict[str, tuple[str, ...]] = {
     "boto3": ("shards/bucket.py",),
     "botocore": ("shards/bucket.py",),
-    "webdataset": ("shards/reader.py",),
+    "webdataset": (),
     "nvidia": ("shards/decode.py",),
     "transformers": ("core/models/text.py", "shards/tokenizer.py"),
     "tokenizers": ("shards/tokenizer.py",),

@@ -27,6 +27,13 @@ def events(run_dir: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
 
 
+def validated(run_dir: Path) -> list[int]:
+    """Steps with a validation loss."""
+    found = curves(run_dir)
+    name = "eval/validation/loss"
+    return [point.step for point in found.Scalars(name)] if name in found.Tags()["scalars"] else []
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_to_one_rank_stops_all_after_saving(tmp_path: Path, ranks: int) -> None:
     options = Options(run_dir=str(tmp_path), zero_stage=2, steps=50, save_every=50, stop_at=3, kill_rank=ranks - 1)
@@ -45,7 +52,22 @@ def test_a_signal_during_evaluation_does_not_wait_for_its_end(tmp_path: Path, ra
         run_dir=str(tmp_path), steps=50, save_every=2, validate=True, stop_in_evaluation=True, kill_rank=ranks - 1
     )
     assert run(ranks, options) == [128 + signal.SIGTERM] * ranks
-    assert events(tmp_path)[-1]["event"] == "stopped" and steps_in(tmp_path)[-1] == 3  # the step after it
+    assert events(tmp_path)[-1] == {**events(tmp_path)[-1], "event": "stopped", "step": 2, "code": 143}
+    assert steps_in(tmp_path) == [2] and not validated(tmp_path)
+    # The evaluation that was left is the first thing that the next start does.
+    assert (
+        run(ranks, replace(options, stop_in_evaluation=False, steps=2, allow_changed=("trainer.steps",))) == [0] * ranks
+    )
+    assert validated(tmp_path) == [2]
+
+
+def test_a_stop_with_an_evaluation_due_leaves_it_to_the_next_start(tmp_path: Path) -> None:
+    options = Options(run_dir=str(tmp_path), steps=4, save_every=4, validate=True, stop_at=3)
+    assert run(1, options) == [128 + signal.SIGTERM]
+    assert steps_in(tmp_path) == [4] and not validated(tmp_path)
+    for _ in range(2):
+        assert run(1, replace(options, stop_at=None)) == [0]
+    assert set(validated(tmp_path)) == {4} and json.loads((tmp_path / "best").read_text())["step"] == 4
 
 
 def test_names_of_curves_and_no_doubling_after_a_kill(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import io
 import struct
+import weakref
 
 import numpy as np
 import pytest
@@ -255,6 +256,35 @@ def test_bad_images_are_void_and_the_others_as_they_were(threads):
         assert (result.pixel_values[~result.ok] == 0).all()
         assert all((cause is None) == ok for cause, ok in zip(result.causes, result.ok, strict=True))
     assert torch.equal(under_test.decode(good, values, *whole(40))[0], reference)
+
+
+def test_bad_images_in_batches_that_overlap():
+    bad, good = list(broken_images().values()), [encode(picture(i), "JPEG", quality=90) for i in range(20)]
+    under_test = decoder(threads=2)
+    reference, _ = decoder().decode(good, augment.identity(20), *whole(20))
+    batches = [[*good[:i], bad[i], *good[i:]] for i in range(len(bad))]
+    pending = [under_test.submit(batch, augment.identity(21), *whole(21)) for batch in batches]
+    for i, batch in enumerate(pending):
+        result = batch.result()
+        assert np.flatnonzero(~result.ok).tolist() == [i]
+        assert torch.equal(result.pixel_values[torch.from_numpy(result.ok)], reference)
+
+
+def test_a_bad_image_keeps_no_broken_pipeline(monkeypatch: pytest.MonkeyPatch):
+    alive: weakref.WeakSet = weakref.WeakSet()
+    build, most = Decoder._build, []
+
+    def counted_build(self, operations):
+        most.append(len(alive))
+        instance = build(self, operations)
+        alive.add(instance.pipeline)
+        return instance
+
+    monkeypatch.setattr(Decoder, "_build", counted_build)
+    jpeg = encode(picture(8, 128, 128), "JPEG", quality=95)
+    images = [encode(picture(i), "JPEG") for i in range(15)] + [jpeg[: len(jpeg) // 2]]
+    _, ok = decoder().decode(images, augment.identity(16), *whole(16))
+    assert ok.sum() == 15 and len(most) > 3 and max(most) == 0
 
 
 def test_only_bad_images():

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import itertools
 import json
+import os
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from crc32c import crc32c as crc32c_of
+from awscrt.checksums import crc32c as crc32c_of
 from PIL import Image
 
 from ci.bench.fault_proxy import FaultProxy, Plan
 from shards import ingest, keyed
 from shards.batch import NOT_ANNOTATED, Batch, EncodedImage, Sample, StudyRecord, ViewRecord
-from shards.decode import Decoder
+from shards.decode import Decoder, PendingBatch
 from shards.errors import ConfigError, DataError, StoreUnreachableError
 from shards.ingest import Item, Loaded, hashed_key
-from shards.loader import Loader, LoaderRun, MixtureSet, Row
+from shards.loader import Loader, LoaderRun, MixtureSet, Row, evaluation_batches
 from shards.manifest import Manifest
 from shards.reader import read_members
 from shards.store import Store, open_store
@@ -323,6 +327,63 @@ def test_ranks_share_the_evaluation(config: Loader.Config, world_size: int):
         )
     ]
     assert sorted(int(i) for batch in uneven for i in batch["sample_id"][batch["valid"]]) == list(range(20))
+
+
+def test_evaluations_leave_no_descriptor_and_no_thread_behind(config: Loader.Config):
+    loader = Loader(config, global_batch_size=BATCH, seed=5)
+
+    def count() -> tuple[int, int]:
+        list(loader.evaluate(batch_size=8))
+        next(partly := loader.evaluate(batch_size=8))
+        partly.close()
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    first = count()
+    assert [count() for _ in range(3)] == [first] * 3
+
+
+def test_an_evaluation_of_nothing_gives_nothing(config: Loader.Config):
+    loader = Loader(config, global_batch_size=BATCH, seed=5)
+    nothing: Any = SimpleNamespace(table=SimpleNamespace(total=0))
+    assert list(evaluation_batches(nothing, loader._collate, config, print, 8)) == []
+
+
+def test_each_rank_tells_of_its_own_bad_studies_in_an_evaluation(config: Loader.Config, manifest: Path, tmp_path: Path):
+    shard = Manifest.from_bytes(manifest.read_bytes()).of_split("validation").shards[0]
+    key = read_members(open_store(str(manifest.parent)), shard).keys[3]
+    victim = Row(set_index=0, epoch=0, unit=3, shard=shard.name, key=key)
+    spoiled = spoil(manifest, tmp_path / "spoiled", "decode", victim)
+    events: list[dict[str, Any]] = []
+    for rank in range(2):
+        config = replace(config, train=str(spoiled))
+        shares = Loader(config, global_batch_size=BATCH, seed=5, rank=rank, world_size=2, on_event=events.append)
+        list(shares.evaluate(batch_size=6))
+    assert [(event["event"], event["shard"], event["key"]) for event in events] == [("skip", victim.shard, victim.key)]
+
+
+def test_closing_a_run_gives_up_what_waits_for_the_decoder(config: Loader.Config, monkeypatch: pytest.MonkeyPatch):
+    submitted: list[PendingBatch] = []
+    submit, hold = Decoder.submit, threading.Event()
+
+    def slow_submit(decoder: Decoder, *arguments: Any) -> PendingBatch:
+        if submitted:  # from the second batch on the workers are busy
+            for _ in range(decoder.config.threads):
+                decoder._pool.submit(hold.wait, 20)
+        submitted.append(submit(decoder, *arguments))
+        return submitted[-1]
+
+    monkeypatch.setattr(Decoder, "submit", slow_submit)
+    run = Loader(config, global_batch_size=BATCH, seed=5).start(0)
+    next(run)
+    while len(submitted) < 2:
+        time.sleep(0.01)
+    closing = threading.Thread(target=run.close)
+    closing.start()
+    closing.join(timeout=15)
+    hold.set()
+    assert not closing.is_alive()
+    assert all(future.cancelled() for pending in submitted[1:] for future in pending.runs)
 
 
 def test_a_cache_gives_the_same_batches(config: Loader.Config, tmp_path: Path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crc32c import crc32c as crc32c_of
+from awscrt.checksums import crc32c as crc32c_of
 from PIL import Image
 
 from shards import reader
