@@ -241,7 +241,7 @@ def train(
 
             # All ranks saw the same sums, so all leave here together.
             code = _agreed_code(output.sums["stop"], output.sums["wants_stop"])
-            evaluated: dict[str, float] | None = {}
+            evaluated = {}
             if _due(config.evaluate_every, state.step, last):
                 evaluated = None
                 if not code:
