@@ -200,6 +200,7 @@ def train(
     if state.evaluation_due:
         evaluated, code = _evaluate(evaluators, state, metrics, progress)
         if evaluated is None:
+            on_event({"event": "stopped", "step": state.step, "code": code})
             return code
         if _is_better(config, evaluated, best):
             best = _mark_best(config, checkpoints, state, evaluated)
