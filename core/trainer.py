@@ -128,8 +128,16 @@ class StopRequest:
         """Exit code wanted: 0 (go on), 143 or 130."""
         if self._signal:
             return 128 + self._signal
-        orphan = os.getppid() != self._parent or (self._runner is not None and not self._runner.is_running())
+        orphan = os.getppid() != self._parent or (self._runner is not None and _has_ended(self._runner))
         return 128 + signal.SIGTERM if orphan else 0
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Also when whoever started it has not yet asked how it ended, or never will."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _deepspeed_runner() -> psutil.Process | None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from core.checkpoint import steps_in
 from core.metrics import NAMES, contact_sheet, peak_flops
-from core.trainer import SkipRate, StopRequest, TooManySkipsError
+from core.trainer import SkipRate, StopRequest, TooManySkipsError, _has_ended
 from tests.core.runs import Options, run
 
 
@@ -117,6 +120,18 @@ def test_skip_rate_waits_for_enough_slots() -> None:
     rate.add(1)  # 1 of 96 is above 1 %, but says nothing yet
     with pytest.raises(TooManySkipsError):
         add_many(rate, 96, 3)
+
+
+def test_a_process_that_nobody_waited_for_has_ended() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    process = psutil.Process(child.pid)
+    assert not _has_ended(process)
+    child.kill()
+    while process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert _has_ended(process)
+    child.wait()
+    assert _has_ended(process)
 
 
 def test_stop_request_remembers_the_first_signal() -> None:
