@@ -4,7 +4,7 @@
     prepare (one thread)       JSON, view choice, text of the rows of a batch; its images go to the decoder's threads
     join    (one thread)       waits for the pixels, adds tokens: the tensors of `shards.batch.FIELDS`
 
-A row that cannot be used becomes a void slot here and nowhere else. Nothing lives outside this process.
+A row that cannot be used becomes a void slot in `shards.collate` and nowhere else. Nothing lives outside this process.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class LoaderRun(Iterator[Batch]):
         # The read that brings each unit; units of a piece that were used before the start or read for it.
         self._reads: dict[UnitName, Future[dict[int, Found]]] = {}
         self._taken: dict[PieceName, set[int]] = {}
-        self._submitted: deque[PendingBatch] = deque(maxlen=4)  # as many as are in the decoder at once, at least
+        self._submitted: deque[PendingBatch] = deque()  # what is in the decoder, in the order of steps
         self._threads = [
             threading.Thread(target=self._guard, args=(target, sink), daemon=True, name=name)
             for target, sink, name in (
@@ -330,6 +330,7 @@ class LoaderRun(Iterator[Batch]):
                 raise decoding
             on_void = self._on_void(decoding.prepared.step, decoding.prepared.places)
             batch = self._loader._collate.finish(decoding, on_void)
+            self._submitted.popleft()
             self._first_decoded.set()
             if not self._put(self._batches, batch):
                 return
