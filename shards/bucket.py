@@ -40,7 +40,7 @@ from urllib3.exceptions import HTTPError as TransportError
 from urllib3.exceptions import ReadTimeoutError as TransportTimeoutError
 
 from shards.errors import ConfigError, DataError, MissingObjectError, StoreFullError
-from shards.folder import Piece, TransientError, changed_object, source_file
+from shards.folder import Piece, TransientError, changed_object, room_for, source_file
 
 if TYPE_CHECKING:
     from shards.store import StoreConfig
@@ -231,11 +231,11 @@ class Bucket:
             )
         return object_bytes
 
-    def _body(self, raw: Any, length: int) -> bytes:
+    def _body(self, raw: Any, length: int) -> memoryview:
         """Exactly `length` bytes of a body, given up when it stalls, is cut, or drips."""
         if length < 0:
             raise TransientError("short", "answer without a length")
-        pieces: list[bytes] = []
+        room = room_for(length)
         got = 0
         config = self._config
         window_began, window_got = time.monotonic(), 0
@@ -244,7 +244,7 @@ class Bucket:
                 piece = raw.read1(min(_PIECE_BYTES, length - got))
                 if not piece:
                     raise TransientError("short", f"body ended after {got} of {length} bytes")
-                pieces.append(piece)
+                room[got : got + len(piece)] = piece
                 got += len(piece)
                 now = time.monotonic()
                 if now - window_began > config.read_timeout_s:
@@ -256,7 +256,7 @@ class Bucket:
         except (TransportError, OSError) as error:
             cause = "short" if "IncompleteRead" in repr(error) else "reset"
             raise TransientError(cause, f"connection lost after {got} of {length} bytes") from None
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return room
 
     def write(self, name: str, data: bytes | Path, attempt: int) -> int:
         if isinstance(data, Path):

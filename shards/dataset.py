@@ -13,6 +13,7 @@ from typing import Any
 from shards.batch import StudyRecord
 from shards.chunk_cache import ChunkCache
 from shards.errors import BadSampleError, DataError
+from shards.folder import room_for
 from shards.manifest import Manifest, Shard
 from shards.members import MembersTable
 from shards.order import UnitTable
@@ -189,7 +190,7 @@ def read_units(
 
 def _read_ranges(
     data: DataSet, shard: Shard, chunk: int, ranges: list[tuple[int, int]], cache: ChunkCache | None
-) -> list[bytes]:
+) -> list[bytes | memoryview]:
     if cache is None:
         store, name = data.tar(shard)
         return store.read_ranges([(name, low, high - low) for low, high in ranges])
@@ -199,4 +200,9 @@ def _read_ranges(
     store, name = data.tar(shard)
     identity = shard.sha256 or shard.members_sha256
     body = cache.get_or_fetch(identity, start, length, lambda: store.get_range(name, start, length))
-    return [body[low - start : high - start] for low, high in ranges]
+    bodies: list[bytes | memoryview] = []
+    for low, high in ranges:
+        room = room_for(high - low)  # a view of the chunk would hold it whole
+        room[:] = memoryview(body)[low - start : high - start]
+        bodies.append(room)
+    return bodies

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import mmap
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 from shards.errors import ConfigError, DataError, MissingObjectError, RoentgenError, StoreFullError
 
 _OPEN_FILES = 128  # descriptors a folder keeps open
+_OWN_PAGES_BYTES = 1 << 17  # smaller bodies lie in the heap: the system allows some 65,000 mappings a process
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<process>[0-9]+)-[0-9]+\.part$")
 # errno values of network file systems that pass with time.
 _TRANSIENT_ERRNO = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO})
@@ -36,7 +38,7 @@ class TransientError(Exception):
 class Piece(NamedTuple):
     """Bytes of a range, with the size and version (ETag; None for files) of the object they are from."""
 
-    data: bytes
+    data: bytes | memoryview
     object_bytes: int
     version: str | None
 
@@ -151,8 +153,8 @@ class Folder:
             if length is None:
                 # Whole files may have been replaced (`latest`, manifests): never through a kept descriptor.
                 with open(self._root / name, "rb", buffering=0) as file:
-                    data = file.readall() or b""
-                    return Piece(data, len(data), None)
+                    whole = file.readall() or b""
+                    return Piece(whole, len(whole), None)
             for fresh in (False, True):
                 with self._descriptor(name) as descriptor:
                     data = pread_all(descriptor, offset, length)
@@ -260,20 +262,28 @@ class Folder:
         return DataError(f"{path}: cannot be read ({error.strerror or type(error).__name__}); check the disk")
 
 
-def pread_all(descriptor: int, offset: int, length: int) -> bytes:
-    """`length` bytes, or fewer at the end of the file. One read in the common case: no copy."""
-    data = os.pread(descriptor, length, offset)
-    if len(data) == length or not data:
-        return data
-    pieces = [data]  # a single read gives at most 2 GiB
-    got = len(data)
-    while got < length and (data := os.pread(descriptor, length - got, offset + got)):
-        pieces.append(data)
-        got += len(data)
-    return b"".join(pieces)
+def room_for(length: int) -> memoryview:
+    """Writable room for a body; a large one in pages of its own, which the system has back when the last view goes.
+
+    A training run holds thousands of bodies, of all sizes and for very different times. In the heap they leave holes
+    between them that no later one fits, and its memory grows (`python -m ci.bench loader` prints memory by epoch).
+    """
+    if length < _OWN_PAGES_BYTES:
+        return memoryview(bytearray(length))
+    return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
-def pwrite_all(descriptor: int, data: bytes, offset: int) -> int:
+def pread_all(descriptor: int, offset: int, length: int) -> memoryview:
+    """`length` bytes, or fewer at the end of the file."""
+    room = room_for(length)
+    got = 0
+    # A single read gives at most 2 GiB.
+    while got < length and (more := os.preadv(descriptor, [room[got:]], offset + got)):
+        got += more
+    return room[:got]
+
+
+def pwrite_all(descriptor: int, data: bytes | memoryview, offset: int) -> int:
     """All of `data`: a single write may stop early, at 2 GiB or where the disk becomes full."""
     written = 0
     while written < len(data):

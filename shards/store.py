@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _Ranges = list[tuple[str, int, int]]  # name, offset, length
-_Futures = list[Future[bytes]]
+_Body = bytes | memoryview
+_Futures = list[Future[_Body]]
 
 SMALLEST_PART_BYTES = 5 << 20  # S3 refuses smaller parts of a multipart upload
 MOST_PARTS = 10_000
@@ -238,18 +239,18 @@ class Store:
         """The whole object."""
         clean = _checked_name(name)
         if not self._backend.splits:
-            return self._read(clean, 0, None, None).data
+            return bytes(self._read(clean, 0, None, None).data)
         first = self._workers.submit(self._read, clean, 0, None, None).result()
         if first.object_bytes <= len(first.data):
-            return first.data
+            return bytes(first.data)
         rest = self._split(clean, len(first.data), first.object_bytes - len(first.data))
         return b"".join([first.data, *self._parts(clean, rest, first.version)])
 
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`. Raises DataError naming the object when it ends before that."""
         if not self._backend.splits:
-            return self._read(_checked_name(name), offset, length, None).data if length else b""
-        return self.get_ranges([(name, offset, length)])[0].result()
+            return bytes(self._read(_checked_name(name), offset, length, None).data) if length else b""
+        return bytes(self.get_ranges([(name, offset, length)])[0].result())
 
     def get_ranges(self, requests: Sequence[tuple[str, int, int]]) -> _Futures:
         """A future for each (name, offset, length), fetched in this order by at most `connections` threads.
@@ -259,9 +260,9 @@ class Store:
         """
         return [self._submit(_checked_name(name), offset, length) for name, offset, length in requests]
 
-    def iterate_ranges(self, requests: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+    def iterate_ranges(self, requests: Sequence[tuple[str, int, int]]) -> Iterator[_Body]:
         """The ranges in order, read ahead of the caller by at most `bytes_in_flight`, unconsumed ones included."""
-        ahead: deque[tuple[int, Future[bytes]]] = deque()
+        ahead: deque[tuple[int, Future[_Body]]] = deque()
         held_bytes = 0
         for name, offset, length in requests:
             while ahead and held_bytes + length > self.config.bytes_in_flight:
@@ -296,13 +297,13 @@ class Store:
             _results([self._workers.submit(copy, offset, length) for _, offset, length in rest])
             return first.object_bytes
 
-    def read_ranges(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    def read_ranges(self, requests: Sequence[tuple[str, int, int]]) -> list[_Body]:
         """All of these (name, offset, length) at once: in parallel from a bucket, in the calling thread from a folder.
 
         A local read is shorter than waking another thread for it.
         """
         if not self._backend.splits:
-            return [self.get_range(*request) for request in requests]
+            return [self._read_body(_checked_name(name), offset, length) for name, offset, length in requests]
         return _results(self.get_ranges(requests))
 
     # Writing
@@ -330,7 +331,7 @@ class Store:
 
         def send(number: int, offset: int, length: int) -> str:
             with self._budget.hold(length):
-                part = pread_all(file.fileno(), offset, length)
+                part = bytes(pread_all(file.fileno(), offset, length))
                 if len(part) != length:
                     raise DataError(f"{file.name}: shrank while it was uploaded; write it anew and repeat")
                 return self._retry(name, lambda attempt: bucket.send_part(name, upload, number, part, attempt))
@@ -366,18 +367,18 @@ class Store:
 
     # Machinery
 
-    def _submit(self, name: str, offset: int, length: int) -> Future[bytes]:
+    def _submit(self, name: str, offset: int, length: int) -> Future[_Body]:
         if offset < 0 or length < 0:
             raise DataError(
                 f"{self.url}/{name}: range of {length} bytes at {offset} is impossible; is the index broken?"
             )
         if length == 0:
-            empty: Future[bytes] = Future()
+            empty: Future[_Body] = Future()
             empty.set_result(b"")
             return empty
         if not self._backend.splits or length <= self.config.part_bytes:
-            return self._workers.submit(self._read_bytes, name, offset, length)
-        whole: Future[bytes] = Future()
+            return self._workers.submit(self._read_body, name, offset, length)
+        whole: Future[_Body] = Future()
         whole.set_running_or_notify_cancel()
         parts = [self._workers.submit(self._read, *part, None) for part in self._split(name, offset, length)]
         left = [len(parts)]
@@ -405,11 +406,11 @@ class Store:
         step = self.config.part_bytes
         return [(name, start, min(step, end - start)) for start in range(offset, end, step)]
 
-    def _parts(self, name: str, parts: _Ranges, version: str | None) -> Iterator[bytes]:
+    def _parts(self, name: str, parts: _Ranges, version: str | None) -> Iterator[_Body]:
         futures = [self._workers.submit(self._read, *part, version) for part in parts]
         return (piece.data for piece in _results(futures))
 
-    def _read_bytes(self, name: str, offset: int, length: int) -> bytes:
+    def _read_body(self, name: str, offset: int, length: int) -> _Body:
         return self._read(name, offset, length, None).data
 
     def _read(self, name: str, offset: int, length: int | None, version: str | None) -> Piece:

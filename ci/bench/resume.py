@@ -215,25 +215,25 @@ def _ranges_read(manifest: Path, step: int) -> dict[str, Any]:
 
     asked: list[tuple[str, int, int]] = []
     lock = threading.Lock()
-    get_ranges, get_range = Store.get_ranges, Store.get_range
+    read_ranges, get_range = Store.read_ranges, Store.get_range
 
     def recording_ranges(self: Store, requests: Sequence[tuple[str, int, int]]) -> Any:
         with lock:
             asked.extend(requests)
-        return get_ranges(self, requests)
+        return read_ranges(self, requests)
 
     def recording_range(self: Store, name: str, offset: int, length: int) -> bytes:
         with lock:
             asked.append((name, offset, length))
         return get_range(self, name, offset, length)
 
-    Store.get_ranges, Store.get_range = recording_ranges, recording_range  # type: ignore[method-assign]
+    Store.read_ranges, Store.get_range = recording_ranges, recording_range  # type: ignore[method-assign]
     loader = _loader(manifest)
     data = loader.sets[0]
     with loader.start(step) as run:
         for _ in range(6):  # whole chunk pieces are read from the third batch on
             next(run)
-    Store.get_ranges, Store.get_range = get_ranges, get_range  # type: ignore[method-assign]
+    Store.read_ranges, Store.get_range = read_ranges, get_range  # type: ignore[method-assign]
 
     block = loader.order.block_of(0, step)
     before = np.concatenate(
