@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 import socket
@@ -655,3 +656,13 @@ def folder_bytes(folder: Path) -> int:
         except FileNotFoundError:
             continue
     return total
+
+
+def test_large_bodies_lie_outside_of_the_heap_and_small_ones_do_not(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 4096
+    (tmp_path / "shard").write_bytes(data)
+    with open_store(tmp_path) as store:
+        large, small = store.read_ranges([("shard", 100, 500_000), ("shard", 600_000, 1000)])
+    assert large == data[100:500_100] and small == data[600_000:601_000]
+    assert isinstance(large, memoryview) and isinstance(large.obj, mmap.mmap)
+    assert isinstance(small, memoryview) and isinstance(small.obj, bytearray)
