@@ -77,8 +77,10 @@ class ChunkCache:
         path = self._path(identity, offset, length)
         temporary = path.with_suffix(".part")
         with self._thread_lock:  # flock does not tell threads of one process apart
-            fcntl.flock(self._ledger, fcntl.LOCK_EX)
+            if self._ledger < 0:
+                return False
             try:
+                fcntl.flock(self._ledger, fcntl.LOCK_EX)
                 if path.exists():
                     return True
                 used_bytes = self._used_bytes()
@@ -102,7 +104,8 @@ class ChunkCache:
                     logger.warning("%s: cannot cache (%s); reading from the store", self._directory, error.strerror)
                 return False
             finally:
-                fcntl.flock(self._ledger, fcntl.LOCK_UN)
+                with contextlib.suppress(OSError):  # a file system that knows no locks
+                    fcntl.flock(self._ledger, fcntl.LOCK_UN)
 
     def get_or_fetch(self, identity: str, offset: int, length: int, fetch: Callable[[], bytes]) -> bytes:
         data = self.get(identity, offset, length)

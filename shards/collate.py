@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from shards import keyed
-from shards.batch import NOT_ANNOTATED, Batch, StudyRecord
-from shards.dataset import Found
+from shards.batch import NOT_ANNOTATED, Batch, StudyRecord, ViewRecord
+from shards.dataset import Found, Members
 from shards.decode import Decoder, PendingBatch
 from shards.errors import BadSampleError
 from shards.order import Slots
@@ -96,8 +96,7 @@ class Collator:
                     raise members
                 record = members.record(adopted[i])
                 text = self._text(record)
-                if not members.views:
-                    raise BadSampleError("", "", "no image")
+                views = _view_records(record, members)
             except (BadSampleError, EmptyReportError) as error:
                 on_void(i, error.cause if isinstance(error, BadSampleError) else "empty report")
                 self._add_image(result, i, 0, memoryview(b""), (0.0, 1.0), 8)
@@ -109,13 +108,9 @@ class Collator:
             for name, value in record.labels.items():
                 if name in self.labels:
                     columns["labels"][i, self.labels[name]] = value
-            views = {view.id: view for view in record.views}
-            for place, (number, member, data) in enumerate(members.views):
-                # Ours are named by their id; a foreign record lists just the images that it was made from.
-                view = record.views[place] if adopted[i] else views.get(member.partition(".")[0])
-                bits = view.bits if view else 8
-                window = view.window if view and view.window else (0.0, 255.0 if bits == 8 else 65535.0)
-                self._add_image(result, i, number, data, window, bits)
+            for view, (number, _, data) in zip(views, members.views, strict=True):
+                window = view.window or (0.0, 255.0 if view.bits == 8 else 65535.0)
+                self._add_image(result, i, number, data, window, view.bits)
         return result
 
     def _text(self, record: StudyRecord) -> str:
@@ -181,3 +176,16 @@ class Collator:
             texts = [text if ok else "" for text, ok in zip(prepared.texts, valid, strict=True)]
             batch["input_ids"], batch["attention_mask"] = self.tokenizer.encode(texts, self.config.text_length)
         return batch
+
+
+def _view_records(record: StudyRecord, members: Members) -> list[ViewRecord]:
+    """What the record says of each chosen image. Raises BadSampleError when it says nothing of one."""
+    if not members.views:
+        raise BadSampleError("", "", "no image")
+    if record.provenance.get("adopted") and len(record.views) == len(members.views):
+        return record.views  # it was made from just these images, in this order
+    known = {view.id: view for view in record.views}
+    names = [member.partition(".")[0] for _, member, _ in members.views]
+    if not known.keys() >= set(names):
+        raise BadSampleError("", "", "an image that the record does not list")
+    return [known[name] for name in names]

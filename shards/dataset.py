@@ -18,7 +18,7 @@ from shards.manifest import Manifest, Shard
 from shards.members import MembersTable
 from shards.order import UnitTable
 from shards.reader import check_member, log_key, read_members, record_from_members
-from shards.store import Store, StoreConfig, StoreRetry, open_store, split_url
+from shards.store import Store, StoreConfig, StoreRetry, Stores, open_store, split_url
 
 # Members that follow each other are read as one range: between them lie padding and tar headers, nothing else unless a
 # foreign tar holds a member that its index left out.
@@ -48,7 +48,7 @@ class DataSet:
         self.manifest = self.whole.of_split(split)
         self.table = UnitTable.of(self.manifest, every_image=every_image)
         self.members = lru_cache(maxsize=1024)(self._read_members)
-        self._elsewhere: dict[str, Store] = {}
+        self._elsewhere = Stores(self.store.config, on_retry=self._tell_retry)
         self.void = {(index, sample) for index, shard in enumerate(self.manifest.shards) for sample in shard.void}
 
     def _tell_retry(self, retry: StoreRetry) -> None:
@@ -63,15 +63,20 @@ class DataSet:
         """Where the shard's tar lies: beside the manifest, or, for adopted tars, wherever they were found."""
         if shard.url is None:
             return self.store, shard.tar
-        root, name = split_url(shard.url)
-        if root not in self._elsewhere:
-            self._elsewhere[root] = open_store(root, self.store.config, on_retry=self._tell_retry)
-        return self._elsewhere[root], name
+        return self._elsewhere.of(shard.url)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(store.stats.bytes_read for store in (self.store, *self._elsewhere.opened))
+
+    @property
+    def retries(self) -> int:
+        return sum(store.stats.retries for store in (self.store, *self._elsewhere.opened))
 
     def close(self) -> None:
         """Close its stores: descriptors and threads."""
-        for store in (self.store, *self._elsewhere.values()):
-            store.close()
+        self.store.close()
+        self._elsewhere.close()
 
     def shard(self, chunk: int) -> Shard:
         return self.manifest.shards[int(self.table.shard[chunk])]
@@ -174,7 +179,8 @@ def read_units(
         try:
             crc32c = None if table.crc32c is None else int(table.crc32c[row])
             key = log_key(data.manifest, found.key)
-            check_member(body, shard=shard.name, key=key, member=member, size=size, crc32c=crc32c)
+            adopted = data.manifest.adopted
+            check_member(body, shard=shard.name, key=key, member=member, size=size, crc32c=crc32c, adopted=adopted)
         except BadSampleError as error:
             result[unit] = error
             continue
@@ -202,7 +208,8 @@ def _read_ranges(
     body = cache.get_or_fetch(identity, start, length, lambda: store.get_range(name, start, length))
     bodies: list[bytes | memoryview] = []
     for low, high in ranges:
-        room = room_for(high - low)  # a view of the chunk would hold it whole
-        room[:] = memoryview(body)[low - start : high - start]
+        part = memoryview(body)[low - start : high - start]
+        room = room_for(len(part))  # a view of the chunk would hold it whole
+        room[:] = part
         bodies.append(room)
     return bodies

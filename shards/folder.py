@@ -179,7 +179,8 @@ class Folder:
                 file = stack.enter_context(open(descriptor, "wb", closefd=False))
                 if source is not None:
                     shutil.copyfileobj(source, file, 1 << 20)
-                elif isinstance(data, bytes):
+                else:
+                    assert isinstance(data, bytes)
                     file.write(data)
                 written = file.tell()
         except OSError as error:  # making the folder
@@ -270,7 +271,10 @@ def room_for(length: int) -> memoryview:
     """
     if length < _OWN_PAGES_BYTES:
         return memoryview(bytearray(length))
-    return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    try:
+        return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    except OSError:  # no mapping left
+        return memoryview(bytearray(length))
 
 
 def pread_all(descriptor: int, offset: int, length: int) -> memoryview:

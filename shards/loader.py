@@ -136,11 +136,11 @@ class Loader:
 
     @property
     def bytes_read(self) -> int:
-        return sum(data.store.stats.bytes_read for data in self.sets)
+        return sum(data.bytes_read for data in self.sets)
 
     @property
     def store_retries(self) -> int:
-        return sum(data.store.stats.retries for data in self.sets)
+        return sum(data.retries for data in self.sets)
 
     def describe(self, step: int, *, all_ranks: bool = False) -> list[Row]:
         """The rows of the batch of `step` by name, without reading any sample."""
@@ -170,7 +170,10 @@ class Loader:
         """
         first = self.sets[0].url
         data = DataSet(
-            manifest or self.config.validation or first, split or self.config.validation_split, store=self.config.store
+            manifest or self.config.validation or first,
+            split or self.config.validation_split,
+            store=self.config.store,
+            on_event=self.on_event,
         )
         place = (self.rank, self.world_size)
 

@@ -22,7 +22,7 @@ from shards.errors import BadSampleError, DataError
 from shards.image_header import probe_image
 from shards.manifest import Manifest, Shard
 from shards.members import TEXT_EXTENSIONS, MembersTable, is_image, is_pickle, member_extension, view_order
-from shards.store import Store, open_store, split_url
+from shards.store import Store, Stores
 from shards.tar_index import StoreStream
 
 CAPTION_FIELDS = ("caption", "text", "report", "findings", "impression", "description", "TEXT")
@@ -55,16 +55,29 @@ def log_key(manifest: Manifest, key: str) -> str:
     return "#" + hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16] if manifest.adopted else key
 
 
-def check_member(data: bytes | memoryview, *, shard: str, key: str, member: str, size: int, crc32c: int | None) -> None:
-    """Check a member before it is used. Raises BadSampleError for a pickle name, 0 bytes, a short read, a wrong crc."""
+def check_member(
+    data: bytes | memoryview,
+    *,
+    shard: str,
+    key: str,
+    member: str,
+    size: int,
+    crc32c: int | None,
+    adopted: bool = False,
+) -> None:
+    """Check a member before it is used. Raises BadSampleError for a pickle name, 0 bytes, a short read, a wrong crc.
+
+    Of an `adopted` tar only the member's extension is named: the rest may be anything, a person's name included.
+    """
+    shown = member_extension(member) if adopted else member
     if is_pickle(member):
-        raise BadSampleError(shard, key, f"member .{member} is in a pickle format, which is never read")
+        raise BadSampleError(shard, key, f"member .{shown} is in a pickle format, which is never read")
     if size == 0:
-        raise BadSampleError(shard, key, f"member .{member} has 0 bytes")
+        raise BadSampleError(shard, key, f"member .{shown} has 0 bytes")
     if len(data) != size:
-        raise BadSampleError(shard, key, f"member .{member} has {len(data)} of {size} bytes; truncated tar?")
+        raise BadSampleError(shard, key, f"member .{shown} has {len(data)} of {size} bytes; truncated tar?")
     if crc32c is not None and crc32c_of(data) != int(crc32c):
-        raise BadSampleError(shard, key, f"member .{member} does not match its crc32c")
+        raise BadSampleError(shard, key, f"member .{shown} does not match its crc32c")
 
 
 def parse_study(data: bytes) -> StudyRecord:
@@ -92,7 +105,7 @@ def _caption(members: Mapping[str, bytes]) -> str:
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"member .{member} not UTF-8 at byte {error.start}") from None
+            raise ValueError(f"member .{extension} not UTF-8 at byte {error.start}") from None
         if extension != "json":
             if text.strip():
                 return text.strip()
@@ -100,7 +113,7 @@ def _caption(members: Mapping[str, bytes]) -> str:
         try:
             body = json.loads(text)
         except (ValueError, RecursionError):
-            raise ValueError(f"member .{member} is not JSON") from None
+            raise ValueError(f"member .{extension} is not JSON") from None
         for name in CAPTION_FIELDS:
             value = body.get(name) if isinstance(body, dict) else None
             if isinstance(value, str) and value.strip():
@@ -135,7 +148,7 @@ def record_from_members(members: Mapping[str, bytes], *, adopted: bool, key: str
         try:
             height, width, bits = probe_image(members[member])
         except ValueError as error:
-            raise ValueError(f"member .{member}: {error}") from None
+            raise ValueError(f"member .{member_extension(member)}: {error}") from None
         views.append({"id": str(number), "height": height, "width": width, "bits": bits})
     identity = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     body = {"study": identity, "patient": identity, "report": {"text": caption} if caption else {}, "views": views}
@@ -174,30 +187,32 @@ def read_samples(store: Store, manifest: Manifest, shard: Shard) -> Iterator[Sam
     A bad sample is yielded as its error, so that the caller decides.
     """
     table = read_members(store, shard)
-    where, name = _tar_store(store, shard)
-    for sample, key in enumerate(table.keys):
-        members: dict[str, bytes] = {}
-        shown = log_key(manifest, key)
-        try:
-            for row in table.rows(sample):
-                offset, size = int(table.offset[row]), int(table.size[row])
-                data = where.get_range(name, offset, size) if size else b""
-                crc = None if table.crc32c is None else int(table.crc32c[row])
-                check_member(data, shard=shard.name, key=shown, member=table.member[row], size=size, crc32c=crc)
-                members[table.member[row]] = data
-            yield sample_from_members(
-                members, shard=shard.name, key=key, split=shard.split, adopted=manifest.adopted, shown_key=shown
-            )
-        except BadSampleError as error:
-            yield error
-
-
-def _tar_store(store: Store, shard: Shard) -> tuple[Store, str]:
-    """Where the tar of a shard lies: beside the manifest, or for adopted sets at its own URL."""
-    if shard.url is None:
-        return store, shard.tar
-    root, name = split_url(shard.url)
-    return open_store(root), name
+    with Stores() as elsewhere:  # adopted tars lie at their own URL
+        where, name = (store, shard.tar) if shard.url is None else elsewhere.of(shard.url)
+        for sample, key in enumerate(table.keys):
+            members: dict[str, bytes] = {}
+            shown = log_key(manifest, key)
+            try:
+                for row in table.rows(sample):
+                    offset, size = int(table.offset[row]), int(table.size[row])
+                    data = where.get_range(name, offset, size) if size else b""
+                    crc = None if table.crc32c is None else int(table.crc32c[row])
+                    member = table.member[row]
+                    check_member(
+                        data,
+                        shard=shard.name,
+                        key=shown,
+                        member=member,
+                        size=size,
+                        crc32c=crc,
+                        adopted=manifest.adopted,
+                    )
+                    members[member] = data
+                yield sample_from_members(
+                    members, shard=shard.name, key=key, split=shard.split, adopted=manifest.adopted, shown_key=shown
+                )
+            except BadSampleError as error:
+                yield error
 
 
 @dataclass(frozen=True)
@@ -212,15 +227,21 @@ class Fault:
 def verify(store: Store, manifest: Manifest, shard: Shard) -> list[Fault]:
     """Check one shard whole, in one pass: sizes, sha256, every member's crc32c and JSON, both side files."""
     faults: list[Fault] = []
-    try:
-        index = store.get(shard.index)
-        if hashlib.sha256(index).hexdigest() != shard.index_sha256:
-            faults.append(Fault(shard.name, None, f"{shard.index} does not match the manifest's sha256"))
-        table = read_members(store, shard)
-        where, name = _tar_store(store, shard)
-        stream = StoreStream(where, name)
-    except DataError as error:
-        return [*faults, Fault(shard.name, None, str(error))]
+    with Stores() as elsewhere:  # adopted tars lie at their own URL
+        try:
+            index = store.get(shard.index)
+            if hashlib.sha256(index).hexdigest() != shard.index_sha256:
+                faults.append(Fault(shard.name, None, f"{shard.index} does not match the manifest's sha256"))
+            table = read_members(store, shard)
+            where, name = (store, shard.tar) if shard.url is None else elsewhere.of(shard.url)
+            stream = StoreStream(where, name)
+        except DataError as error:
+            return [*faults, Fault(shard.name, None, str(error))]
+        return faults + _verify_tar(stream, table, manifest, shard)
+
+
+def _verify_tar(stream: StoreStream, table: MembersTable, manifest: Manifest, shard: Shard) -> list[Fault]:
+    faults: list[Fault] = []
     if stream.bytes != shard.bytes:
         faults.append(Fault(shard.name, None, f"{shard.tar} has {stream.bytes} bytes, the manifest says {shard.bytes}"))
     samples = table.sample_index
@@ -231,7 +252,9 @@ def verify(store: Store, manifest: Manifest, shard: Shard) -> list[Fault]:
         data = stream.read(size)
         crc = None if table.crc32c is None else int(table.crc32c[row])
         try:
-            check_member(data, shard=shard.name, key=shown, member=member, size=size, crc32c=crc)
+            check_member(
+                data, shard=shard.name, key=shown, member=member, size=size, crc32c=crc, adopted=manifest.adopted
+            )
             if member == "json" and not manifest.adopted:
                 parse_study(data)
         except BadSampleError as error:

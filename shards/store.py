@@ -509,6 +509,40 @@ def open_store(
     return Store(str(folder), Folder(folder, create), config, on_retry)
 
 
+class Stores:
+    """Stores opened as their URLs are met, each root once, closed together. May be asked from several threads."""
+
+    def __init__(
+        self, config: StoreConfig | None = None, *, on_retry: Callable[[StoreRetry], None] | None = None
+    ) -> None:
+        self._config, self._on_retry = config, on_retry
+        self._stores: dict[str, Store] = {}
+        self._lock = threading.Lock()
+
+    def of(self, url: str) -> tuple[Store, str]:
+        """The store that `url` lies in, and its name there. Raises what `open_store` raises."""
+        root, name = split_url(url)
+        with self._lock:
+            if root not in self._stores:
+                self._stores[root] = open_store(root, self._config, on_retry=self._on_retry)
+            return self._stores[root], name
+
+    @property
+    def opened(self) -> list[Store]:
+        with self._lock:
+            return list(self._stores.values())
+
+    def __enter__(self) -> Stores:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for store in self.opened:
+            store.close()
+
+
 def split_url(url: str | Path) -> tuple[str, str]:
     """(store, name) of a file or object: `s3://b/p/manifest.json` -> (`s3://b/p`, `manifest.json`)."""
     text = str(url)
