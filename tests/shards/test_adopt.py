@@ -9,13 +9,18 @@ import json
 import logging
 import tarfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shards.adopt import adopt, expand_urls
+from shards.batch import StudyRecord, ViewRecord
+from shards.collate import _view_records
+from shards.dataset import DataSet, Members, read_units
 from shards.errors import BadSampleError, ConfigError, DataError
-from shards.reader import read_members, read_samples, verify
+from shards.reader import check_member, read_members, read_samples, verify
 from shards.store import open_store
 from shards.tar_index import StoreStream, index_tar
 from tests.shards.sources import encoded
@@ -239,3 +244,52 @@ def test_no_sample_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no sample in any of the adopted tars"):
         adopt({"train": [str(tmp_path / "a.tar")]}, str(tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_shards_of_ours_adopted_keep_the_window_of_each_view(tmp_path: Path) -> None:
+    views = [ViewRecord(id="0", height=40, width=36), ViewRecord(id="1", height=40, width=36, window=(10.0, 90.0))]
+    record = StudyRecord(study="s", patient="p", report={"findings": "Clear."}, views=views)
+    members = [
+        ("s.0.jpg", encoded(0)),
+        ("s.1.jpg", encoded(1)),
+        ("s.json", record.model_dump_json().encode()),
+    ]
+    write_tar(tmp_path / "ours.tar", members)
+    adopt({"train": [str(tmp_path / "ours.tar")]}, str(tmp_path / "out"))
+    for number, window in ((0, None), (1, (10.0, 90.0))):
+        found = chosen_view(tmp_path / "out", number)
+        (view,) = _view_records(found.record(adopted=True), found)
+        assert view.window == window
+    # One image more than the record lists.
+    write_tar(tmp_path / "more.tar", [*members[:2], ("s.2.jpg", encoded(2)), members[2]])
+    adopt({"train": [str(tmp_path / "more.tar")]}, str(tmp_path / "out2"))
+    found = chosen_view(tmp_path / "out2", 2)
+    with pytest.raises(BadSampleError, match="does not list"):
+        _view_records(found.record(adopted=True), found)
+
+
+def chosen_view(folder: Path, number: int) -> Members:
+    """The first sample of an adopted set, read with one of its views."""
+    with closing(DataSet(f"{folder}/manifest.json", "train")) as data:
+        found = read_units(data, 0, [0], lambda unit, views: [number])[0]
+    assert isinstance(found, Members)
+    return found
+
+
+def test_member_names_of_adopted_tars_stay_out_of_messages() -> None:
+    arguments: dict[str, Any] = {"shard": "s", "key": "#1", "size": 3, "crc32c": 1, "adopted": True}
+    with pytest.raises(BadSampleError) as wrong:
+        check_member(b"abc", member="DOE_JOHN.jpg", **arguments)
+    assert "DOE" not in str(wrong.value) and "member .jpg does not match" in str(wrong.value)
+    with pytest.raises(BadSampleError, match=r"member \.gz is in a pickle format"):
+        check_member(b"abc", member="DOE_JOHN.pkl.gz", **arguments)
+
+
+def test_adopting_and_verifying_leave_no_descriptor_open(foreign: Path, tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    manifest = adopt({"train": [f"{foreign}/*.tar"]}, str(tmp_path / "out"))
+    with open_store(tmp_path / "out") as store:
+        for shard in manifest.shards:
+            assert verify(store, manifest, shard) == []
+            assert len(list(read_samples(store, manifest, shard))) == 4
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import resource
@@ -562,6 +563,19 @@ class TestChunkCache:
         assert cache.get_or_fetch("sha", 0, 10_000, lambda: data) == data
         path.write_bytes(path.read_bytes()[:-1])  # cut
         assert cache.get("sha", 0, 10_000) is None
+
+    def test_a_disk_without_locks_costs_the_entry_only(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def refused(descriptor: int, operation: int) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        cache = ChunkCache(tmp_path, 100_000)
+        monkeypatch.setattr("fcntl.flock", refused)
+        assert cache.get_or_fetch("sha", 0, 5, lambda: b"bytes") == b"bytes"
+        assert "cannot cache" in caplog.text
+        cache.close()
+        assert not cache.put("sha", 0, 5, b"bytes")
 
     def test_least_recently_used_goes_first(self, tmp_path: Path) -> None:
         cache = ChunkCache(tmp_path, 100_000)
