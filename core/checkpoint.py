@@ -16,10 +16,7 @@ import hashlib
 import json
 import logging
 import os
-import queue
-import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,29 +28,37 @@ import torch.distributed
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from core.collectives import any_rank, sum_over_ranks
+from core.checkpoint_files import (
+    BEST,
+    ENGINE,
+    LATEST,
+    STATE,
+    SUMS,
+    WEIGHTS,
+    checksums,
+    defect,
+    find_weights,
+    steps_in,
+    sync_folder,
+    write_atomically,
+)
+from core.collectives import any_rank, broadcast_json, sum_over_ranks
 from core.engine import Engine, to_universal
+from core.mirror import Mirror
 from core.models.initialise import load_weights, read_weights
 from core.models.text import TextEncoder
 from core.models.vision import VisionEncoder
 from core.tasks import Task
 from core.world import World
 from shards.errors import ConfigError, DataError, RoentgenError, StoreFullError
-from shards.store import Store, open_store
+from shards.store import open_store
 
 log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
-SUMS = "SHA256SUMS"  # the format of sha256sum, so that `sha256sum -c SHA256SUMS` works without us
-WEIGHTS = "weights.safetensors"
-STATE = "state.json"
-ENGINE = "engine"
-LATEST = "latest"
-BEST = "best"
 ROOM_FACTOR = 3  # copies of the state that conversion to another number of ranks may need
+ABANDON_LIMIT_S = 300.0  # for uploads under way when a run ends with an error
 MOST_FAILED_SAVES = 3  # in a row; then the run stops rather than compute what it cannot keep
-
-_STEP_NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,97 +119,6 @@ class Source:
     description: str = "scratch"
 
 
-# ---- files ----
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """All of `data` or the file as it was, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path, *, sync: bool = False) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-        if sync:
-            os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def checksums(folder: Path) -> str:
-    """The text of `SHA256SUMS`, every file flushed to disk on the way."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
-    return "".join(f"{_sha256(path, sync=True)}  {path.relative_to(folder).as_posix()}\n" for path in files)
-
-
-def defect(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None if it is whole."""
-    try:
-        lines = (folder / SUMS).read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        return f"{SUMS} is missing or unreadable"
-    if not lines:
-        return f"{SUMS} is empty"
-    for line in lines:
-        expected, _, name = line.partition("  ")
-        if not name or name.startswith("/") or ".." in name.split("/"):
-            return f"{SUMS} is damaged"
-        try:
-            seen = _sha256(folder / name)
-        except OSError:
-            return f"{name} is missing or unreadable"
-        if seen != expected:
-            return f"{name} differs from its checksum"
-    return None
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a run directory, ascending; half-written ones are not listed."""
-    found = [_STEP_NAME.fullmatch(path.name) for path in (folder / "checkpoints").glob("step-*")]
-    return sorted(int(match[1]) for match in found if match)
-
-
-def find_weights(run_dir: Path, which: str = LATEST) -> Path:
-    """Weights file of a run: `which` is `latest`, `best` or a step. For evaluation and export, without DeepSpeed.
-
-    Raises:
-        ConfigError: no such checkpoint. DataError: it is damaged.
-    """
-    name = which
-    if which in (LATEST, BEST):
-        pointer = run_dir / which
-        if not pointer.is_file():
-            raise ConfigError(f"{run_dir}: has no `{which}` checkpoint; is it a run directory, and has it saved once?")
-        name = json.loads(pointer.read_text())["checkpoint"] if which == BEST else pointer.read_text().strip()
-    elif which.isdigit():
-        name = f"step-{which}"
-    if not _STEP_NAME.fullmatch(name):
-        raise ConfigError(f"{run_dir}: {which!r} names no checkpoint; use latest, best or a step")
-    folder = run_dir / "checkpoints" / name
-    if not folder.is_dir():
-        known = ", ".join(map(str, steps_in(run_dir))) or "none"
-        raise ConfigError(f"{folder}: no such checkpoint; steps at hand: {known}")
-    lines = (folder / SUMS).read_text().splitlines()
-    if f"{_sha256(folder / WEIGHTS)}  {WEIGHTS}" not in lines:
-        raise DataError(f"{folder / WEIGHTS}: differs from its checksum; take another checkpoint")
-    return folder / WEIGHTS
-
-
 # ---- what two recipes differ in ----
 
 
@@ -228,19 +142,6 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
 
 
 # ---- the run's checkpoints ----
-
-
-def _broadcast_json(value: Any, world: World) -> Any:
-    """Rank 0's value on all ranks, as JSON: nothing is pickled."""
-    if world.world_size == 1:
-        return value
-    device = world.device if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if world.is_first else None
-    size = torch.tensor([0 if data is None else len(data)], device=device)
-    torch.distributed.broadcast(size, 0)
-    buffer = torch.empty(int(size), dtype=torch.uint8, device=device) if data is None else data.to(device)
-    torch.distributed.broadcast(buffer, 0)
-    return json.loads(bytes(buffer.cpu().tolist()))
 
 
 class Checkpoints:
@@ -269,7 +170,7 @@ class Checkpoints:
         self._failed_saves = 0
         self._durable_at = time.monotonic()
         self.recipe_hash = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-        self._mirror: _Mirror | None = None
+        self._mirror: Mirror | None = None
         self.folder = local_folder(run_dir, config)
         # A folder is shared by all ranks; what lies behind s3:// is written node by node.
         self._shared = not run_dir.startswith("s3://")
@@ -280,13 +181,31 @@ class Checkpoints:
             try:
                 (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
                 if not self._shared:
-                    self._mirror = _Mirror(open_store(run_dir), self.folder, world, nodes, on_event, self._settled)
+                    self._mirror = Mirror(open_store(run_dir), self.folder, world, nodes, on_event, self._settled)
             except OSError as error:
                 problem = ConfigError(f"{self.folder}: cannot be written ({error.strerror}); choose another --run-dir")
             except RoentgenError as error:
                 problem = error
         if any_rank(problem is not None, world.device):
             raise problem or ConfigError(f"{run_dir}: another rank cannot use the run directory")
+        if nodes > 1:
+            self._refuse_folder_of_two_nodes()
+
+    def _refuse_folder_of_two_nodes(self) -> None:
+        """What an s3:// run writes before it mirrors must lie on each node's own disk: the parts would mix."""
+        token = broadcast_json(os.urandom(8).hex() if self.world.is_first else None, self.world.device)
+        mark = self.folder / f".seen-{token}"
+        if self.world.is_first:
+            mark.touch()
+        self._barrier()
+        seen = any_rank(self._leads_node and not self.world.is_first and mark.exists(), self.world.device)
+        if self.world.is_first:
+            mark.unlink()
+        if seen:
+            raise ConfigError(
+                f"{self.folder}: several nodes share this folder; give each its own disk with --set "
+                "checkpoint.local_dir=FOLDER"
+            )
 
     # ---- resuming ----
 
@@ -296,23 +215,17 @@ class Checkpoints:
         Raises:
             ConfigError: the checkpoint is of another recipe, or needs more room to be converted than there is.
         """
-        found: dict[str, Any] = {}
-        if self.world.is_first or (not self._shared and self._leads_node):
-            try:
-                found = self._find()
-            except RoentgenError as error:
-                found = {"error": str(error)}
-        found = _broadcast_json(found, self.world)
-        if "error" in found:
-            raise ConfigError(found["error"])
-        if "name" in found:
+        if self._leads_node:
+            for leftover in (self.folder / "checkpoints").glob("*.tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        found = self._ask_first(self._find)
+        if found is not None:
             state = TrainState(**found["state"])
             universal = found["world_size"] != self.world.world_size and found["zero_stage"] > 0
             folder = self.folder / "checkpoints" / found["name"]
+            self._fetch_on_other_nodes(found["name"])
             if universal:
                 folder = self._convert(folder, found["bytes"])
-            if not self._shared and any_rank(self._leads_node and not folder.is_dir(), self.world.device):
-                raise ConfigError(f"{folder}: is missing on some node after the download")
             description = f"step {state.step} of {self.folder}"
             return Source(folder=str(folder), state=state, universal=universal, description=description)
         if self._init.checkpoint:
@@ -332,10 +245,22 @@ class Checkpoints:
         self._durable_at = time.monotonic()
         return replace(source.state, recipe_hash=self.recipe_hash)
 
-    def _find(self) -> dict[str, Any]:
-        """Newest whole checkpoint of this run: name, state and size. Rank 0, or each node's leader behind s3://."""
-        for leftover in (self.folder / "checkpoints").glob("*.tmp*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    def _ask_first(self, question: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+        """Rank 0's answer, or its error, on all ranks."""
+        answer: dict[str, Any] = {}
+        if self.world.is_first:
+            try:
+                answer = {"found": question()}
+            except RoentgenError as error:
+                answer = {"error": str(error), "of_config": isinstance(error, ConfigError)}
+        answer = broadcast_json(answer, self.world.device)
+        if "error" in answer:
+            raise (ConfigError if answer["of_config"] else DataError)(answer["error"])
+        found: dict[str, Any] | None = answer["found"]
+        return found
+
+    def _find(self) -> dict[str, Any] | None:
+        """Newest whole checkpoint of this run: name, state and size. Rank 0 decides for all."""
         names = {f"step-{step}" for step in steps_in(self.folder)}
         pointer = self.folder / LATEST
         first = pointer.read_text().strip() if pointer.is_file() else ""
@@ -346,10 +271,7 @@ class Checkpoints:
         order = sorted(names, key=lambda name: (name == first, int(name.removeprefix("step-"))), reverse=True)
         for name in order:
             folder = self.folder / "checkpoints" / name
-            problem = defect(folder)
-            if problem is not None and self._mirror is not None:
-                self._mirror.fetch(name)
-                problem = defect(folder)
+            problem = self._bring(name)
             if problem is not None:
                 self._on_event({"event": "checkpoint_passed_over", "checkpoint": name, "cause": problem})
                 log.warning("%s: %s; taking the one before", folder, problem)
@@ -367,7 +289,27 @@ class Checkpoints:
                 "zero_stage": kept["zero_stage"],
                 "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
             }
-        return {}
+        return None
+
+    def _bring(self, name: str) -> str | None:
+        """What is wrong with a checkpoint, or None: whole here, or after fetching it from the run's store."""
+        folder = self.folder / "checkpoints" / name
+        problem = defect(folder)
+        if problem is not None and self._mirror is not None:
+            self._mirror.fetch(name)
+            problem = defect(folder)
+        return problem
+
+    def _fetch_on_other_nodes(self, name: str) -> None:
+        """Every node leader has the checkpoint that rank 0 chose, whole, before anything of it is read."""
+        problem = None
+        if self._leads_node and not self.world.is_first:
+            try:
+                problem = self._bring(name)
+            except RoentgenError as error:
+                problem = str(error)
+        if any_rank(problem is not None, self.world.device):
+            raise DataError(f"{self.folder}: {name}: {problem or 'could not be brought whole to another node'}")
 
     def _refuse_other_recipe(self, folder: Path, recipe: Mapping[str, Any]) -> None:
         changed = differences(recipe, self._recipe)
@@ -437,8 +379,7 @@ class Checkpoints:
                 if target.exists():  # left by a run that was rolled back to an older `latest`
                     shutil.rmtree(target)
                 os.rename(temporary, target)
-                _sync_folder(root)
-            if self.world.is_first:
+                sync_folder(root)
                 write_atomically(self.folder / LATEST, f"{name}\n".encode())
 
         whole = attempt(begin)
@@ -496,7 +437,7 @@ class Checkpoints:
                     file.write(lines)
                     file.flush()
                     os.fsync(file.fileno())
-                _sync_folder(folder)
+                sync_folder(folder)
 
         return attempt(write)
 
@@ -535,9 +476,16 @@ class Checkpoints:
                 self._mirror.push_file(BEST)
 
     def best(self) -> dict[str, Any] | None:
-        """What `mark_best` wrote last, also before a restart."""
-        if self._mirror is not None and not (self.folder / BEST).is_file():
-            self._mirror.fetch_file(BEST)
+        """What `mark_best` wrote last, also before a restart. Collective: all ranks see what rank 0 does."""
+
+        def find() -> dict[str, Any] | None:
+            if self._mirror is not None and not (self.folder / BEST).is_file():
+                self._mirror.fetch_file(BEST)
+            return self._best_here()
+
+        return self._ask_first(find)
+
+    def _best_here(self) -> dict[str, Any] | None:
         try:
             content = json.loads((self.folder / BEST).read_text())
         except (OSError, ValueError):
@@ -554,6 +502,11 @@ class Checkpoints:
         if self._mirror is not None:
             self._mirror.close()
         self._barrier()
+
+    def abandon(self) -> None:
+        """After an error of this rank alone or of all: let what is on its way arrive, for a while, with no barrier."""
+        if self._mirror is not None:
+            self._mirror.close(limit_s=ABANDON_LIMIT_S)
 
     def _settled(self) -> None:
         self._durable_at = time.monotonic()
@@ -578,7 +531,7 @@ class Checkpoints:
         kept = set(sorted(steps)[-self.config.keep_last :])
         if self.config.keep_every:
             kept |= {step for step in steps if step % self.config.keep_every == 0}
-        best = self.best()
+        best = self._best_here()
         if best is not None:
             kept.add(int(best["step"]))
         # After going back to an older `latest`, newer steps of the abandoned branch may still lie here.
@@ -637,124 +590,3 @@ def load_towers(task: Task, init: InitConfig) -> str:
             raise ConfigError(f"{path}: this task has {len(towers)} towers of kind {kind.__name__}, not one")
         reports.append(load_weights(towers[0], path).summary())
     return "; ".join(reports)
-
-
-# ---- mirror ----
-
-
-class _Mirror:
-    """Copies checkpoints to a store in the background, `latest` last, once every node has sent its part.
-
-    Failures are events; the next save brings a newer checkpoint there.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        folder: Path,
-        world: World,
-        nodes: int,
-        on_event: Callable[[Event], None],
-        on_settled: Callable[[], None],
-    ) -> None:
-        self._store, self._folder, self._world, self._nodes = store, folder, world, nodes
-        self._on_event, self._on_settled = on_event, on_settled
-        self._jobs: queue.Queue[str | Callable[[set[int]], set[int]] | None] = queue.Queue()
-        self._lock = threading.Lock()
-        self._busy: set[str] = set()
-        self._thread = threading.Thread(target=self._work, name="checkpoint-mirror", daemon=True)
-        self._thread.start()
-
-    def names(self) -> set[str]:
-        """Checkpoints whose checksum list has arrived; it is sent after everything else."""
-        found = set()
-        for name in self._store.list("checkpoints/"):
-            parts = name.split("/")
-            if len(parts) == 3 and parts[2] == SUMS and _STEP_NAME.fullmatch(parts[1]):
-                found.add(parts[1])
-        return found
-
-    def latest(self) -> str:
-        return self._store.get(LATEST).decode().strip() if self._store.exists(LATEST) else ""
-
-    def fetch(self, name: str) -> None:
-        """Bring a checkpoint here; what goes wrong shows when it is verified."""
-        target = self._folder / "checkpoints" / name
-        shutil.rmtree(target, ignore_errors=True)
-        prefix = f"checkpoints/{name}/"
-        for remote in self._store.list(prefix):
-            relative = remote.removeprefix(prefix)
-            if relative.startswith(".done-"):
-                continue
-            path = target / relative
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._store.get_to_file(remote, path)
-
-    def fetch_file(self, name: str) -> None:
-        if self._store.exists(name):
-            self._store.get_to_file(name, self._folder / name)
-
-    def push(self, name: str) -> None:
-        with self._lock:
-            self._busy.add(name)
-        self._jobs.put(name)
-
-    def push_file(self, name: str) -> None:
-        self._jobs.put(name)
-
-    def is_busy(self, name: str) -> bool:
-        """Whether it waits or is being sent."""
-        with self._lock:
-            return name in self._busy
-
-    def prune(self, kept: Callable[[set[int]], set[int]]) -> None:
-        """Delete from the store what `kept` does not choose among the checkpoints there, after what waits is sent."""
-        self._jobs.put(kept)
-
-    def close(self) -> None:
-        self._jobs.put(None)
-        self._thread.join()
-        self._store.close()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                if not isinstance(job, str):
-                    steps = {int(name.removeprefix("step-")) for name in self.names()}
-                    for step in steps - job(steps):
-                        self._delete(f"step-{step}")
-                elif _STEP_NAME.fullmatch(job):
-                    self._send(job)
-                else:
-                    self._store.put(job, self._folder / job)
-            except (OSError, RoentgenError) as error:
-                self._on_event(
-                    {"event": "mirror_failed", "what": job if isinstance(job, str) else "prune", "cause": str(error)}
-                )
-            finally:
-                with self._lock:
-                    self._busy.discard(str(job))
-
-    def _send(self, name: str) -> None:
-        folder = self._folder / "checkpoints" / name
-        prefix = f"checkpoints/{name}"
-        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS):
-            self._store.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path)
-        if not self._world.is_first:
-            self._store.put(f"{prefix}/.done-{self._world.rank}", b"")
-            return
-        deadline = time.monotonic() + 600
-        while len([item for item in self._store.list(f"{prefix}/") if "/.done-" in item]) < self._nodes - 1:
-            if time.monotonic() > deadline:
-                raise DataError(f"{name}: not every node has sent its part within 10 minutes")
-            time.sleep(1)
-        self._store.put(f"{prefix}/{SUMS}", folder / SUMS)
-        self._store.put(LATEST, f"{name}\n".encode())
-        self._on_settled()
-        self._on_event({"event": "mirrored", "checkpoint": name})
-
-    def _delete(self, name: str) -> None:
-        # The list goes first: without it the rest is no checkpoint.
-        items = self._store.list(f"checkpoints/{name}/")
-        for item in sorted(items, key=lambda item: not item.endswith(SUMS)):
-            self._store.delete(item)

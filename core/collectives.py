@@ -1,4 +1,4 @@
-"""The only communication inside a forward pass: row gathers with their exact gradient, sums and a stop vote.
+"""Communication between ranks: row gathers with their exact gradient, sums, votes, and rank 0's word.
 
 With one process, or before a process group exists, every function is the identity. All ranks must call each of them in
 the same order. What it does not do: decide who computes what; the losses own that.
@@ -8,6 +8,7 @@ Letters: W = ranks, b = rows of one rank, B = W * b rows of the global batch.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -99,3 +100,16 @@ def any_rank(flag: bool, device: torch.device | None = None) -> bool:
     vote = torch.tensor([int(flag)], dtype=torch.int32, device=device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())
+
+
+def broadcast_json(value: Any, device: torch.device) -> Any:
+    """Rank 0's value on all ranks, as JSON: nothing is pickled. `device`: of this rank."""
+    if world_size() == 1:
+        return value
+    device = device if dist.get_backend() == "nccl" else torch.device("cpu")
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if rank() == 0 else None
+    size = torch.tensor([0 if data is None else len(data)], device=device)
+    dist.broadcast(size, 0)
+    buffer = torch.empty(int(size), dtype=torch.uint8, device=device) if data is None else data.to(device)
+    dist.broadcast(buffer, 0)
+    return json.loads(bytes(buffer.cpu().tolist()))

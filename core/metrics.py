@@ -188,23 +188,34 @@ class CPUMeter:
 class Uploader:
     """Sends `tb/`, `events.jsonl`, `config.json` and `eval/` of an s3:// run to its store from time to time.
 
-    Objects cannot grow, so what was appended since the last upload becomes the next numbered part:
-    `events-000001-<start>.jsonl`. TensorBoard's own files are sent whole under their names when they have changed,
-    since TensorBoard reads them from the store itself.
+    One a node. Objects cannot grow, so what was appended since the last upload becomes the next numbered part:
+    `events-000001-<time>.jsonl`, from the node of rank 8 `events-r8-000001-<time>.jsonl`. TensorBoard's own files are
+    sent whole under their names when they have changed, since TensorBoard reads them from the store itself.
     """
 
     def __init__(
-        self, url: str, folder: Path, on_event: Callable[[Mapping[str, Any]], None], *, every_s: float = UPLOAD_EVERY_S
+        self,
+        url: str,
+        folder: Path,
+        world: World,
+        on_event: Callable[[Mapping[str, Any]], None],
+        *,
+        every_s: float = UPLOAD_EVERY_S,
     ) -> None:
         self._store, self._folder, self._on_event, self._every_s = open_store(url), folder, on_event, every_s
-        numbers = [re.match(r"events-(\d+)-\d+\.jsonl", name) for name in self._store.list("events-")]
+        self._patterns = ("config.json", "tokenizer/*", "tb/*", "eval/*.json") if world.is_first else ()
+        self._prefix = "events-" if world.is_first else f"events-r{world.rank}-"
+        numbers = [re.match(rf"{self._prefix}(\d+)-\d+\.jsonl", name) for name in self._store.list("events-")]
         self._number = max((int(match[1]) for match in numbers if match), default=0)
         self._sent: dict[str, tuple[int, int]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="metrics-upload", daemon=True)
-        events = self._folder / "events.jsonl"
-        # What lies here from before a restart was sent then, or is sent with the first part if nothing ever was.
-        self._offset = events.stat().st_size if self._number and events.is_file() else 0
+        # How much of the file here was sent, also by a run that was killed: on a fresh node, nothing.
+        self._offset_file = folder / ".events-sent"
+        self._offset = int(self._offset_file.read_text()) if self._offset_file.is_file() else 0
+        events = folder / "events.jsonl"
+        if not events.is_file() or events.stat().st_size < self._offset:
+            self._offset = 0
         self._thread.start()
 
     def close(self) -> None:
@@ -220,8 +231,7 @@ class Uploader:
     def _upload(self) -> None:
         try:
             self._upload_events()
-            patterns = ("config.json", "tokenizer/*", "tb/*", "eval/*.json")
-            paths = [path for pattern in patterns for path in self._folder.glob(pattern)]
+            paths = [path for pattern in self._patterns for path in self._folder.glob(pattern)]
             for path in sorted(path for path in paths if path.is_file()):
                 status = path.stat()
                 name = path.relative_to(self._folder).as_posix()
@@ -240,6 +250,9 @@ class Uploader:
             new = file.read()
         new = new[: new.rfind(b"\n") + 1]
         if new:
-            self._store.put(f"events-{self._number + 1:06d}-{int(time.time())}.jsonl", new)
+            self._store.put(f"{self._prefix}{self._number + 1:06d}-{int(time.time())}.jsonl", new)
             self._number += 1
             self._offset += len(new)
+            temporary = self._offset_file.with_suffix(".tmp")
+            temporary.write_text(str(self._offset))
+            os.replace(temporary, self._offset_file)

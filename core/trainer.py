@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -41,8 +42,6 @@ class TrainerConfig:
     """Durations in steps. `evaluate_every` and `save_every`: None means only at the end.
 
     `best_metric`: name of an evaluation figure; the checkpoint where it is best is kept and marked. None: none is.
-    `max_skip_rate`: void slots over the last 10,000 slots of the whole run, above which it stops; None takes the
-    loader's.
     """
 
     steps: int = 1000
@@ -157,7 +156,7 @@ class TooManySkipsError(DataError):
 
 
 class SkipRate:
-    """Void slots among the last slots of the whole run, counted alike on every rank."""
+    """Void slots among the last slots of all ranks since the start, counted alike on every rank."""
 
     def __init__(self, limit: float, batch_size: int) -> None:
         self._limit, self._batch_size = limit, batch_size
@@ -279,9 +278,10 @@ def _due(every: int | None, step: int, last: bool) -> bool:
 def _is_better(config: TrainerConfig, figures: Mapping[str, float], best: Mapping[str, Any] | None) -> bool:
     if config.best_metric is None or config.best_metric not in figures:
         return False
-    if best is None or best.get("metric") != config.best_metric:
-        return True
-    value, before = figures[config.best_metric], float(best["value"])
+    value = figures[config.best_metric]
+    if best is None or best.get("metric") != config.best_metric or math.isnan(float(best["value"])):
+        return not math.isnan(value)
+    before = float(best["value"])
     return value < before if config.best_is == "lowest" else value > before
 
 

@@ -68,12 +68,19 @@ class Evaluation:
 
 
 class Splits:
-    """Splits of one manifest through the run's encoders, each at most once for a set of parts."""
+    """Splits through the run's encoders, each at most once for a set of parts.
+
+    All are of the manifest given as data; else held-out ones are of the run's validation manifest, if it has one, and
+    the training split is of its (first) training manifest.
+    """
 
     def __init__(self, run: PastRun, options: Options, progress: Callable[[str, int, int], None]) -> None:
         self._run, self._options, self._progress = run, options, progress
         config = run.config.data
-        self.url = options.data or config.validation or as_mixture(config, run.config.global_batch_size)[0].manifest
+        trained_on = as_mixture(config, run.config.global_batch_size)[0]
+        self.url = options.data or config.validation or trained_on.manifest
+        self.train_url = options.data or trained_on.manifest
+        self.train_split = trained_on.split
         decode = replace(config.decode, threads=options.threads or os.cpu_count() or 1)
         if decode.device == "mixed" and not torch.cuda.is_available():
             decode = replace(decode, device="cpu")
@@ -86,7 +93,8 @@ class Splits:
     def open(self, split: str) -> DataSet:
         """Raises ConfigError or DataError naming the manifest or the splits there are."""
         if split not in self._sets:
-            self._sets[split] = DataSet(self.url, split, store=self._config.store)
+            url = self.train_url if split == self.train_split else self.url
+            self._sets[split] = DataSet(url, split, store=self._config.store)
         return self._sets[split]
 
     def embed(self, split: str, parts: set[str], limit: int | None = None) -> EmbeddedSplit:
@@ -128,6 +136,8 @@ def evaluate(
     if unknown:
         raise ConfigError(f"--protocol {unknown[0]}: unknown; use {', '.join(PROTOCOLS)}")
     splits = Splits(run, options, progress)
+    if LinearProbe.protocol in options.protocols:  # a split that is not there is said before minutes of embedding
+        splits.open(splits.train_split)
     common: dict[str, Any] = {"seed": options.seed, "replicates": options.replicates}
     parts = {
         part
@@ -165,7 +175,7 @@ def evaluate(
         take(retrieval, retrieval.run(with_text))
     if LinearProbe.protocol in options.protocols and test is not None:
         probe = LinearProbe(LinearProbe.Config(**common))
-        train = splits.embed(run.config.data.train_split, {"features"}, limit=options.probe_studies)
+        train = splits.embed(splits.train_split, {"features"}, limit=options.probe_studies)
         held_out = run.config.data.validation_split
         validation = None
         if held_out in splits.manifest.splits and held_out != options.split:

@@ -15,7 +15,8 @@ import torch
 
 from configs import schema
 from configs.schema import TrainConfig
-from core.checkpoint import BEST, LATEST, SUMS, WEIGHTS, find_weights, load_checkpoint_weights
+from core.checkpoint import load_checkpoint_weights
+from core.checkpoint_files import BEST, LATEST, SUMS, WEIGHTS, find_weights
 from core.evaluation.embed import Encoders
 from core.tasks import Task
 from shards.dataset import DataSet

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,8 @@ from rich.logging import RichHandler
 
 from configs import prompts, schema
 from configs.schema import TrainConfig
-from core.checkpoint import Checkpoints, TrainState, local_folder, write_atomically
+from core.checkpoint import Checkpoints, TrainState, local_folder
+from core.checkpoint_files import write_atomically
 from core.collectives import any_rank
 from core.engine import Engine, join_world, leave_world
 from core.evaluation.embed import Encoders, embed_split
@@ -126,35 +128,81 @@ def _log_to_screen(world: World) -> None:
 
 
 def _run(config: TrainConfig, run_dir: str, allow_changed: Sequence[str], world: World, stop: StopRequest) -> int:
+    """The run, with its events from the first to the last, error included, where the run directory is."""
     folder = local_folder(run_dir, config.checkpoint)
     try:
         events = Events(folder, world)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another --run-dir") from None
+    uploader = _uploader(run_dir, folder, events, world)
     try:
-        tokenizer = _tokenizer(config, run_dir, folder, world)
-        loader = Loader(
-            config.data,
-            global_batch_size=config.global_batch_size,
-            seed=config.seed,
-            rank=world.rank,
-            world_size=world.world_size,
-            fields=schema.task_class(config.task).fields,
-            tokenizer=tokenizer,
-            on_event=events.write,
-        )
-        vocab_size = loader.tokenizer.vocab_size if loader.tokenizer is not None else None
-        task = config.task.build(vocab_size=vocab_size, seed=config.seed)
-        checkpoints = Checkpoints(
-            run_dir,
-            config.checkpoint,
-            world,
-            recipe=_identity(config, loader),
-            seed=config.seed,
-            init=config.init,
-            allow_changed=allow_changed,
-            on_event=events.write,
-        )
+        code = _train(config, run_dir, folder, allow_changed, world, events, stop)
+        if world.is_first:
+            events.write({"event": "end", "code": code})
+        return code
+    except RoentgenError as error:
+        event: dict[str, Any] = {"event": "error", "kind": type(error).__name__, "message": str(error)}
+        if isinstance(error, NonFiniteError):
+            event["samples"] = list(error.sample_ids)
+        if world.is_first or not isinstance(error, NonFiniteError):
+            events.write(event)
+        raise
+    finally:
+        if uploader is not None:
+            uploader.close()
+
+
+def _uploader(run_dir: str, folder: Path, events: Events, world: World) -> Uploader | None:
+    """One a node, for an s3:// run. Collective, so that a store that cannot be used ends all ranks."""
+    if not run_dir.startswith("s3://"):
+        return None
+    uploader, problem = None, None
+    if world.local_rank == 0:
+        try:
+            uploader = Uploader(run_dir, folder, world, events.write)
+        except RoentgenError as error:
+            problem = error
+    if any_rank(problem is not None, world.device):
+        if uploader is not None:
+            uploader.close()
+        raise problem or ConfigError(f"{run_dir}: another rank cannot use the run directory")
+    return uploader
+
+
+def _train(
+    config: TrainConfig,
+    run_dir: str,
+    folder: Path,
+    allow_changed: Sequence[str],
+    world: World,
+    events: Events,
+    stop: StopRequest,
+) -> int:
+    tokenizer = _tokenizer(config, run_dir, folder, world)
+    loader = Loader(
+        config.data,
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.world_size,
+        fields=schema.task_class(config.task).fields,
+        tokenizer=tokenizer,
+        on_event=events.write,
+    )
+    vocab_size = loader.tokenizer.vocab_size if loader.tokenizer is not None else None
+    task = config.task.build(vocab_size=vocab_size, seed=config.seed)
+    has_validation = _has_validation(config, loader)
+    checkpoints = Checkpoints(
+        run_dir,
+        config.checkpoint,
+        world,
+        recipe=_identity(config, loader),
+        seed=config.seed,
+        init=config.init,
+        allow_changed=allow_changed,
+        on_event=events.write,
+    )
+    try:
         source = checkpoints.prepare(task)
         log.info("starting from %s", source.description)
         engine = Engine(
@@ -172,10 +220,8 @@ def _run(config: TrainConfig, run_dir: str, allow_changed: Sequence[str], world:
             write_atomically(folder / "config.json", text.encode())
             start = {"event": "start", "step": state.step, "ranks": world.world_size, "from": source.description}
             events.write({**start, "threads": torch.get_num_threads(), "versions": past_run.versions()})
-        metrics = Metrics(folder, world, first_step=state.step)
-        uploader = Uploader(run_dir, folder, events.write) if world.is_first and run_dir.startswith("s3://") else None
-        metrics.text(state.step, "config", f"```\n{schema.to_text(config)}\n```")
-        try:
+        with closing(Metrics(folder, world, first_step=state.step)) as metrics:
+            metrics.text(state.step, "config", f"```\n{schema.to_text(config)}\n```")
             code = train(
                 config.trainer,
                 engine,
@@ -186,25 +232,15 @@ def _run(config: TrainConfig, run_dir: str, allow_changed: Sequence[str], world:
                 metrics=metrics,
                 global_batch_size=config.global_batch_size,
                 max_skip_rate=config.data.max_skip_rate,
-                evaluators=_evaluators(config, engine, loader, world, stop),
+                evaluators=_evaluators(config, engine, loader, world, stop) if has_validation else [],
                 on_event=events.write if world.is_first else lambda event: None,
                 stop=stop,
             )
-            checkpoints.close()
-        finally:
-            metrics.close()
-            if uploader is not None:
-                uploader.close()
-        if world.is_first:
-            events.write({"event": "end", "code": code})
-        return code
-    except RoentgenError as error:
-        event: dict[str, Any] = {"event": "error", "kind": type(error).__name__, "message": str(error)}
-        if isinstance(error, NonFiniteError):
-            event["samples"] = list(error.sample_ids)
-        if world.is_first or not isinstance(error, NonFiniteError):
-            events.write(event)
+    except Exception:
+        checkpoints.abandon()
         raise
+    checkpoints.close()
+    return code
 
 
 def _tokenizer(config: TrainConfig, run_dir: str, folder: Path, world: World) -> Tokenizer | None:
@@ -229,11 +265,14 @@ def _tokenizer(config: TrainConfig, run_dir: str, folder: Path, world: World) ->
 
 
 def _make_tokenizer(config: TrainConfig, run_dir: str, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
     if run_dir.startswith("s3://"):
         with open_store(run_dir) as store:
             names = store.list(f"{TOKENIZER}/")
             if names:
-                Tokenizer.from_files({name.rsplit("/", 1)[-1]: store.get(name) for name in names}, run_dir).save(path)
+                files = {name.rsplit("/", 1)[-1]: store.get(name) for name in names}
+                Tokenizer.from_files(files, run_dir).save(temporary)
+                os.replace(temporary, path)
                 return
     sets = [
         DataSet(part.manifest, part.split, store=config.data.store)
@@ -244,7 +283,6 @@ def _make_tokenizer(config: TrainConfig, run_dir: str, path: Path) -> None:
     else:
         log.info("no tokenizer named: training WordPiece on the reports")
         tokenizer = train_wordpiece(corpus(config.data, config.global_batch_size), config.tokenizer_words)
-    temporary = path.with_name(f".{path.name}.tmp")
     tokenizer.save(temporary)
     os.replace(temporary, path)
 
@@ -256,16 +294,22 @@ def _identity(config: TrainConfig, loader: Loader) -> dict[str, Any]:
     return {**config.identity(), **content, "tokenizer_sha256": tokenizer.sha256 if tokenizer is not None else None}
 
 
+def _has_validation(config: TrainConfig, loader: Loader) -> bool:
+    """Whether there is held-out data. One that is named but not there must show now, not at the first evaluation."""
+    split = config.data.validation_split
+    if config.data.validation is not None:
+        with closing(DataSet(config.data.validation, split, store=config.data.store)):
+            return True
+    splits = loader.sets[0].whole.splits
+    if split not in splits:
+        log.warning("no validation: the manifest has no split %r (it has %s)", split, ", ".join(splits))
+    return split in splits
+
+
 def _evaluators(
     config: TrainConfig, engine: Engine, loader: Loader, world: World, stop: StopRequest
 ) -> list[Evaluator]:
     """Validation loss always; zero-shot and retrieval on the held-out split where the task embeds both sides."""
-    splits = loader.sets[0].whole.splits
-    if config.data.validation is None and config.data.validation_split not in splits:
-        log.warning(
-            "no validation: the manifest has no split %r (it has %s)", config.data.validation_split, ", ".join(splits)
-        )
-        return []
     batches = partial(loader.evaluate, batch_size=config.global_batch_size)
     limit = config.trainer.validation_batches
     studies = None if limit is None else limit * config.global_batch_size

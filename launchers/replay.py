@@ -132,7 +132,7 @@ def replay(run_dir: str, step: int) -> Replay:
 def read_recorded(store: Store, step: int) -> Recorded:
     """From events.jsonl, or its numbered parts, and the state of the newest checkpoint."""
     names = ["events.jsonl"] if store.exists("events.jsonl") else []
-    names += sorted(name for name in store.list("events-") if re.fullmatch(r"events-\d+-\d+\.jsonl", name))
+    names += sorted(name for name in store.list("events-") if re.fullmatch(r"events-(r\d+-)?\d+-\d+\.jsonl", name))
     found: int | None = None
     steps: set[int] = set()
     last_versions: dict[str, str] = {}

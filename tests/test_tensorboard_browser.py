@@ -19,7 +19,7 @@ from core.metrics import NAMES, Metrics, contact_sheet
 from core.world import World
 from shards.keyed import uniform
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(420)]
 
 CURVES = (*NAMES, "loss/image_to_text", "eval/validation/loss", "eval/zero_shot/macro")
 PICTURES = ("batch/pixel_values",)
@@ -31,7 +31,7 @@ CARDS = "return [...document.querySelectorAll('card-view')].map(card => card.inn
 PICTURE_WIDTHS = "return [...document.querySelectorAll('image-card img')].map(image => image.naturalWidth)"
 
 
-def until(condition, what: str, timeout_s: float = 60.0):  # type: ignore[no-untyped-def]
+def until(condition, what: str, timeout_s: float = 120.0):  # type: ignore[no-untyped-def]
     """The first true value of `condition()`; fails with `what` when none comes."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:

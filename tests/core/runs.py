@@ -63,6 +63,8 @@ class Options:
     allow_changed: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)  # of an S3 server
     local_dir: str | None = None
+    rank_is_node: bool = False  # every rank is a node of its own, which writes below `local_dir`
+    nodes_share_disk: bool = False
     full_disk_at: int | None = None  # saving fails with ENOSPC from this step on
 
 
@@ -188,6 +190,10 @@ def rank_main(rank: int, world_size: int, port: int, options: Options) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    if options.rank_is_node:
+        os.environ["LOCAL_RANK"] = "0"
+        if not options.nodes_share_disk:
+            options = replace(options, local_dir=f"{options.local_dir}/{rank}")
     stop = StopRequest()
     stop.install()
     os.environ.update(options.environment)
@@ -211,7 +217,9 @@ def rank_main(rank: int, world_size: int, port: int, options: Options) -> None:
         if options.full_disk_at is not None:
             _fill_disk_from(options.full_disk_at, checkpoints)
         metrics = Metrics(folder, world, first_step=state.step)
-        uploader = Uploader(options.run_dir, folder, events.write) if options.local_dir and world.is_first else None
+        uploader = None
+        if options.local_dir and world.local_rank == 0:
+            uploader = Uploader(options.run_dir, folder, world, events.write)
         held_out = partial(held_out_batches, options, world)
         evaluators = [validation_loss(engine, held_out, stop=stop)] if options.validate else []
         code = train(

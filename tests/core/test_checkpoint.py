@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from ci.bench.s3_server import S3Server
-from core.checkpoint import checksums, defect, differences, find_weights, steps_in
+from core.checkpoint import differences
+from core.checkpoint_files import checksums, defect, find_weights, steps_in
+from core.metrics import Events, Uploader
+from core.world import World
 from shards.errors import ConfigError, DataError
 from shards.store import open_store
 from tests.core.runs import Options, run
@@ -170,6 +173,44 @@ def test_run_in_a_bucket_survives_the_loss_of_its_node(tmp_path: Path, bucket: s
         assert any(name.startswith("events-000002-") for name in store.list("events-"))
     # With its disk intact, a node fetches nothing that it has.
     assert run(2, replace(there, steps=7, allow_changed=("trainer.steps",))) == [0, 0]
+
+
+def test_two_nodes_in_a_bucket_survive_the_loss_of_one(tmp_path: Path, bucket: str, s3_server: S3Server) -> None:
+    unbroken = Options(run_dir=str(tmp_path / "unbroken"), zero_stage=2, steps=5, validate=True)
+    assert run(2, unbroken) == [0, 0]
+    there = replace(
+        unbroken, run_dir=f"{bucket}/runs/nodes", local_dir=str(tmp_path / "node"), rank_is_node=True,
+        environment=s3_server.environment(),
+    )  # fmt: skip
+    assert run(2, replace(there, stop_at=2)) == [143, 143]
+    shutil.rmtree(tmp_path / "node" / "1")
+    assert run(2, there) == [0, 0]
+    for node in ("0", "1"):
+        assert (tmp_path / "node" / node / "latest").read_text().strip() == "step-5"
+        assert steps_in(tmp_path / "node" / node)[-1] == 5
+    assert_same_bits(weights(tmp_path / "unbroken", 5), weights(tmp_path / "node" / "0", 5))
+    with open_store(there.run_dir) as store:
+        assert {name.rsplit("-", 1)[0] for name in store.list("events-")} >= {"events-000001", "events-000002"}
+    # Both nodes writing into one folder would mix their parts.
+    shared = replace(there, run_dir=f"{bucket}/runs/mixed", local_dir=str(tmp_path / "shared"), nodes_share_disk=True)
+    assert run(2, shared) == [2, 2]
+    assert "several nodes share this folder" in (tmp_path / "shared" / "error-0.txt").read_text()
+
+
+def test_events_written_after_the_last_upload_of_a_killed_run_are_sent(
+    tmp_path: Path, bucket: str, s3_server: S3Server
+) -> None:
+    url, log = f"{bucket}/runs/events", Events(tmp_path, World())
+    log.write({"event": "start"})
+    Uploader(url, tmp_path, World(), log.write).close()
+    log.write({"event": "skip"})  # and killed before the next upload
+    second = Uploader(url, tmp_path, World(), log.write)
+    log.write({"event": "end"})
+    second.close()
+    with open_store(url) as store:
+        names = sorted(store.list("events-"))
+        kinds = [[json.loads(line)["event"] for line in store.get(name).splitlines()] for name in names]
+    assert kinds == [["start"], ["skip", "end"]]
 
 
 def test_bucket_that_is_not_there_is_a_configuration_error(tmp_path: Path, s3_server: S3Server) -> None:

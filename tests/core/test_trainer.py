@@ -14,9 +14,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from core.checkpoint import steps_in
+from core.checkpoint_files import steps_in
 from core.metrics import NAMES, contact_sheet, peak_flops
-from core.trainer import SkipRate, StopRequest, TooManySkipsError, _has_ended
+from core.trainer import SkipRate, StopRequest, TooManySkipsError, TrainerConfig, _has_ended, _is_better
 from tests.core.runs import Options, run
 
 
@@ -161,3 +161,12 @@ def test_contact_sheet_places_images_row_by_row() -> None:
 
 def test_peak_of_the_cpu_is_measured() -> None:
     assert peak_flops(torch.device("cpu"), half_precision=False) > 1e8
+
+
+def test_a_figure_that_is_not_a_number_is_never_the_best() -> None:
+    config = TrainerConfig()
+    name = str(config.best_metric)
+    nan = {"metric": name, "value": float("nan")}
+    assert _is_better(config, {name: 3.0}, nan) and not _is_better(config, {name: float("nan")}, nan)
+    assert not _is_better(config, {name: float("nan")}, {"metric": name, "value": 3.0})
+    assert not _is_better(config, {name: float("nan")}, None)

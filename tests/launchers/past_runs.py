@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from configs import schema, tiny
-from core.checkpoint import SUMS, checksums
+from core.checkpoint_files import SUMS, checksums
 from shards import keyed
 from shards.batch import EncodedImage, Sample, StudyRecord, ViewRecord
 from shards.ingest import Item, Loaded, Plan, hashed_key

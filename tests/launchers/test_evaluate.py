@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,18 @@ def test_all_protocols_are_printed_and_written(
     assert probe["labels"]["effusion"]["value"] > 0.9  # half of the image is brighter
     assert probe["studies"] == {"train": 60, "validation": 24, "test": 40}
     assert probe["labels_not_fitted"] == ["nodule"]
+
+
+def test_probe_is_fitted_on_the_training_manifest_when_validation_has_its_own(manifest: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out"
+    shutil.copytree(manifest.parent, held_out)
+    whole = Manifest.from_bytes(manifest.read_bytes())
+    kept = replace(whole, shards=tuple(shard for shard in whole.shards if shard.split != "train"))
+    (held_out / "manifest.json").write_bytes(kept.to_bytes())
+    run_dir, report = make_run(tmp_path / "run", manifest, validation=f"{held_out}/manifest.json"), tmp_path / "a.json"
+    options = ["--protocol", "linear_probe", "--replicates", "20", "--device", "cpu", "--json", str(report)]
+    assert evaluate.main(["--run-dir", str(run_dir), *options]) == 0
+    assert json.loads(report.read_text())["linear_probe"]["studies"] == {"train": 60, "validation": 24, "test": 40}
 
 
 def test_prompts_file_and_limit(run_dir: Path, tmp_path: Path) -> None:

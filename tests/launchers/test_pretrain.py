@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from configs import schema
-from core.checkpoint import find_weights, steps_in
+from core.checkpoint_files import find_weights, steps_in
 from launchers import pretrain
 from tests.distributed import free_port
 from tests.launchers.past_runs import pack
@@ -122,6 +122,21 @@ def test_sigterm_to_anyone_saves_and_stops_all(tmp_path: Path, running: subproce
     stopped = next(event for event in last if event["event"] == "stopped")
     assert stopped["code"] == 143
     assert steps_in(tmp_path)[-1] == stopped["step"]
+
+
+@pytest.mark.parametrize(("split", "named"), [("validation", "missing"), ("exam", "split 'exam'")])
+def test_held_out_data_that_is_not_there_shows_before_training(
+    tmp_path: Path, manifest: Path, split: str, named: str
+) -> None:
+    wanted = tmp_path / "missing" / "manifest.json" if split == "validation" else manifest
+    done = subprocess.run(
+        command(1, tmp_path / "run", manifest, f"data.validation={wanted}", f"data.validation_split={split}"),
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode in (2, 3)
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr and not steps_in(tmp_path / "run")
+    assert [event["event"] for event in events(tmp_path / "run")] == ["error"]
 
 
 def test_print_shows_the_run_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
