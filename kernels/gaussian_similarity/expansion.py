@@ -1,0 +1,129 @@
+"""Similarities that are a matrix product: Gaussians to rows and columns whose product, with two biases, is the value.
+
+    similarity[i, j] = rows[i] . columns[j] + row_bias[i] + column_bias[j]
+
+Distances come with a minus sign, so that larger is closer. Everything here costs N x D and is differentiated by
+autograd; what is quadratic in N lies in `op`. A difference of means is blind to a shift of all means, so a common
+centre is taken off before values are rounded, and the biases are those of the rounded values: with either left out
+bf16 loses ten times the precision (README.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+Precision = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expansion:
+    """rows [N, K], columns [M, K], row_bias [N], column_bias [M]; `precision` of the inputs of their product."""
+
+    rows: Tensor
+    columns: Tensor
+    row_bias: Tensor
+    column_bias: Tensor
+    precision: Precision = "fp32"
+
+    def similarity(self) -> Tensor:
+        """All pairs [N, M], stored: for tests and small sets."""
+        return self.rows @ self.columns.transpose(0, 1) + self.row_bias[:, None] + self.column_bias[None, :]
+
+
+def squared_wasserstein(
+    mean_a: Tensor,
+    logvar_a: Tensor,
+    mean_b: Tensor,
+    logvar_b: Tensor,
+    *,
+    precision: Precision = "bf16",
+    centre: Tensor | None = None,
+) -> Expansion:
+    """Minus the squared 2-Wasserstein distance: a Euclidean one of [mean; sigma], K = 2D.
+
+    `centre` [2D], alike on all ranks; None: midway between the means of both sides, of these rows.
+    """
+    a = torch.cat([mean_a, torch.exp(logvar_a / 2)], dim=1)
+    b = torch.cat([mean_b, torch.exp(logvar_b / 2)], dim=1)
+    return _euclidean(a, b, precision, centre)
+
+
+def sampled_distance(
+    mean_a: Tensor,
+    logvar_a: Tensor,
+    mean_b: Tensor,
+    logvar_b: Tensor,
+    *,
+    precision: Precision = "bf16",
+    centre: Tensor | None = None,
+) -> Expansion:
+    """Minus the closed-form sampled distance (CSD), K = D: variances enter the biases alone. `centre` [D]."""
+    euclidean = _euclidean(mean_a, mean_b, precision, centre)
+    return Expansion(
+        rows=euclidean.rows,
+        columns=euclidean.columns,
+        row_bias=euclidean.row_bias - logvar_a.exp().sum(1),
+        column_bias=euclidean.column_bias - logvar_b.exp().sum(1),
+        precision=precision,
+    )
+
+
+def kl_divergence(mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar_b: Tensor) -> Expansion:
+    """Minus KL(a_i || b_j), K = 2D; fp32 only: its terms are far larger than their sum."""
+    precise_b = torch.exp(-logvar_b)
+    return Expansion(
+        rows=torch.cat([logvar_a.exp() + mean_a**2, mean_a], dim=1),
+        columns=torch.cat([-0.5 * precise_b, mean_b * precise_b], dim=1),
+        row_bias=0.5 * (logvar_a.sum(1) + mean_a.shape[1]),
+        column_bias=-0.5 * (mean_b**2 * precise_b + logvar_b).sum(1),
+    )
+
+
+def jeffreys_divergence(mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar_b: Tensor) -> Expansion:
+    """Minus KL(a_i || b_j) + KL(b_j || a_i), K = 4D; fp32 only."""
+    precise_a, precise_b = torch.exp(-logvar_a), torch.exp(-logvar_b)
+    return Expansion(
+        rows=torch.cat([logvar_a.exp() + mean_a**2, precise_a, mean_a, mean_a * precise_a], dim=1),
+        columns=torch.cat([-0.5 * precise_b, -0.5 * (logvar_b.exp() + mean_b**2), mean_b * precise_b, mean_b], dim=1),
+        row_bias=mean_a.shape[1] - 0.5 * (mean_a**2 * precise_a).sum(1),
+        column_bias=-0.5 * (mean_b**2 * precise_b).sum(1),
+    )
+
+
+def cosine(a: Tensor, b: Tensor, *, precision: Precision = "bf16") -> Expansion:
+    """Cosine of embeddings [N, D] and [M, D] that are no distributions: CLIP's similarity."""
+    rows, columns = _rounded(normalize(a, dim=1), precision), _rounded(normalize(b, dim=1), precision)
+    return Expansion(
+        rows=rows,
+        columns=columns,
+        row_bias=rows.new_zeros(len(rows)),
+        column_bias=columns.new_zeros(len(columns)),
+        precision=precision,
+    )
+
+
+def _euclidean(a: Tensor, b: Tensor, precision: Precision, centre: Tensor | None) -> Expansion:
+    """Minus the squared distance of a [N, K] and b [M, K]."""
+    if centre is None:
+        centre = 0.5 * (a.mean(0) + b.mean(0))
+    centre = centre.detach()
+    a, b = _rounded(a - centre, precision), _rounded(b - centre, precision)
+    return Expansion(
+        rows=2 * a,  # exact in bf16
+        columns=b,
+        row_bias=-(a**2).sum(1),
+        column_bias=-(b**2).sum(1),
+        precision=precision,
+    )
+
+
+def _rounded(x: Tensor, precision: Precision) -> Tensor:
+    """The values that enter the product, in the dtype of `x`; the gradient passes as if nothing was rounded."""
+    if precision == "fp32":
+        return x
+    return x + (x.detach().to(torch.bfloat16).to(x.dtype) - x.detach())
