@@ -137,18 +137,35 @@ def _product_of(precision: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Tiles:
-    """Logits of a problem, tile by tile, and the sums that every loss needs of them."""
+    """Logits of a problem and its positives, tile by tile."""
 
-    def __init__(self, rows: Tensor, columns: Tensor, row_bias: Tensor, column_bias: Tensor, scale: Tensor) -> None:
-        self.rows, self.columns = rows, columns
+    def __init__(
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        row_bias: Tensor,
+        column_bias: Tensor,
+        scale: Tensor,
+        row_keys: Tensor,
+        column_keys: Tensor,
+    ) -> None:
+        self.rows, self.columns, self.row_keys, self.column_keys = rows, columns, row_keys, column_keys
         self.scale = float(scale)
         self.row_bias, self.column_bias = self.scale * row_bias[:, None], self.scale * column_bias[None, :]
-        self.row_slices, self.column_slices = _slices(len(rows), TILE_ROWS), _slices(len(columns), TILE_COLUMNS)
 
-    def logits(self, i: slice, j: slice) -> Tensor:
-        """A tile [I, J] of `scale * similarity`."""
-        tile = torch.addmm(self.column_bias[:, j], self.rows[i], self.columns[j].T, alpha=self.scale)
-        return tile.add_(self.row_bias[i])
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
+        """Rows i and columns j of a tile, `scale * similarity` [I, J], and which pairs share a key, None if none do."""
+        for i in _slices(len(self.rows), TILE_ROWS):
+            for j in _slices(len(self.columns), TILE_COLUMNS):
+                logits = torch.addmm(self.column_bias[:, j], self.rows[i], self.columns[j].T, alpha=self.scale)
+                yield i, j, logits.add_(self.row_bias[i]), self._positives(self.row_keys[i], self.column_keys[j])
+
+    @staticmethod
+    def _positives(row_keys: Tensor, column_keys: Tensor) -> Tensor | None:
+        # Most tiles have none, and to look for one costs far less than to compare all pairs.
+        if not torch.isin(row_keys, column_keys).any():
+            return None
+        return row_keys[:, None] == column_keys[None, :]
 
 
 class _Gradients:
@@ -181,10 +198,6 @@ class _Gradients:
         )
 
 
-def _share_a_key(row_keys: Tensor, column_keys: Tensor) -> bool:
-    return bool(torch.isin(row_keys, column_keys).any())
-
-
 def _positives(own_keys: Tensor, other_keys: Tensor) -> Tensor:
     """How many of `other_keys` equal each of `own_keys` [N], int64."""
     unique, place = torch.unique(torch.cat([own_keys, other_keys]), return_inverse=True)
@@ -205,20 +218,18 @@ class _InfoNCE(torch.autograd.Function):
         column_keys: Tensor,
         precision: str,
     ) -> Tensor:
-        tiles = _Tiles(rows, columns, row_bias, column_bias, scale)
+        tiles = _Tiles(rows, columns, row_bias, column_bias, scale, row_keys, column_keys)
         row_maximum, row_sum = rows.new_full((len(rows),), -torch.inf), rows.new_zeros(len(rows))
         column_maximum, column_sum = rows.new_full((len(columns),), -torch.inf), rows.new_zeros(len(columns))
         positive_sum_of_row, positive_sum_of_column = torch.zeros_like(row_sum), torch.zeros_like(column_sum)
         with _product_of(precision, rows.dtype):
-            for i in tiles.row_slices:
-                for j in tiles.column_slices:
-                    logits = tiles.logits(i, j)
-                    if _share_a_key(row_keys[i], column_keys[j]):
-                        of_positive = logits * (row_keys[i, None] == column_keys[None, j])
-                        positive_sum_of_row[i] += of_positive.sum(1)
-                        positive_sum_of_column[j] += of_positive.sum(0)
-                    _take(row_maximum[i], row_sum[i], logits, 1)
-                    _take(column_maximum[j], column_sum[j], logits, 0)
+            for i, j, logits, positive in tiles:
+                if positive is not None:
+                    of_positive = logits * positive
+                    positive_sum_of_row[i] += of_positive.sum(1)
+                    positive_sum_of_column[j] += of_positive.sum(0)
+                _take(row_maximum[i], row_sum[i], logits, 1)
+                _take(column_maximum[j], column_sum[j], logits, 0)
         row_log_sum, column_log_sum = row_maximum + row_sum.log(), column_maximum + column_sum.log()
         row_count, column_count = _positives(row_keys, column_keys), _positives(column_keys, row_keys)
         row_weight, column_weight = _weights(row_count, rows.dtype), _weights(column_count, rows.dtype)
@@ -238,7 +249,7 @@ class _InfoNCE(torch.autograd.Function):
             rows, columns, row_bias, column_bias, scale, row_keys, column_keys, row_log_sum, column_log_sum,
             row_weight, column_weight, row_count, column_count,
         ) = ctx.saved_tensors  # fmt: skip
-        tiles = _Tiles(rows, columns, row_bias, column_bias, scale)
+        tiles = _Tiles(rows, columns, row_bias, column_bias, scale, row_keys, column_keys)
         gradients = _Gradients(tiles)
         # weight * exp(logit - log_sum) as one exponential each.
         row_shift = (row_weight.log() - row_log_sum)[:, None]
@@ -246,15 +257,12 @@ class _InfoNCE(torch.autograd.Function):
         row_target = (row_weight / row_count.clamp_min(1))[:, None]
         column_target = (column_weight / column_count.clamp_min(1))[None, :]
         with _product_of(ctx.precision, rows.dtype):
-            for i in tiles.row_slices:
-                for j in tiles.column_slices:
-                    logits = tiles.logits(i, j)
-                    seed = (logits + row_shift[i]).exp_()
-                    seed += (logits + column_shift[:, j]).exp_()
-                    if _share_a_key(row_keys[i], column_keys[j]):
-                        target = row_target[i] + column_target[:, j]
-                        seed -= target * (row_keys[i, None] == column_keys[None, j])
-                    gradients.add(i, j, seed, logits)
+            for i, j, logits, positive in tiles:
+                seed = (logits + row_shift[i]).exp_()
+                seed += (logits + column_shift[:, j]).exp_()
+                if positive is not None:
+                    seed -= (row_target[i] + column_target[:, j]) * positive
+                gradients.add(i, j, seed, logits)
         return (*gradients.inputs(upstream, scale), None, None, None)
 
 
@@ -285,13 +293,13 @@ class _PairwiseSigmoid(torch.autograd.Function):
         column_keys: Tensor,
         precision: str,
     ) -> Tensor:
-        tiles = _Tiles(rows, columns, row_bias, column_bias, scale)
+        tiles = _Tiles(rows, columns, row_bias, column_bias, scale, row_keys, column_keys)
         total = rows.new_zeros(())
         with _product_of(precision, rows.dtype):
-            for i in tiles.row_slices:
-                for j in tiles.column_slices:
-                    logits = tiles.logits(i, j).add_(bias)
-                    total -= logsigmoid(_signed(logits, row_keys[i], column_keys[j])).sum()
+            for _, _, logits, positive in tiles:
+                logits.add_(bias)
+                signed = -logits if positive is None else torch.where(positive, logits, -logits)
+                total -= logsigmoid(signed).sum()
         ctx.save_for_backward(rows, columns, row_bias, column_bias, scale, bias, row_keys, column_keys)
         ctx.precision = precision
         return total / len(rows)
@@ -300,22 +308,13 @@ class _PairwiseSigmoid(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         rows, columns, row_bias, column_bias, scale, bias, row_keys, column_keys = ctx.saved_tensors
-        tiles = _Tiles(rows, columns, row_bias, column_bias, scale)
+        tiles = _Tiles(rows, columns, row_bias, column_bias, scale, row_keys, column_keys)
         gradients = _Gradients(tiles)
         with _product_of(ctx.precision, rows.dtype):
-            for i in tiles.row_slices:
-                for j in tiles.column_slices:
-                    logits = tiles.logits(i, j)
-                    seed = (logits + bias).sigmoid_()  # sigmoid(z) - [positive] = -sign * sigmoid(-sign * z)
-                    if _share_a_key(row_keys[i], column_keys[j]):
-                        seed -= (row_keys[i, None] == column_keys[None, j]).to(seed.dtype)
-                    gradients.add(i, j, seed.div_(len(rows)), logits)
+            for i, j, logits, positive in tiles:
+                seed = (logits + bias).sigmoid_()  # sigmoid(z) - [positive] = -sign * sigmoid(-sign * z)
+                if positive is not None:
+                    seed -= positive.to(seed.dtype)
+                gradients.add(i, j, seed.div_(len(rows)), logits)
         of_bias = gradients.of_row.sum() * upstream
         return (*gradients.inputs(upstream, scale), of_bias, None, None, None)
-
-
-def _signed(logits: Tensor, row_keys: Tensor, column_keys: Tensor) -> Tensor:
-    """+logit for a pair of equal key, -logit for any other."""
-    if not _share_a_key(row_keys, column_keys):
-        return -logits
-    return torch.where(row_keys[:, None] == column_keys[None, :], logits, -logits)
