@@ -265,26 +265,28 @@ def _tokenizer(config: TrainConfig, run_dir: str, folder: Path, world: World) ->
 
 
 def _make_tokenizer(config: TrainConfig, run_dir: str, path: Path) -> None:
+    tokenizer = _mirrored_tokenizer(run_dir) if run_dir.startswith("s3://") else None
+    if tokenizer is None:
+        sets = [
+            DataSet(part.manifest, part.split, store=config.data.store)
+            for part in as_mixture(config.data, config.global_batch_size)
+        ]
+        if config.data.tokenizer or any(data.whole.tokenizer for data in sets):
+            tokenizer = find_tokenizer(config.data, sets)
+        else:
+            log.info("no tokenizer named: training WordPiece on the reports")
+            tokenizer = train_wordpiece(corpus(config.data, config.global_batch_size), config.tokenizer_words)
     temporary = path.with_name(f".{path.name}.tmp")
-    if run_dir.startswith("s3://"):
-        with open_store(run_dir) as store:
-            names = store.list(f"{TOKENIZER}/")
-            if names:
-                files = {name.rsplit("/", 1)[-1]: store.get(name) for name in names}
-                Tokenizer.from_files(files, run_dir).save(temporary)
-                os.replace(temporary, path)
-                return
-    sets = [
-        DataSet(part.manifest, part.split, store=config.data.store)
-        for part in as_mixture(config.data, config.global_batch_size)
-    ]
-    if config.data.tokenizer or any(data.whole.tokenizer for data in sets):
-        tokenizer = find_tokenizer(config.data, sets)
-    else:
-        log.info("no tokenizer named: training WordPiece on the reports")
-        tokenizer = train_wordpiece(corpus(config.data, config.global_batch_size), config.tokenizer_words)
     tokenizer.save(temporary)
     os.replace(temporary, path)
+
+
+def _mirrored_tokenizer(run_dir: str) -> Tokenizer | None:
+    """The one that an s3:// run sent to its store before it lost this disk, if it did."""
+    with open_store(run_dir) as store:
+        names = store.list(f"{TOKENIZER}/")
+        files = {name.rsplit("/", 1)[-1]: store.get(name) for name in names}
+    return Tokenizer.from_files(files, run_dir) if files else None
 
 
 def _identity(config: TrainConfig, loader: Loader) -> dict[str, Any]:

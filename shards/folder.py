@@ -269,12 +269,10 @@ def room_for(length: int) -> memoryview:
     A training run holds thousands of bodies, of all sizes and for very different times. In the heap they leave holes
     between them that no later one fits, and its memory grows (`python -m ci.bench loader` prints memory by epoch).
     """
-    if length < _OWN_PAGES_BYTES:
-        return memoryview(bytearray(length))
-    try:
-        return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-    except OSError:  # no mapping left
-        return memoryview(bytearray(length))
+    if length >= _OWN_PAGES_BYTES:
+        with contextlib.suppress(OSError):  # no mapping left
+            return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    return memoryview(bytearray(length))
 
 
 def pread_all(descriptor: int, offset: int, length: int) -> memoryview:
