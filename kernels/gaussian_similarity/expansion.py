@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "tf32", "split", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,19 @@ def _euclidean(a: Tensor, b: Tensor, precision: Precision, centre: Tensor | None
 
 def _rounded(x: Tensor, precision: Precision) -> Tensor:
     """The values that enter the product, in the dtype of `x`; the gradient passes as if nothing was rounded."""
+    value = x.detach()
     if precision == "fp32":
         return x
-    return x + (x.detach().to(torch.bfloat16).to(x.dtype) - x.detach())
+    if precision == "tf32":
+        rounded = _tf32(value)
+    else:
+        rounded = value.to(torch.bfloat16).to(x.dtype)
+        if precision == "split":  # two bf16 numbers: their sum
+            rounded = rounded + (value - rounded).to(torch.bfloat16).to(x.dtype)
+    return x + (rounded - value)
+
+
+def _tf32(value: Tensor) -> Tensor:
+    """`value` with 10 bits of mantissa, to nearest: what tensor cores read of an fp32 number."""
+    bits = value.to(torch.float32).view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(value.dtype)

@@ -1,0 +1,73 @@
+"""The sweeps over all pairs of a problem; the device of its rows says which code runs.
+
+    statistics, gradients                      symmetric InfoNCE, any targets
+    sigmoid_statistics, sigmoid_gradients      pairwise sigmoid
+
+They are no autograd functions and know nothing of ranks: `op` wraps them for one process.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from types import ModuleType
+
+from torch import Tensor
+
+from kernels.gaussian_similarity import blocked
+from kernels.gaussian_similarity.problem import Gradients, Problem, Statistics, Teacher
+
+_LOG = logging.getLogger(__name__)
+
+
+def statistics(problem: Problem, *, teacher: Teacher | None = None) -> Statistics:
+    """Maximum, sum of exponentials and sum over positives of every row and column, in one walk over tiles."""
+    return _path(problem).statistics(problem, teacher=teacher)  # type: ignore[no-any-return]
+
+
+def gradients(
+    problem: Problem,
+    *,
+    row_shift: Tensor,
+    column_shift: Tensor,
+    row_target: Tensor,
+    column_target: Tensor,
+    teacher: Teacher | None = None,
+) -> Gradients:
+    """Gradients of `sum(seed * logit)` with each tile computed again, for the seed [N, M]
+
+        exp(logit + row_shift_i) + exp(logit + column_shift_j) - (row_target_i + column_target_j) * [keys equal]
+
+    less the teacher's two targets. A shift is log(weight) - log_sum; -inf switches a row or column off.
+    """
+    return _path(problem).gradients(  # type: ignore[no-any-return]
+        problem,
+        row_shift=row_shift,
+        column_shift=column_shift,
+        row_target=row_target,
+        column_target=column_target,
+        teacher=teacher,
+    )
+
+
+def sigmoid_statistics(problem: Problem, bias: Tensor) -> Tensor:
+    """`-sum(log sigmoid(y * (logit + bias)))` [], y = 1 for positives and -1 for all other pairs."""
+    return _path(problem).sigmoid_statistics(problem, bias)  # type: ignore[no-any-return]
+
+
+def sigmoid_gradients(problem: Problem, bias: Tensor) -> Gradients:
+    """Gradients of `sigmoid_statistics`, `bias` among them."""
+    return _path(problem).sigmoid_gradients(problem, bias)  # type: ignore[no-any-return]
+
+
+def _path(problem: Problem) -> ModuleType:
+    if problem.rows.device.type != "cpu":
+        raise ValueError(f"rows are on {problem.rows.device}; this version sweeps on the CPU")
+    log_once("blocked PyTorch on the CPU")
+    return blocked
+
+
+@cache
+def log_once(path: str) -> None:
+    """Say which code computes the pairs, the first time that it does."""
+    _LOG.info("Gaussian similarity: %s", path)
