@@ -35,7 +35,8 @@ from core.evaluation.statistics import area_under_curve
 from core.models.vision import VisionEncoder
 from shards.batch import Batch
 from shards.errors import ConfigError
-from shards.ingest.phantom_chest import DIFFICULTIES, ceiling, generator_hash, split_seed
+from shards.ingest.phantom_chest import generator_hash, split_seed
+from shards.ingest.phantom_chest_scene import DIFFICULTIES, ceiling
 from shards.loader import Loader
 
 DESCRIPTION = "zero-shot and probe AUC of the demo's run on phantoms, three seeds, easy and standard (about 40 minutes)"

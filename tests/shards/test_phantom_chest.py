@@ -15,19 +15,9 @@ from PIL import Image
 
 from shards.batch import Sample
 from shards.errors import ConfigError
-from shards.ingest.phantom_chest import (
-    DIFFICULTIES,
-    EASY,
-    MASKS,
-    STANDARD,
-    ChestPhantom,
-    ceiling,
-    draw_scene,
-    generator_hash,
-    patient_of,
-    render,
-    split_seed,
-)
+from shards.ingest.phantom_chest import ChestPhantom, generator_hash, split_seed
+from shards.ingest.phantom_chest_draw import render
+from shards.ingest.phantom_chest_scene import DIFFICULTIES, EASY, MASKS, STANDARD, ceiling, draw_scene, patient_of
 from shards.ingest.phantom_chest_text import FINDINGS, LABELS, NORMAL_IMPRESSIONS, PROMPTS
 
 # `easy` and `standard` are fixed: figures of different hashes must not be compared. A change here needs a reason in the
