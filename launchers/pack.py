@@ -103,6 +103,10 @@ def parser() -> argparse.ArgumentParser:
     )
     phantom.add_argument("--difficulty", default="easy", help="easy or standard (%(default)s)")
     phantom.add_argument("--size", type=int, default=128, help="pixels a side (%(default)s)")
+    phantom.add_argument(
+        "--degraded", type=float, default=0.0, metavar="SHARE",
+        help="of the studies have a bad image, mild to useless, and a report hedged for it (%(default)s)",
+    )  # fmt: skip
 
     shards = result.add_argument_group("shards")
     shards.add_argument("--shard-bytes", type=int, default=64 << 20, help="a shard ends here (%(default)s)")
@@ -185,6 +189,7 @@ def _phantom_config(arguments: argparse.Namespace) -> ChestPhantom.Config:
         validation=counts[1],
         test=counts[2],
         size=arguments.size,
+        degraded=arguments.degraded,
     )
 
 

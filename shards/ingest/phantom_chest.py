@@ -4,7 +4,8 @@ The scene (phantom_chest_scene.py) holds the patient's anatomy and up to eight f
 a strength in (0, 1]. A finding's truth is a coin thrown with a probability that rises with its strength, so that faint
 ones are ambiguous even to someone who knows the scene: `ceiling` says how far any reader can get. The image is drawn by
 phantom_chest_draw.py. The report (phantom_chest_text.py) states the truth in words and hedges where the coin was
-undecided.
+undecided. A share of the studies can be degraded (phantom_chest_degrade.py): their reports hedge more, their truth
+stays.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -22,9 +23,18 @@ from PIL import Image
 from shards.batch import Box, EncodedImage, LabelValue, Sample, StudyRecord, ViewRecord
 from shards.errors import ConfigError
 from shards.ingest import PUBLIC_SECRET, Item, Loaded, Plan, hashed_key
+from shards.ingest.phantom_chest_degrade import Degradation, degrade, draw_degradation
 from shards.ingest.phantom_chest_draw import Array, Drawing, render
-from shards.ingest.phantom_chest_scene import DIFFICULTIES, FIELD_OF_VIEW_MM, MASKS, Scene, draw_scene, patient_of
-from shards.ingest.phantom_chest_text import LABELS, write_report
+from shards.ingest.phantom_chest_scene import (
+    DIFFICULTIES,
+    FIELD_OF_VIEW_MM,
+    MASKS,
+    Difficulty,
+    Scene,
+    draw_scene,
+    patient_of,
+)
+from shards.ingest.phantom_chest_text import LABELS, Doubt, Report, write_report
 from shards.keyed import hash_u64, uniform
 
 SPLITS = ("train", "validation", "test")
@@ -46,6 +56,7 @@ class ChestPhantom:
         bits: Literal[8, 16] = 8
         encoding: Literal["png", "jpeg"] = "png"
         masks: bool = True
+        degraded: float = 0.0  # share of studies whose image is degraded and whose report is hedged for it
 
     def __init__(self, config: Config) -> None:
         if config.difficulty not in DIFFICULTIES:
@@ -58,10 +69,15 @@ class ChestPhantom:
             raise ConfigError("bits=16 needs encoding=png: JPEG holds 8 bits")
         if min(config.train, config.validation, config.test) < 0:
             raise ConfigError("counts of studies must not be negative")
+        if not 0.0 <= config.degraded <= 1.0:
+            raise ConfigError(f"degraded={config.degraded} is no share of studies; use 0 to 1")
         self.config = config
         self.difficulty = DIFFICULTIES[config.difficulty]
-        self.generator = generator_hash()  # here, so that worker processes get it with the pickled source
+        # here, so that worker processes get it with the pickled source
+        self.generator = generator_hash(degraded=config.degraded > 0)
         self.name = f"phantom chest {config.difficulty} {self.generator}"
+        if config.degraded:
+            self.name += f", {config.degraded:g} degraded"
         self.labels = LABELS
         self.masks = dict(MASKS) if config.masks else {}
         self.key_fingerprint: str | None = None
@@ -87,13 +103,15 @@ class ChestPhantom:
         config = self.config
         scene = draw_scene(self.split_seed(item.split or "train"), item.payload, self.difficulty)
         drawing = render(scene, self.difficulty, config.size)
-        pixels = np.floor(drawing.pixels * np.float32(2**config.bits - 1) + np.float32(0.5))
+        degradation = draw_degradation(scene.seed, scene.index, config.degraded) if config.degraded else None
+        shown = degrade(drawing, scene, degradation) if degradation else drawing.pixels
+        pixels = np.floor(shown * np.float32(2**config.bits - 1) + np.float32(0.5))
         image = _encode(pixels.astype(np.uint8 if config.bits == 8 else np.uint16), config.encoding)
         boxes = [
             _box(name, region) for name, region in drawing.regions.items() if region.any() and _is_present(scene, name)
         ]
         spacing = FIELD_OF_VIEW_MM / config.size
-        report = write_report(scene.findings, partial(_words, scene))
+        report = _report(scene, self.difficulty, degradation)
         record = StudyRecord(
             study=item.key, patient=item.patient, report=report.sections, anatomy=report.anatomy,
             entities=[finding.entity() for finding in scene.findings],
@@ -103,6 +121,7 @@ class ChestPhantom:
                 "generator": self.generator, "difficulty": config.difficulty, "seed": config.seed,
                 "index": scene.index,
                 **{f"strength of {finding.name}": round(finding.strength, 6) for finding in scene.findings},
+                **(_provenance(degradation) if config.degraded else {}),
             },
             views=[ViewRecord(id="0", height=config.size, width=config.size, bits=config.bits, view="PA",
                               body_part="CHEST", spacing_mm=(spacing, spacing))],
@@ -121,8 +140,19 @@ def split_seed(seed: int, split: str) -> int:
     return int(hash_u64(seed, f"chest phantom: split {split}"))
 
 
-def _words(scene: Scene, count: int) -> Array:
-    return uniform(scene.seed, "chest phantom: words", scene.index, draws=count)
+def _report(scene: Scene, difficulty: Difficulty, degradation: Degradation | None) -> Report:
+    def draw(count: int, purpose: str = "chest phantom: words") -> Array:
+        return uniform(scene.seed, purpose, scene.index, draws=count)
+
+    doubt = None
+    if degradation is not None:
+        doubt = Doubt(degradation.grade, difficulty.bulk, draw(128, "chest phantom: doubt").tolist())
+    return write_report(scene.findings, draw, doubt)
+
+
+def _provenance(degradation: Degradation | None) -> dict[str, str | float]:
+    kind, grade = (degradation.kind, degradation.grade) if degradation else ("none", 0.0)
+    return {"degradation": kind, "degradation grade": round(grade, 6)}
 
 
 def _labels(scene: Scene) -> dict[str, LabelValue]:
@@ -168,14 +198,26 @@ def _label_maps(drawing: Drawing) -> Iterator[Array]:
 
 
 @cache
-def generator_hash() -> str:
-    """16 hex digits of what the generator gives: pixels, labels and words of 32 small studies of each difficulty."""
+def generator_hash(*, degraded: bool = False) -> str:
+    """16 hex digits of what the generator gives: pixels, labels and words of 32 small studies of each difficulty.
+
+    With `degraded`, of the same studies all degraded, too: the hash of sets that hold some.
+    """
     digest = hashlib.sha256()
     for name, difficulty in DIFFICULTIES.items():
         for index in range(32):
             scene = draw_scene(split_seed(0, "train"), index, difficulty)
             drawing = render(scene, difficulty, 48)
-            digest.update(np.floor(drawing.pixels * np.float32(255.0) + np.float32(0.5)).astype(np.uint8).tobytes())
-            report = write_report(scene.findings, partial(_words, scene))
+            digest.update(_eight_bit(drawing.pixels).tobytes())
+            report = _report(scene, difficulty, None)
             digest.update(repr((name, report.sections, [finding.entity() for finding in scene.findings])).encode())
+            if degraded:
+                degradation = draw_degradation(scene.seed, scene.index, 1.0)
+                assert degradation is not None
+                digest.update(_eight_bit(degrade(drawing, scene, degradation)).tobytes())
+                digest.update(repr((degradation, _report(scene, difficulty, degradation).sections)).encode())
     return digest.hexdigest()[:16]
+
+
+def _eight_bit(pixels: Array) -> Array:
+    return np.floor(pixels * np.float32(255.0) + np.float32(0.5)).astype(np.uint8)

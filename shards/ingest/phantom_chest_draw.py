@@ -1,6 +1,6 @@
 """A chest phantom's scene -> pixels and the regions of organs and findings.
 
-Pixels use only + - * /, square roots, floor and comparisons on float32, and random numbers of shards/keyed.py, so that
+Pixels use only + - * /, square roots, floor and comparisons, and random numbers of shards/keyed.py, so that
 they are the same on every machine. Attenuation is relative to the mediastinum's, 1.
 """
 

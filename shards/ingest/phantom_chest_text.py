@@ -5,9 +5,9 @@ Every sentence is chosen by numbers passed in, so a report is a pure function of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 HEDGED_FROM, HEDGED_TO = 0.15, 0.85  # probability of truth between which a report hedges
 
@@ -159,6 +159,17 @@ NORMAL_FINDINGS = (
     {"heart": "Heart size is within normal limits.", "lungs": "Clear lungs.", "pleura": "No pleural effusion."},
     {"lungs": "The lungs are clear.", "heart": "The cardiac silhouette is normal."},
 )
+LUNG_FINDINGS = tuple(name for name, kind in FINDINGS.items() if kind.organ == "lungs")
+# What each of these sentences denies.
+NORMAL_DENIES: dict[str, tuple[str, ...]] = {
+    "The heart is normal in size.": ("cardiomegaly",),
+    "Heart size is within normal limits.": ("cardiomegaly",),
+    "The cardiac silhouette is normal.": ("cardiomegaly",),
+    "The lungs are clear.": LUNG_FINDINGS,
+    "Clear lungs.": LUNG_FINDINGS,
+    "No effusion or pneumothorax.": ("effusion", "pneumothorax"),
+    "No pleural effusion.": ("effusion",),
+}
 NORMAL_SHARE = 0.6
 DENIALS_MAX = 2
 NORMAL_IMPRESSIONS = (
@@ -217,11 +228,51 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Statement:
+    """One sentence of a report's findings and what it says of which findings. A denial has no side, zone or size."""
+
+    names: tuple[str, ...]
+    exist: Literal["yes", "no", "unsure"]
+    sentence: str
+    side: str = ""
+    zone: str = ""
+    size: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """`sections` (findings, impression) and the same findings by anatomy (lungs, pleura, heart, mediastinum)."""
 
     sections: dict[str, str]
     anatomy: dict[str, str]
+    statements: tuple[Statement, ...]
+
+
+class Doubt:
+    """The reader of a degraded image: hedges each statement with chance `grade`, in the words of any hedge.
+
+    `numbers` are uniform in [0, 1): coins, and the places and sizes of findings that are feared where there are none.
+    """
+
+    def __init__(self, grade: float, bulk: float, numbers: Iterable[float]) -> None:
+        self._grade, self._bulk, self._numbers = grade, bulk, iter(numbers)
+
+    def strikes(self) -> bool:
+        return next(self._numbers) < self._grade
+
+    def coin(self) -> bool:
+        return next(self._numbers) < 0.5
+
+    def feared(self, names: tuple[str, ...]) -> Finding:
+        """A faint finding of one of `names`, as a denial of them turns into when it is hedged."""
+        draws = [next(self._numbers) for _ in range(4)]
+        name = names[int(draws[0] * len(names))]
+        kind = FINDINGS[name]
+        return Finding(
+            name=name, strength=0.4 * draws[1], probability=0.5, present=False,
+            side=kind.sides[int(draws[2] * len(kind.sides))], zone=kind.zones[int(draws[3] * len(kind.zones))],
+            along=0.0, across=0.0, extra=0.0, bulk=self._bulk,
+        )  # fmt: skip
 
 
 def _fill(template: str, side: str, zone: str, size: str) -> str:
@@ -229,11 +280,12 @@ def _fill(template: str, side: str, zone: str, size: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def write_report(findings: tuple[Finding, ...], draw: Callable[[int], Any]) -> Report:
+def write_report(findings: tuple[Finding, ...], draw: Callable[[int], Any], doubt: Doubt | None = None) -> Report:
     """The report of a scene. `draw(count)` gives `count` numbers in [0, 1): the choice of words and of their order.
 
     Findings that are certain and present are stated, doubtful ones hedged whatever their truth, and those that were
-    thrown absent but certain, like some of the absent ones, denied. No report is empty.
+    thrown absent but certain, like some of the absent ones, denied. No report is empty. `doubt` hedges more of the
+    statements; a denial that it hedges reads like a doubtful finding, so that no word tells a degraded image.
     """
     numbers = iter(draw(64).tolist())
 
@@ -242,36 +294,70 @@ def write_report(findings: tuple[Finding, ...], draw: Callable[[int], Any]) -> R
 
     said: list[tuple[float, str, str]] = []  # place in the report, organ, sentence
     concluded: list[tuple[float, str]] = []
+    statements: list[Statement] = []
+
+    def assert_finding(finding: Finding, hedged: bool) -> str:
+        words = (finding.side, finding.zone, finding.size)
+        kind = FINDINGS[finding.name]
+        sentence = _fill(pick(kind.hedged if hedged else kind.stated), *words)
+        exist: Literal["yes", "unsure"] = "unsure" if hedged else "yes"
+        statements.append(
+            Statement(
+                names=(finding.name,), exist=exist, sentence=sentence,
+                side=finding.side, zone=finding.zone, size=finding.size,
+            )
+        )  # fmt: skip
+        return sentence
+
+    def conclude(finding: Finding, hedged: bool) -> None:
+        prefix = "Possible " if hedged else ""
+        text = _fill(pick(FINDINGS[finding.name].concluded), finding.side, finding.zone, finding.size)
+        concluded.append((-finding.strength, prefix + text[0].lower() + text[1:] if prefix else text))
+
+    def deny(names: tuple[str, ...], sentence: str) -> str:
+        if doubt is None or not doubt.strikes():
+            statements.append(Statement(names=names, exist="no", sentence=sentence))
+            return sentence
+        feared = doubt.feared(names)
+        sentence = assert_finding(feared, hedged=True)
+        if doubt.coin():
+            conclude(feared, hedged=True)
+        return sentence
+
     absent = list(LABELS)
     for finding in findings:
         if not finding.present and not finding.hedged:
             continue
         absent.remove(finding.name)
-        kind = FINDINGS[finding.name]
-        words = (finding.side, finding.zone, finding.size)
-        sentence = _fill(pick(kind.hedged if finding.hedged else kind.stated), *words)
-        said.append((0.6 * next(numbers), kind.organ, sentence))
+        hedged = finding.hedged or (doubt is not None and doubt.strikes())
+        sentence = assert_finding(finding, hedged)
+        said.append((0.6 * next(numbers), FINDINGS[finding.name].organ, sentence))
         if finding.present:
-            prefix = "Possible " if finding.hedged else ""
-            text = _fill(pick(kind.concluded), *words)
-            concluded.append((-finding.strength, prefix + text[0].lower() + text[1:] if prefix else text))
+            conclude(finding, hedged)
     if not said and next(numbers) < NORMAL_SHARE:
         anatomy = dict(NORMAL_FINDINGS[int(next(numbers) * len(NORMAL_FINDINGS))])
-        sections = {"findings": " ".join(anatomy.values()), "impression": pick(NORMAL_IMPRESSIONS[:2])}
-        return Report(sections=sections, anatomy=anatomy)
+        impression = pick(NORMAL_IMPRESSIONS[:2])
+        anatomy = {organ: deny(NORMAL_DENIES[sentence], sentence) for organ, sentence in anatomy.items()}
+        sections = {
+            "findings": " ".join(anatomy.values()),
+            "impression": " ".join(text for _, text in sorted(concluded)) or impression,
+        }
+        return Report(sections=sections, anatomy=anatomy, statements=tuple(statements))
     denials = 0
     for pair, sentences in JOINT_DENIALS.items():
         if all(name in absent for name in pair) and denials < DENIALS_MAX and next(numbers) < 0.35:
             absent = [name for name in absent if name not in pair]
-            said.append((0.3 + 0.7 * next(numbers), FINDINGS[pair[0]].organ, pick(sentences)))
+            place = 0.3 + 0.7 * next(numbers)
+            said.append((place, FINDINGS[pair[0]].organ, deny(pair, pick(sentences))))
             denials += 1
     for name in absent:
         share = 0.35 if name == "cardiomegaly" else 0.08
         if denials < DENIALS_MAX and next(numbers) < share:
-            said.append((0.3 + 0.7 * next(numbers), FINDINGS[name].organ, pick(FINDINGS[name].denied)))
+            place = 0.3 + 0.7 * next(numbers)
+            said.append((place, FINDINGS[name].organ, deny((name,), pick(FINDINGS[name].denied))))
             denials += 1
     if not said:
-        said.append((0.0, "lungs", pick(NORMAL_IMPRESSIONS)))
+        said.append((0.0, "lungs", deny(LUNG_FINDINGS, pick(NORMAL_IMPRESSIONS))))
     said.sort()
     concluded.sort()
     anatomy = {}
@@ -279,7 +365,9 @@ def write_report(findings: tuple[Finding, ...], draw: Callable[[int], Any]) -> R
         anatomy[organ] = f"{anatomy[organ]} {sentence}" if organ in anatomy else sentence
     impression = " ".join(text for _, text in concluded) or pick(NORMAL_IMPRESSIONS)
     return Report(
-        sections={"findings": " ".join(sentence for _, _, sentence in said), "impression": impression}, anatomy=anatomy
+        sections={"findings": " ".join(sentence for _, _, sentence in said), "impression": impression},
+        anatomy=anatomy,
+        statements=tuple(statements),
     )
 
 
