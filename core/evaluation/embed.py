@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from core.collectives import all_gather_rows
 from shards.batch import Batch
 from shards.errors import DataError
 
-PARTS = ("image_embeds", "text_embeds", "features")
+PARTS = ("image_embeds", "text_embeds", "features")  # of every task
+GAUSSIAN_PARTS = ("image_mean", "image_logvar", "text_logvar")  # of a GaussianTask
+NORM_PART = "image_norm"  # of a task with `image_norms`
+ALL_PARTS = (*PARTS, *GAUSSIAN_PARTS, NORM_PART)
 METADATA = ("valid", "labels", "report_key", "patient_key", "sample_id")
+KNOWN_OF_SOME = ("degradation_grade", "uncertain_verdicts")  # batches of some loaders have them
 
 
 class Encoders(Protocol):
@@ -31,12 +36,34 @@ class Encoders(Protocol):
         """[b, D], pooled tokens before the projection, one row a study."""
 
 
+class Distribution(Protocol):
+    """A diagonal Gaussian a row."""
+
+    @property
+    def mean(self) -> Tensor: ...  # [n, E]
+    @property
+    def logvar(self) -> Tensor: ...  # [n, E], log-variance
+
+
+@runtime_checkable
+class GaussianTask(Protocol):
+    """A task that says how sure it is of an embedding."""
+
+    def distribution_of_images(self, batch: Batch) -> Distribution:
+        """One row a study."""
+
+    def distribution_of_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Distribution:
+        """One row a text."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedSplit:
     """The valid studies of a split, in its order, on the CPU. n = studies, K = labels.
 
-    `image_embeds [n, E]`, `text_embeds [n, E]`, `features [n, D]` are float32, or None where not asked for;
-    `labels [n, K] int8`, `report_key [n]`, `patient_key [n]`, `sample_id [n]` int64 are as in a batch.
+    `image_embeds [n, E]`, `text_embeds [n, E]`, `features [n, D]` are float32, or None where not asked for, and so are
+    `image_mean [n, E]`, `image_logvar [n, E]`, `text_logvar [n, E]`, `image_norm [n]`;
+    `labels [n, K] int8`, `report_key [n]`, `patient_key [n]`, `sample_id [n]` int64 are as in a batch, and so are
+    `degradation_grade [n]` and `uncertain_verdicts [n]`, None where batches have none.
     """
 
     image_embeds: Tensor | None
@@ -46,6 +73,12 @@ class EmbeddedSplit:
     report_key: Tensor
     patient_key: Tensor
     sample_id: Tensor
+    image_mean: Tensor | None = None
+    image_logvar: Tensor | None = None
+    text_logvar: Tensor | None = None
+    image_norm: Tensor | None = None
+    degradation_grade: Tensor | None = None
+    uncertain_verdicts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,7 +92,7 @@ class EmbeddedSplit:
         return replace(self, **taken)
 
     def need(self, part: str) -> Tensor:
-        """One of PARTS, float32. An evaluator that asks for a part which was not embedded is wrongly wired."""
+        """One of ALL_PARTS, float32. An evaluator that asks for a part which was not embedded is wrongly wired."""
         value = getattr(self, part)
         assert value is not None, f"{part} was not embedded; name it in embed_split(parts=...)"
         return value
@@ -80,6 +113,9 @@ def embed_split(
     With several ranks, each is given its equal share of every batch and all get the whole result, in rank order, so
     that ranks stay in step whatever shards their weights (ZeRO 3). `on_batch(studies)` is told of progress.
     The task is put in evaluation mode, then back. Raises DataError when no study is valid.
+
+    Parts: all of ALL_PARTS that the task can give; of a GaussianTask, embeddings are its means at unit length, so that
+    mean and log-variance cost one pass.
     """
     kept: dict[str, list[Tensor]] = {}
     was_training = getattr(task, "training", False)
@@ -88,14 +124,9 @@ def embed_split(
     try:
         for batch in batches:
             own = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            found = {name: own[name] for name in METADATA}
+            found = {name: own[name] for name in (*METADATA, *KNOWN_OF_SOME) if name in own}
             with precision(device, autocast):
-                if "image_embeds" in parts:
-                    found["image_embeds"] = task.embed_images(own).float()
-                if "text_embeds" in parts:
-                    found["text_embeds"] = task.embed_texts(own["input_ids"], own["attention_mask"]).float()
-                if "features" in parts:
-                    found["features"] = task.image_features(own).float()
+                found |= _encode(task, own, set(parts))
             everyone = {name: all_gather_rows(found[name].contiguous()).cpu() for name in sorted(found)}
             valid = everyone.pop("valid")
             for name, rows in everyone.items():
@@ -109,6 +140,35 @@ def embed_split(
     joined = {name: torch.cat(rows) for name, rows in kept.items()}
     absent = {name: None for name in PARTS if name not in parts}
     return EmbeddedSplit(**joined, **absent)  # type: ignore[arg-type]
+
+
+def _encode(task: Encoders, own: Batch, parts: set[str]) -> dict[str, Tensor]:
+    """The wanted parts of one batch, float32."""
+    unknown = parts - set(ALL_PARTS)
+    assert not unknown, f"{', '.join(sorted(unknown))}: no part of a split; there are {', '.join(ALL_PARTS)}"
+    found: dict[str, Tensor] = {}
+    if {"image_mean", "image_logvar"} & parts:
+        assert isinstance(task, GaussianTask), f"{type(task).__name__} has no distributions"
+        images = task.distribution_of_images(own)
+        found |= {"image_mean": images.mean, "image_logvar": images.logvar}
+        if "image_embeds" in parts:
+            found["image_embeds"] = normalize(images.mean.float(), dim=-1)
+    elif "image_embeds" in parts:
+        found["image_embeds"] = task.embed_images(own)
+    text = (own["input_ids"], own["attention_mask"]) if {"text_embeds", "text_logvar"} & parts else ()
+    if "text_logvar" in parts:
+        assert isinstance(task, GaussianTask), f"{type(task).__name__} has no distributions"
+        texts = task.distribution_of_texts(*text)
+        found["text_logvar"] = texts.logvar
+        if "text_embeds" in parts:
+            found["text_embeds"] = normalize(texts.mean.float(), dim=-1)
+    elif "text_embeds" in parts:
+        found["text_embeds"] = task.embed_texts(*text)
+    if "features" in parts:
+        found["features"] = task.image_features(own)
+    if NORM_PART in parts:
+        found[NORM_PART] = task.image_norms(own)  # type: ignore[attr-defined]
+    return {name: rows.float() for name, rows in found.items() if name in parts}
 
 
 def precision(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:

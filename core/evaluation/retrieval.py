@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.evaluation.abstention import Selective
 from core.evaluation.embed import EmbeddedSplit
-from core.evaluation.statistics import means
+from core.evaluation.statistics import Estimate, means, resampled
 
 DIRECTIONS = {"image_to_text": ("image_embeds", "text_embeds"), "text_to_image": ("text_embeds", "image_embeds")}
 
@@ -21,15 +22,20 @@ class Retrieval:
 
     A query's rank is one more than the number of wrong candidates at least as similar as its best right one. Ties count
     against the model, so embeddings that collapsed to a point do not look perfect.
+
+    Where `coverages` are given, recalls also over the share of queries that the model is surest of: by the query's own
+    mean log-variance, if the split has it, and by the baseline that any model offers, the margin in similarity between
+    the best candidate and the best one with another report.
     """
 
     protocol = "retrieval"
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """At most `block` x `block` similarities exist at a time."""
+        """At most `block` x `block` similarities exist at a time. `coverages` in (0, 1]; none: no abstention."""
 
         recall_at: tuple[int, ...] = (1, 5, 10)
+        coverages: tuple[float, ...] = ()
         block: int = 2048
         replicates: int = 1000
         level: float = 0.95
@@ -40,7 +46,10 @@ class Retrieval:
         self._report: dict[str, Any] = {}
 
     def run(self, split: EmbeddedSplit) -> Iterator[tuple[str, float]]:
-        """Yields (`<direction>_r<k>`, recall) and (`<direction>_median_rank`, rank from 1)."""
+        """Yields (`<direction>_r<k>`, recall) and (`<direction>_median_rank`, rank from 1).
+
+        With abstention also (`<direction>_r1_at_<percent>_by_<logvar or margin>`, recall), the first of `recall_at`.
+        """
         config = self.config
         key, patient_key = split.report_key, split.patient_key.numpy()
         self._report = {
@@ -49,6 +58,7 @@ class Retrieval:
             "distinct_reports": len(torch.unique(key)),
             "level": config.level,
             "directions": {},
+            "abstention": {},
         }
         for direction, (query, candidate) in DIRECTIONS.items():
             ranks = ranks_of_best_match(split.need(query), split.need(candidate), key, block=config.block).numpy()
@@ -57,9 +67,45 @@ class Retrieval:
             median = float(np.median(ranks))
             found = {f"r{k}": estimate.to_json() for k, estimate in zip(config.recall_at, recalls, strict=True)}
             self._report["directions"][direction] = {**found, "median_rank": median}
+            self._report["abstention"][direction] = {}
             for k, estimate in zip(config.recall_at, recalls, strict=True):
                 yield f"{direction}_r{k}", estimate.value
             yield f"{direction}_median_rank", median
+            for by, confidence in self._confidences(split, query, candidate):
+                kept = self._at_coverages(confidence, hits, patient_key)
+                self._report["abstention"][direction][by] = {
+                    percent: {name: estimate.to_json() for name, estimate in of.items()} for percent, of in kept.items()
+                }
+                first = f"r{config.recall_at[0]}"
+                for percent, of in kept.items():
+                    yield f"{direction}_{first}_at_{percent}_by_{by}", of[first].value
+
+    def _confidences(self, split: EmbeddedSplit, query: str, candidate: str) -> Iterator[tuple[str, np.ndarray]]:
+        """(what it is made of, confidence [n]) of the queries."""
+        if not self.config.coverages:
+            return
+        logvar = split.image_logvar if query == "image_embeds" else split.text_logvar
+        if logvar is not None:
+            yield "logvar", -logvar.double().mean(dim=1).numpy()
+        margin = margins(split.need(query), split.need(candidate), split.report_key, block=self.config.block)
+        yield "margin", margin.numpy()
+
+    def _at_coverages(
+        self, confidence: np.ndarray, hits: np.ndarray, patient_key: np.ndarray
+    ) -> dict[str, dict[str, Estimate]]:
+        """Coverage in percent -> (`r<k>` -> recall) of the surest queries; `hits [n, M]`, one column a k."""
+        config = self.config
+        selective = [Selective(confidence, column) for column in hits.T]
+
+        def statistics(weights: np.ndarray) -> np.ndarray:
+            return np.stack([one.at(coverage, weights) for coverage in config.coverages for one in selective])
+
+        found = iter(
+            resampled(statistics, patient_key, seed=config.seed, replicates=config.replicates, level=config.level)
+        )
+        return {
+            f"{100 * coverage:g}": {f"r{k}": next(found) for k in config.recall_at} for coverage in config.coverages
+        }
 
     def report(self) -> dict[str, Any]:
         """What the last run found, ready for JSON."""
@@ -82,9 +128,38 @@ def ranks_of_best_match(queries: Tensor, candidates: Tensor, key: Tensor, block:
     return ranks
 
 
+def margins(queries: Tensor, candidates: Tensor, key: Tensor, block: int = 2048) -> Tensor:
+    """[n]: similarity of a query's best candidate less that of its best one with another key, in [0, 2].
+
+    Without regard to keys, a report that stands twice in the gallery would be its own rival. No other key: as if there
+    were one at -1.
+    """
+    found = torch.empty(len(queries))
+    with torch.autocast(queries.device.type, enabled=False):
+        for rows in torch.arange(len(queries)).split(block):
+            first, second = torch.full((len(rows),), -torch.inf), torch.full((len(rows),), -1.0)
+            first_key = torch.zeros(len(rows), dtype=key.dtype)
+            for similarity, columns in _columns(queries[rows], candidates, key, block):
+                best, place = similarity.max(dim=1)
+                best_key = columns[place]
+                rival = similarity.masked_fill(columns[None, :] == best_key[:, None], -1.0).amax(dim=1)
+                same, ahead = best_key == first_key, best > first
+                of_others = torch.where(ahead, torch.maximum(first, rival), torch.maximum(best, second))
+                second = torch.where(same, torch.maximum(second, rival), of_others)
+                first, first_key = torch.maximum(first, best), torch.where(ahead, best_key, first_key)
+            found[rows] = first - second
+    return found
+
+
+def _columns(queries: Tensor, candidates: Tensor, candidate_key: Tensor, block: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(similarity [rows, block], key [block]) over all candidates."""
+    for columns, keys in zip(candidates.split(block), candidate_key.split(block), strict=True):
+        yield queries @ columns.T, keys
+
+
 def _tiles(
     queries: Tensor, query_key: Tensor, candidates: Tensor, candidate_key: Tensor, block: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(similarity, same key) tiles [rows, block] over all candidates; equal arguments give equal bits both times."""
-    for columns, keys in zip(candidates.split(block), candidate_key.split(block), strict=True):
-        yield queries @ columns.T, query_key[:, None] == keys[None, :]
+    for similarity, keys in _columns(queries, candidates, candidate_key, block):
+        yield similarity, query_key[:, None] == keys[None, :]

@@ -10,7 +10,7 @@ Letters: n = studies, K = labels, R = replicates, P = patients, M = statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -123,7 +123,7 @@ def areas_under_curve(
     return AreasUnderCurve(
         names=tuple(names),
         labels=tuple(estimates),
-        macro=_estimate(macro, _mean_of_defined(samples[:, counted]), level, patients=len(patients)),
+        macro=_estimate(macro, mean_of_defined(samples[:, counted]), level, patients=len(patients)),
         macro_over=tuple(name for name, counts in zip(names, counted, strict=True) if counts),
         samples=samples,
     )
@@ -154,7 +154,7 @@ def paired_difference(
         )  # fmt: skip
         labels.append(estimate if math.isfinite(one.low) else replace(estimate, low=math.nan, high=math.nan))
     macro = _estimate(
-        a.macro.value - b.macro.value, _mean_of_defined(samples[:, counted]), level, patients=a.macro.patients
+        a.macro.value - b.macro.value, mean_of_defined(samples[:, counted]), level, patients=a.macro.patients
     )
     return AreasUnderCurve(names=a.names, labels=tuple(labels), macro=macro, macro_over=a.macro_over, samples=samples)
 
@@ -176,7 +176,72 @@ def means(
     return [_estimate(float(center[m]), samples[:, m], level, patients=len(patients)) for m in range(len(center))]
 
 
-def _mean_of_defined(samples: np.ndarray) -> np.ndarray:
+def resampled(
+    statistics: Callable[[np.ndarray], np.ndarray],
+    patient_key: np.ndarray,
+    *,
+    seed: int,
+    replicates: int = 1000,
+    level: float = 0.95,
+) -> list[Estimate]:
+    """Any statistics with their intervals: `statistics` turns whole weights of studies [n, r] into values [M, r].
+
+    All M of a replicate see the same patients, so a difference that is one of them is paired.
+    """
+    patients, patient = np.unique(patient_key, return_inverse=True)
+    center = statistics(np.ones((len(patient), 1), dtype=np.float32))[:, 0]
+    samples = np.empty((replicates, len(center)))
+    for block, counts in _multiplicities(len(patients), replicates, len(patient), seed):
+        samples[block] = statistics(counts[patient]).T
+    return [_estimate(float(center[m]), samples[:, m], level, patients=len(patients)) for m in range(len(center))]
+
+
+class TiedOrder:
+    """Studies sorted by `values [n]` once, equal ones in one group: what rank statistics of resampled studies need.
+
+    G = groups of equal value, from the lowest.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.order = np.argsort(values, kind="stable")
+        ordered = np.asarray(values)[self.order]
+        fresh = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+        self.starts = np.flatnonzero(fresh)  # [G], where each group begins in `order`
+        self.group = np.empty(len(ordered), dtype=np.int64)  # of each study
+        self.group[self.order] = np.cumsum(fresh) - 1
+
+    def sums(self, weights: np.ndarray) -> np.ndarray:
+        """[n, r] -> [G, r] float64, sums of each group."""
+        return np.add.reduceat(weights[self.order].astype(np.float64), self.starts, axis=0)
+
+
+class RankCorrelation:
+    """Spearman's rank correlation of `x [n]` and `y [n]` under whole weights; ties share the mean of their ranks."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
+        self._x, self._y = TiedOrder(x), TiedOrder(y)
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        """[n, r] -> [r]; NaN where x or y is constant."""
+        x, y = self._ranks(self._x, weights), self._ranks(self._y, weights)
+        total = weights.sum(axis=0, dtype=np.float64)
+        x -= np.einsum("nr,nr->r", x, weights) / total
+        y -= np.einsum("nr,nr->r", y, weights) / total
+        together, alone_x, alone_y = (
+            np.einsum("nr,nr,nr->r", a, b, weights, dtype=np.float64) for a, b in ((x, y), (x, x), (y, y))
+        )
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where((alone_x > 0) & (alone_y > 0), together / np.sqrt(alone_x * alone_y), np.nan)
+
+    @staticmethod
+    def _ranks(order: TiedOrder, weights: np.ndarray) -> np.ndarray:
+        """[n, r]: half of a group's weight above all that is below it."""
+        sums = order.sums(weights)
+        ranks: np.ndarray = (np.cumsum(sums, axis=0) - sums / 2)[order.group]
+        return ranks
+
+
+def mean_of_defined(samples: np.ndarray) -> np.ndarray:
     """[R, K] -> [R], over the labels that are not NaN."""
     defined = np.isfinite(samples)
     with np.errstate(invalid="ignore"):

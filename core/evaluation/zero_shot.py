@@ -62,15 +62,9 @@ class ZeroShot:
 
         Raises ConfigError when no label of the data has prompts.
         """
-        scored = [name for name in labels if name in self.prompts]
-        if not scored:
-            raise ConfigError(
-                f"no prompts for the labels of this data ({', '.join(labels) or 'none'}); "
-                f"there are some for {', '.join(self.prompts) or 'nothing'}: give others with --prompts"
-            )
-        directions = self._directions(task, tokenizer, scored, device, autocast)  # [E, K]
-        # In NumPy, since a caller's autocast would make a product of tensors bfloat16.
-        scores = split.need("image_embeds").numpy().astype(np.float64) @ directions.numpy().astype(np.float64)  # [n, K]
+        scored = self.scored(labels)
+        directions = self.directions(task, tokenizer, scored, device, autocast)
+        scores = scores_of(split.need("image_embeds"), directions)
         truth = split.labels[:, [list(labels).index(name) for name in scored]].numpy()
         areas = areas_under_curve(
             scores, truth, split.patient_key.numpy(), scored,
@@ -90,8 +84,18 @@ class ZeroShot:
         """What the last run found, ready for JSON: intervals and counts per label."""
         return self._report
 
+    def scored(self, labels: Sequence[str]) -> list[str]:
+        """The labels that have prompts. Raises ConfigError when none has."""
+        scored = [name for name in labels if name in self.prompts]
+        if not scored:
+            raise ConfigError(
+                f"no prompts for the labels of this data ({', '.join(labels) or 'none'}); "
+                f"there are some for {', '.join(self.prompts) or 'nothing'}: give others with --prompts"
+            )
+        return scored
+
     @torch.no_grad()
-    def _directions(
+    def directions(
         self,
         task: Encoders,
         tokenizer: Encode,
@@ -122,6 +126,12 @@ class ZeroShot:
                 column = column - rows[[place[text] for text in self.prompts[name]["negative"]]].mean(dim=0)
             columns.append(column)
         return torch.stack(columns, dim=1)
+
+
+def scores_of(image_embeds: Tensor, directions: Tensor) -> np.ndarray:
+    """[n, E], [E, K] -> [n, K] float64. In NumPy, since a caller's autocast would make a product of tensors bf16."""
+    scores: np.ndarray = image_embeds.numpy().astype(np.float64) @ directions.numpy().astype(np.float64)
+    return scores
 
 
 def check_prompts(prompts: Prompts) -> dict[str, dict[str, list[str]]]:

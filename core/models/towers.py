@@ -29,8 +29,12 @@ class TwoTowers(nn.Module):
 
     def embed_images(self, batch: Batch) -> Tensor:
         """Unit-norm `[B, E]` fp32: the mean over a study's views of their projections, then normalised."""
+        return unit_norm(self.project_images(batch))
+
+    def project_images(self, batch: Batch) -> Tensor:
+        """`[B, E]` fp32: what `embed_images` normalises."""
         projected = self.vision_projection(self.vision(batch["pixel_values"]).pooled)
-        return unit_norm(mean_over_views(projected, batch["study_index"], batch["valid"].shape[0]))
+        return mean_over_views(projected, batch["study_index"], batch["valid"].shape[0])
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Unit-norm `[n, E]` fp32."""

@@ -44,6 +44,10 @@ class TwoTowerTask(Task):
         """Unit-norm `[b, E]`; reads `pixel_values`, `study_index`, `valid`."""
         return self.towers.embed_images(batch)
 
+    def image_norms(self, batch: Batch) -> Tensor:
+        """Length of each study's embedding before it is normalised, `[b]`: a control of measures of uncertainty."""
+        return self.towers.project_images(batch).norm(dim=-1)
+
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Unit-norm `[n, E]`."""
         return self.towers.embed_texts(input_ids, attention_mask)
