@@ -113,6 +113,8 @@ FIELDS: dict[str, str] = {
     "report_key": "[B] int64, equal for equal texts: such pairs are positives of each other",
     "labels": f"[B, K] int8, 1 present, 0 absent, {UNCERTAIN} uncertain, {NOT_ANNOTATED} not annotated",
     "patient_key": "[B] int64, equal for studies of one patient",
+    "degradation_grade": "[B] float32, how badly the image was degraded on purpose; 0: clean, -1: the record is silent",
+    "uncertain_verdicts": "[B] int64, verdicts of the structured report that are uncertain; 0 without such a report",
     "sample_id": "[B] int64, position of the study (or image) in its set, the id that random choices are keyed by",
     "set_index": "[B] int64, which set of the mixture",
     "epoch": "[B] int64, epoch of that set",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -82,6 +83,8 @@ class Collator:
             "labels": np.full((count, len(self.labels)), NOT_ANNOTATED, dtype=np.int8),
             "report_key": np.zeros(count, dtype=np.int64),
             "patient_key": np.zeros(count, dtype=np.int64),
+            "degradation_grade": np.full(count, -1.0, dtype=np.float32),
+            "uncertain_verdicts": np.zeros(count, dtype=np.int64),
             "sample_id": slots.unit,
             "set_index": slots.set_index,
             "epoch": slots.epoch,
@@ -104,6 +107,8 @@ class Collator:
             columns["valid"][i] = True
             columns["patient_key"][i] = keyed.text_key(record.patient)
             columns["report_key"][i] = keyed.text_key(text)
+            columns["degradation_grade"][i] = _degradation_grade(record)
+            columns["uncertain_verdicts"][i] = _uncertain_verdicts(record)
             result.texts[i] = text
             for name, value in record.labels.items():
                 if name in self.labels:
@@ -166,8 +171,9 @@ class Collator:
         if not valid.all():
             void_image = torch.from_numpy(~valid[study_index])
             pixel_values[void_image] = 0.0
-            for name in ("report_key", "patient_key"):
+            for name in ("report_key", "patient_key", "uncertain_verdicts"):
                 columns[name] = np.where(valid, columns[name], 0)
+            columns["degradation_grade"][~valid] = -1.0
             columns["labels"][~valid] = NOT_ANNOTATED
         batch: Batch = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
         batch["pixel_values"] = pixel_values
@@ -176,6 +182,19 @@ class Collator:
             texts = [text if ok else "" for text, ok in zip(prepared.texts, valid, strict=True)]
             batch["input_ids"], batch["attention_mask"] = self.tokenizer.encode(texts, self.config.text_length)
         return batch
+
+
+def _degradation_grade(record: StudyRecord) -> float:
+    """As phantoms note it; -1 for a record that does not say (no NaN: two equal batches must compare equal)."""
+    grade = record.provenance.get("degradation grade")
+    return float(grade) if isinstance(grade, int | float) and 0 <= grade < math.inf else -1.0
+
+
+def _uncertain_verdicts(record: StudyRecord) -> int:
+    items = (record.structured_report or {}).get("items")
+    if not isinstance(items, list):
+        return 0
+    return sum(isinstance(item, dict) and item.get("verdict") == "uncertain" for item in items)
 
 
 def _view_records(record: StudyRecord, members: Members) -> list[ViewRecord]:

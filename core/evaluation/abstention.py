@@ -49,7 +49,7 @@ class Selective:
         return result
 
     def at(self, coverage: float, weights: np.ndarray) -> np.ndarray:
-        """[n, r] -> [r]: mean value of the share `coverage` (0 < coverage <= 1) that is surest; parts of cases count."""
+        """[n, r] -> [r]: mean value of the share `coverage`, in (0, 1], that is surest; parts count."""
         kept, total = self._sums(weights)
         wanted = coverage * kept[-1]
         group = np.minimum((kept[1:] < wanted).sum(axis=0), len(kept) - 2)[None]

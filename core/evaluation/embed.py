@@ -63,7 +63,7 @@ class EmbeddedSplit:
     `image_embeds [n, E]`, `text_embeds [n, E]`, `features [n, D]` are float32, or None where not asked for, and so are
     `image_mean [n, E]`, `image_logvar [n, E]`, `text_logvar [n, E]`, `image_norm [n]`;
     `labels [n, K] int8`, `report_key [n]`, `patient_key [n]`, `sample_id [n]` int64 are as in a batch, and so are
-    `degradation_grade [n]` and `uncertain_verdicts [n]`, None where batches have none.
+    `degradation_grade [n]` and `uncertain_verdicts [n]`, None where batches lack them.
     """
 
     image_embeds: Tensor | None

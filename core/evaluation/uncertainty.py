@@ -265,9 +265,9 @@ class Uncertainty:
         self, confidences: Mapping[str, np.ndarray], truth: np.ndarray, split: EmbeddedSplit, notes: list[str]
     ) -> None:
         """Degraded above clean, where the records say which is which."""
-        grade = np.full(len(split), np.nan) if split.degradation_grade is None else split.degradation_grade.numpy()
-        known = np.isfinite(grade)
-        if not (grade[known] > 0).any() or not (grade[known] == 0).any():
+        grade = np.full(len(split), -1.0) if split.degradation_grade is None else split.degradation_grade.numpy()
+        known = grade >= 0
+        if not (grade > 0).any() or not (grade == 0).any():
             notes.append("the records do not say which images are degraded and which are clean: no degraded_auc")
             return
         abnormal, normal = (truth == 1).any(axis=1), (truth == 0).any(axis=1) & (truth <= 0).all(axis=1)
@@ -389,9 +389,8 @@ class Uncertainty:
         own = np.nan_to_num(own)  # a study whose uncertainty never moves follows nothing
 
         def statistics(weights: np.ndarray) -> np.ndarray:
-            return np.stack([
-                everywhere(np.repeat(weights, len(levels), axis=0)), own @ weights / weights.sum(axis=0, dtype=np.float64)
-            ])  # fmt: skip
+            within = own @ weights / weights.sum(axis=0, dtype=np.float64)
+            return np.stack([everywhere(np.repeat(weights, len(levels), axis=0)), within])
 
         self._resample([figure, f"{figure}_within"], statistics, patient_key)
 
