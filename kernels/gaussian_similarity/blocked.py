@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
 
 from kernels.gaussian_similarity.problem import Gradients, Problem, Statistics, Teacher
 
@@ -28,13 +28,13 @@ def statistics(problem: Problem, *, teacher: Teacher | None = None) -> Statistic
     row_sum, row_positive, column_sum, column_positive = (new_full((count,), 0.0) for count in (n, n, m, m))
     row_teacher = None if teacher is None else torch.zeros_like(row_sum)
     column_teacher = None if teacher is None else torch.zeros_like(column_sum)
-    with _products_of(problem):
+    with products_of(problem):
         for i, j in tiles(problem):
-            logits, positive = _logits(problem, i, j), _positive(problem, i, j)
+            logits, positive = logits_of(problem, i, j), positive_pairs(problem, i, j)
             if positive is not None:
-                of_positive = logits * positive
-                row_positive[i] += of_positive.sum(1)
-                column_positive[j] += of_positive.sum(0)
+                of_positive = logits[positive]
+                row_positive[i].index_add_(0, positive[0], of_positive)
+                column_positive[j].index_add_(0, positive[1], of_positive)
             if teacher is not None and row_teacher is not None and column_teacher is not None:
                 by_row, by_column = _targets(teacher, i, j)
                 row_teacher[i] += by_row.mul_(logits).sum(1)
@@ -63,14 +63,14 @@ def gradients(
     teacher: Teacher | None = None,
 ) -> Gradients:
     """Of `sum(seed * logit)`; the seed is made of exponentials, class targets and the teacher's, in its tile."""
-    found = _Accumulator(problem)
-    with _products_of(problem):
+    found = Accumulator(problem)
+    with products_of(problem):
         for i, j in tiles(problem):
-            logits, positive = _logits(problem, i, j), _positive(problem, i, j)
+            logits, positive = logits_of(problem, i, j), positive_pairs(problem, i, j)
             seed = (logits + row_shift[i, None]).exp_()
             seed += (logits + column_shift[None, j]).exp_()
             if positive is not None:
-                seed -= (row_target[i, None] + column_target[None, j]) * positive
+                seed[positive] -= row_target[i][positive[0]] + column_target[j][positive[1]]
             if teacher is not None:
                 for targets in _targets(teacher, i, j):
                     seed -= targets
@@ -81,23 +81,24 @@ def gradients(
 def sigmoid_statistics(problem: Problem, bias: Tensor) -> Tensor:
     """`-sum(log sigmoid(y * (logit + bias)))` [], y = 1 for positives and -1 for all others."""
     total = problem.rows.new_zeros(())
-    with _products_of(problem):
+    with products_of(problem):
         for i, j in tiles(problem):
-            logits, positive = _logits(problem, i, j).add_(bias), _positive(problem, i, j)
-            signed = logits.neg_() if positive is None else torch.where(positive, logits, -logits)
-            total -= logsigmoid(signed).sum()
+            logits, positive = logits_of(problem, i, j).add_(bias), positive_pairs(problem, i, j)
+            total += softplus(logits).sum()  # -log sigmoid(-z); that of z is less by z
+            if positive is not None:
+                total -= logits[positive].sum()
     return total
 
 
 def sigmoid_gradients(problem: Problem, bias: Tensor) -> Gradients:
     """Of `sigmoid_statistics`."""
-    found = _Accumulator(problem)
-    with _products_of(problem):
+    found = Accumulator(problem)
+    with products_of(problem):
         for i, j in tiles(problem):
-            logits, positive = _logits(problem, i, j), _positive(problem, i, j)
+            logits, positive = logits_of(problem, i, j), positive_pairs(problem, i, j)
             seed = (logits + bias).sigmoid_()  # sigmoid(z) - [positive] = -y * sigmoid(-y * z)
             if positive is not None:
-                seed -= positive.to(seed.dtype)
+                seed[positive] -= 1
             found.add(i, j, seed, logits)
     return found.gradients(with_bias=True)
 
@@ -129,7 +130,7 @@ def _slices(whole: slice, size: int) -> list[slice]:
     return [slice(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size)]
 
 
-def _logits(problem: Problem, i: slice, j: slice) -> Tensor:
+def logits_of(problem: Problem, i: slice, j: slice) -> Tensor:
     """A tile [I, J], the caller's own."""
     scale = float(problem.scale)
     bias = scale * problem.column_bias[None, j]
@@ -137,19 +138,20 @@ def _logits(problem: Problem, i: slice, j: slice) -> Tensor:
     return product.add_(problem.row_bias[i, None], alpha=scale)
 
 
-def _positive(problem: Problem, i: slice, j: slice) -> Tensor | None:
-    """Which pairs of a tile share a key [I, J], None if none do."""
+def positive_pairs(problem: Problem, i: slice, j: slice) -> tuple[Tensor, Tensor] | None:
+    """Places in a tile of the pairs that share a key: their rows and their columns. None if no pair does."""
     row_keys, column_keys = problem.row_keys[i], problem.column_keys[j]
     # Most tiles have none, and to look for one costs far less than to compare all pairs.
     if not torch.isin(row_keys, column_keys).any():
         return None
-    return row_keys[:, None] == column_keys[None, :]
+    rows, columns = (row_keys[:, None] == column_keys[None, :]).nonzero(as_tuple=True)
+    return rows, columns
 
 
 def _targets(teacher: Teacher, i: slice, j: slice) -> tuple[Tensor, Tensor]:
     """The teacher's targets of rows and of columns in a tile, both [I, J]."""
-    with _products_of(teacher.problem):
-        logits = _logits(teacher.problem, i, j)
+    with products_of(teacher.problem):
+        logits = logits_of(teacher.problem, i, j)
     by_row = (logits + teacher.row_shift[i, None]).exp_()
     return by_row, logits.add_(teacher.column_shift[None, j]).exp_()
 
@@ -162,7 +164,7 @@ def _take(maximum: Tensor, total: Tensor, logits: Tensor, dim: int) -> None:
 
 
 @contextmanager
-def _products_of(problem: Problem) -> Iterator[None]:
+def products_of(problem: Problem) -> Iterator[None]:
     """fp32 products in bf16 with fp32 sums, where the rows are bf16 values already: nothing is lost by it.
 
     tf32 and split have no such form here; their values are rounded as theirs are, and the product is fp32.
@@ -176,7 +178,7 @@ def _products_of(problem: Problem) -> Iterator[None]:
         products.fp32_precision = before
 
 
-class _Accumulator:
+class Accumulator:
     """What a loss says of each logit, tile by tile, summed into gradients of the inputs."""
 
     def __init__(self, problem: Problem) -> None:
@@ -186,12 +188,12 @@ class _Accumulator:
         self._of_logits = problem.rows.new_zeros(())  # sum of seed * logit
 
     def add(self, i: slice, j: slice, seed: Tensor, logits: Tensor) -> None:
-        """`seed` [I, J]: derivative of the loss by each logit of the tile; `logits` may be destroyed."""
+        """`seed` [I, J]: derivative of the loss by each logit of the tile."""
         self._rows[i].addmm_(seed, self._problem.columns[j])
         self._columns[j].addmm_(seed.T, self._problem.rows[i])
         self._of_row[i] += seed.sum(1)
         self._of_column[j] += seed.sum(0)
-        self._of_logits += logits.mul_(seed).sum()
+        self._of_logits += torch.dot(logits.view(-1), seed.view(-1))
 
     def gradients(self, *, with_bias: bool = False) -> Gradients:
         scale = self._problem.scale

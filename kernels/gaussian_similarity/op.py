@@ -1,44 +1,77 @@
 """Contrastive losses over all pairs of an `Expansion`, differentiable, without ever holding N x M.
 
 The forward pass keeps a few numbers a row, whatever the number of columns; the backward pass computes the logits again,
-tile by tile (`sweep`). Small problems take the stored form, which is faster there. Gradients reach rows, columns, both
-biases, scale and bias.
+tile by tile (`sweep`). Small problems on the CPU take the stored form, which is faster there. Gradients reach rows,
+columns, both biases, scale and bias.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.gaussian_similarity import reference, sweep
+from kernels.gaussian_similarity import stored as small
+from kernels.gaussian_similarity import sweep
 from kernels.gaussian_similarity.expansion import Expansion
-from kernels.gaussian_similarity.problem import Gradients, Problem, loss_of, positives, shift, weights
+from kernels.gaussian_similarity.problem import Gradients, Problem, Teacher, loss_of, positives, shift, weights
 
 # Below so many pairs the stored form is not slower and takes little memory.
-STORED_PAIRS = 1 << 21
+STORED_PAIRS = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftTargets:
+    """Targets that are `1 - weight` of the positives' share and `weight` of a teacher's softmax, both ways.
+
+    `pairs` are the student's pairs as the teacher sees them, with a K of their own; `scale` [] its logit scale. No
+    gradient reaches either.
+    """
+
+    pairs: Expansion
+    scale: Tensor
+    weight: float
 
 
 def info_nce(
-    pairs: Expansion, scale: Tensor, row_keys: Tensor, column_keys: Tensor, *, stored: bool | None = None
+    pairs: Expansion,
+    scale: Tensor,
+    row_keys: Tensor,
+    column_keys: Tensor,
+    *,
+    row_groups: Tensor | None = None,
+    column_groups: Tensor | None = None,
+    teacher: SoftTargets | None = None,
+    stored: bool | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE of the logits `scale * similarity`; positives are the pairs of equal key. Scalar.
+
+    A row or column without a positive is left out of its mean.
 
     Args:
         pairs: N rows, M columns, K dimensions.
         scale: scalar, above 0. A bias would cancel in both softmaxes, so there is none.
         row_keys, column_keys: int64 [N] and [M]. A row's positives share its target equally.
+        row_groups, column_groups: int64 [N] and [M], not decreasing: each group is a contrast of its own, as if no
+            other row existed; their losses add up.
+        teacher: soft targets beside the positives.
         stored: True holds the logits, False never does, None chooses by size.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, values that are not finite.
     """
-    _check(pairs, {"scale": scale}, row_keys, column_keys)
-    if _is_stored(pairs, stored):
-        return reference.info_nce(_stored_logits(pairs, scale), row_keys, column_keys)
-    loss: Tensor = _InfoNCE.apply(*_inputs(pairs), scale, pairs, row_keys, column_keys)
+    _check(pairs, {"scale": scale}, row_keys, column_keys, row_groups, column_groups)
+    if teacher is not None:
+        _check_teacher(pairs, teacher)
+    if stored and (row_groups is not None or teacher is not None):
+        raise ValueError("stored=True holds one contrast with class targets; leave it out for groups or a teacher")
+    holds = row_groups is None and teacher is None and _is_stored(pairs, stored)
+    problem = Problem.of(pairs, scale, row_keys, column_keys, row_groups, column_groups)
+    loss: Tensor = _InfoNCE.apply(*_inputs(pairs), scale, problem, teacher, holds)
     return loss
 
 
@@ -49,13 +82,17 @@ def pairwise_sigmoid(
     row_keys: Tensor,
     column_keys: Tensor,
     *,
+    row_groups: Tensor | None = None,
+    column_groups: Tensor | None = None,
     stored: bool | None = None,
 ) -> Tensor:
     """SigLIP's loss (arXiv 2303.15343) of the logits `scale * similarity + bias`, over N. Scalar; as `info_nce`."""
-    _check(pairs, {"scale": scale, "bias": bias}, row_keys, column_keys)
-    if _is_stored(pairs, stored):
-        return reference.pairwise_sigmoid(_stored_logits(pairs, scale) + bias, row_keys, column_keys)
-    loss: Tensor = _PairwiseSigmoid.apply(*_inputs(pairs), scale, bias, pairs, row_keys, column_keys)
+    _check(pairs, {"scale": scale, "bias": bias}, row_keys, column_keys, row_groups, column_groups)
+    if stored and row_groups is not None:
+        raise ValueError("stored=True holds one contrast; leave it out for groups")
+    holds = row_groups is None and _is_stored(pairs, stored)
+    problem = Problem.of(pairs, scale, row_keys, column_keys, row_groups, column_groups)
+    loss: Tensor = _PairwiseSigmoid.apply(*_inputs(pairs), scale, bias, problem, holds)
     return loss
 
 
@@ -64,28 +101,49 @@ def _inputs(pairs: Expansion) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _is_stored(pairs: Expansion, stored: bool | None) -> bool:
-    return len(pairs.rows) * len(pairs.columns) <= STORED_PAIRS if stored is None else stored
+    if stored is not None:
+        return stored
+    return pairs.rows.device.type == "cpu" and len(pairs.rows) * len(pairs.columns) <= STORED_PAIRS
 
 
-def _stored_logits(pairs: Expansion, scale: Tensor) -> Tensor:
-    return scale * pairs.similarity()
-
-
-def _check(pairs: Expansion, scalars: dict[str, Tensor], row_keys: Tensor, column_keys: Tensor) -> None:
+def _check(
+    pairs: Expansion,
+    scalars: dict[str, Tensor],
+    row_keys: Tensor,
+    column_keys: Tensor,
+    row_groups: Tensor | None,
+    column_groups: Tensor | None,
+) -> None:
     """Raises ValueError naming the tensor."""
+    _check_pairs(pairs, scalars)
     rows, columns = pairs.rows, pairs.columns
-    if rows.ndim != 2 or columns.ndim != 2 or rows.shape[1] != columns.shape[1]:
-        raise ValueError(f"rows {tuple(rows.shape)} and columns {tuple(columns.shape)} must be [N, K] and [M, K]")
+    if (row_groups is None) != (column_groups is None):
+        raise ValueError("groups of one side only: give both row_groups and column_groups, or neither")
+    whole_numbers = [("row_keys", row_keys, rows), ("column_keys", column_keys, columns)]
+    if row_groups is not None and column_groups is not None:
+        whole_numbers += [("row_groups", row_groups, rows), ("column_groups", column_groups, columns)]
+    for name, value, of in whole_numbers:
+        if value.dtype != torch.int64 or tuple(value.shape) != (len(of),):
+            raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, int64 ({len(of)},) was expected")
+        if value.device != rows.device:
+            raise ValueError(f"{name} is on {value.device}, rows on {rows.device}")
+    for name, groups in (("row_groups", row_groups), ("column_groups", column_groups)):
+        if groups is not None and bool((groups.diff() < 0).any()):
+            place = int((groups.diff() < 0).nonzero()[0]) + 1
+            raise ValueError(f"{name} decreases at {place}; sort rows by group first")
+
+
+def _check_pairs(pairs: Expansion, scalars: dict[str, Tensor]) -> None:
+    rows, columns = pairs.rows, pairs.columns
+    if rows.ndim != 2 or columns.ndim != 2 or rows.shape[1] != columns.shape[1] or rows.shape[1] == 0:
+        raise ValueError(
+            f"rows {tuple(rows.shape)} and columns {tuple(columns.shape)} must be [N, K] and [M, K] with K above 0"
+        )
     if 0 in (len(rows), len(columns)):
         raise ValueError(f"{len(rows)} rows and {len(columns)} columns: a contrast needs one of each at least")
     shapes = {"row_bias": (len(rows),), "column_bias": (len(columns),), **dict.fromkeys(scalars, ())}
-    tensors = {
-        "rows": rows,
-        "columns": columns,
-        "row_bias": pairs.row_bias,
-        "column_bias": pairs.column_bias,
-        **scalars,
-    }
+    tensors = {"rows": rows, "columns": columns, "row_bias": pairs.row_bias, "column_bias": pairs.column_bias}
+    tensors |= scalars
     for name, value in tensors.items():
         if value.dtype not in (torch.float32, torch.float64) or value.dtype != rows.dtype:
             raise ValueError(f"{name} is {value.dtype}, rows are {rows.dtype}; all must be float32, or all float64")
@@ -93,15 +151,31 @@ def _check(pairs: Expansion, scalars: dict[str, Tensor], row_keys: Tensor, colum
             raise ValueError(f"{name} is on {value.device}, rows on {rows.device}")
         if name in shapes and tuple(value.shape) != shapes[name]:
             raise ValueError(f"{name} is {tuple(value.shape)}, {shapes[name]} was expected")
+    # A value that is not finite shows in a sum over all: one pass and one answer instead of one for each tensor.
+    with torch.no_grad():
+        if math.isfinite(float(torch.stack([value.sum() for value in tensors.values()]).sum())):
+            return
+    for name, value in (*pairs.sources.items(), *tensors.items()):
         finite = torch.isfinite(value)
         if not bool(finite.all()):
             first = tuple((~finite).nonzero()[0].tolist())
             raise ValueError(f"{name} holds {float(value[first])} at {first}")
-    for name, keys, count in (("row_keys", row_keys, len(rows)), ("column_keys", column_keys, len(columns))):
-        if keys.dtype != torch.int64 or tuple(keys.shape) != (count,):
-            raise ValueError(f"{name} is {keys.dtype} {tuple(keys.shape)}, int64 ({count},) was expected")
-        if keys.device != rows.device:
-            raise ValueError(f"{name} is on {keys.device}, rows on {rows.device}")
+
+
+def _check_teacher(pairs: Expansion, teacher: SoftTargets) -> None:
+    if not 0 <= teacher.weight <= 1:
+        raise ValueError(f"teacher weight {teacher.weight} is not in [0, 1]")
+    try:
+        _check_pairs(teacher.pairs, {"scale": teacher.scale})
+    except ValueError as error:
+        raise ValueError(f"teacher: {error}") from None
+    ours, theirs = pairs.rows, teacher.pairs.rows
+    sizes = (len(ours), len(pairs.columns)), (len(theirs), len(teacher.pairs.columns))
+    if sizes[0] != sizes[1] or (ours.dtype, ours.device) != (theirs.dtype, theirs.device):
+        raise ValueError(
+            f"teacher has {sizes[1][0]} x {sizes[1][1]} pairs in {theirs.dtype} on {theirs.device}, "
+            f"the student {sizes[0][0]} x {sizes[0][1]} in {ours.dtype} on {ours.device}"
+        )
 
 
 def _of_inputs(found: Gradients, upstream: Tensor) -> tuple[Tensor, ...]:
@@ -113,42 +187,77 @@ def _of_inputs(found: Gradients, upstream: Tensor) -> tuple[Tensor, ...]:
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *_, scale, pairs, row_keys, column_keys = arguments
-        problem = Problem.of(pairs, scale, row_keys, column_keys)
-        found = sweep.statistics(problem)
-        row_log_sum, column_log_sum = found.log_sum()
-        row_count, column_count = positives(row_keys, column_keys), positives(column_keys, row_keys)
-        row_weight = weights(row_count, dtype=scale.dtype)
-        column_weight = weights(column_count, dtype=scale.dtype)
-        row_target, column_target = row_weight / row_count.clamp_min(1), column_weight / column_count.clamp_min(1)
-        ctx.problem = problem
-        ctx.seed = {
-            "row_shift": shift(row_weight, row_log_sum),
-            "column_shift": shift(column_weight, column_log_sum),
-            "row_target": row_target,
-            "column_target": column_target,
+        problem, soft, holds = arguments[-3:]
+        dtype = problem.rows.dtype
+        row_keys, column_keys, groups = problem.row_keys, problem.column_keys, problem.row_groups
+        row_count = positives(row_keys, column_keys, groups, problem.column_groups)
+        column_count = positives(column_keys, row_keys, problem.column_groups, groups)
+        row_weight = weights(row_count, groups, dtype=dtype)
+        column_weight = weights(column_count, problem.column_groups, dtype=dtype)
+        share = 1.0 if soft is None else 1 - soft.weight
+        targets = {
+            "row_target": share * row_weight / row_count.clamp_min(1),
+            "column_target": share * column_weight / column_count.clamp_min(1),
         }
-        return loss_of(row_weight, row_log_sum, row_target, found.row_positive) + loss_of(
-            column_weight, column_log_sum, column_target, found.column_positive
-        )
+        ctx.problem, ctx.teacher, ctx.seed, ctx.held = problem, None, targets, None
+        if holds:
+            sweep.log_once("small problems with stored logits")
+            loss, *held = small.info_nce(problem, row_weight=row_weight, column_weight=column_weight, **targets)
+            ctx.held = held
+            return loss
+        if soft is not None:
+            ctx.teacher = _teacher(problem, soft, row_weight, column_weight)
+        found = sweep.statistics(problem, teacher=ctx.teacher)
+        row_log_sum, column_log_sum = found.log_sum()
+        ctx.seed["row_shift"] = shift(row_weight, row_log_sum)
+        ctx.seed["column_shift"] = shift(column_weight, column_log_sum)
+        loss = loss_of(row_weight, row_log_sum, targets["row_target"], found.row_positive)
+        loss += loss_of(column_weight, column_log_sum, targets["column_target"], found.column_positive)
+        if found.row_teacher is not None and found.column_teacher is not None:
+            loss -= found.row_teacher.sum() + found.column_teacher.sum()
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_of_inputs(sweep.gradients(ctx.problem, **ctx.seed), upstream), None, None, None)
+        if ctx.held is not None:
+            found = small.gradients(ctx.problem, *ctx.held)
+        else:
+            found = sweep.gradients(ctx.problem, teacher=ctx.teacher, **ctx.seed)
+        return (*_of_inputs(found, upstream), None, None, None)
+
+
+def _teacher(problem: Problem, soft: SoftTargets, row_weight: Tensor, column_weight: Tensor) -> Teacher:
+    """The teacher's targets, weights of the loss included."""
+    keys = problem.row_keys, problem.column_keys
+    own = Problem.of(soft.pairs, soft.scale, *keys, problem.row_groups, problem.column_groups)
+    row_log_sum, column_log_sum = sweep.statistics(own).log_sum()
+    return Teacher(
+        problem=own,
+        row_shift=shift(soft.weight * row_weight, row_log_sum),
+        column_shift=shift(soft.weight * column_weight, column_log_sum),
+    )
 
 
 class _PairwiseSigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *_, scale, bias, pairs, row_keys, column_keys = arguments
-        ctx.problem, ctx.bias = Problem.of(pairs, scale, row_keys, column_keys), bias.detach()
-        return sweep.sigmoid_statistics(ctx.problem, ctx.bias) / len(pairs.rows)
+        bias, problem, holds = arguments[-3:]
+        ctx.problem, ctx.bias, ctx.held = problem, bias.detach(), None
+        if holds:
+            sweep.log_once("small problems with stored logits")
+            total, *ctx.held = small.pairwise_sigmoid(problem, ctx.bias)
+        else:
+            total = sweep.sigmoid_statistics(problem, ctx.bias)
+        return total / len(problem.rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        found = sweep.sigmoid_gradients(ctx.problem, ctx.bias)
+        if ctx.held is not None:
+            found = small.gradients(ctx.problem, *ctx.held, with_bias=True)
+        else:
+            found = sweep.sigmoid_gradients(ctx.problem, ctx.bias)
         assert found.bias is not None
         upstream = upstream / len(ctx.problem.rows)
-        return (*_of_inputs(found, upstream), found.bias * upstream, None, None, None)
+        return (*_of_inputs(found, upstream), found.bias * upstream, None, None)
