@@ -1,4 +1,4 @@
-"""The sweeps in PyTorch, tile by tile, on the CPU: nothing of N x M is held, values or gradients.
+"""The sweeps in PyTorch, tile by tile: nothing of N x M is held, values or gradients.
 
 One walk over tiles serves the row statistics and, from the same tile, the column statistics. Gradients compute each
 tile again. Pairs of different groups lie in no tile. Everything after the product is fp32 (fp64 for fp64 input).
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from kernels.gaussian_similarity.expansion import Expansion
 from kernels.gaussian_similarity.problem import Gradients, Problem, Statistics, Teacher
 
 # Elements of a tile: a few of its copies stay in the second-level cache of a core while it is worked on.
 TILE_ROWS, TILE_COLUMNS = 512, 1024
+TOP_COLUMNS = 8192  # of a retrieval tile: few selections
 
 
 def statistics(problem: Problem, *, teacher: Teacher | None = None) -> Statistics:
@@ -103,6 +105,29 @@ def sigmoid_gradients(problem: Problem, bias: Tensor) -> Gradients:
     return found.gradients(with_bias=True)
 
 
+def top_k(pairs: Expansion, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` most similar columns of each row, or all where there are fewer: values and places [N, k], falling."""
+    n, m = len(pairs.rows), len(pairs.columns)
+    values, places = pairs.rows.new_empty(n, min(k, m)), torch.empty(n, min(k, m), dtype=torch.int64)
+    places = places.to(pairs.rows.device)
+    with products_of(pairs):
+        for i in _slices(slice(0, n), TILE_ROWS):
+            best = values[i, :0], places[i, :0]
+            for j in _slices(slice(0, m), TOP_COLUMNS):
+                tile = torch.addmm(pairs.column_bias[None, j], pairs.rows[i], pairs.columns[j].T)
+                found, where = tile.topk(min(k, j.stop - j.start), dim=1)
+                best = merge_top(k, best, (found, where + j.start))
+            values[i], places[i] = best[0] + pairs.row_bias[i, None], best[1]
+    return values, places
+
+
+def merge_top(k: int, *parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The `k` best of several (values, places), falling."""
+    values, places = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    best, at = values.topk(min(k, values.shape[1]), dim=1)
+    return best, places.gather(1, at)
+
+
 def tiles(problem: Problem) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of each tile that holds pairs, group by group."""
     for rows, columns in _groups(problem):
@@ -164,14 +189,16 @@ def _take(maximum: Tensor, total: Tensor, logits: Tensor, dim: int) -> None:
 
 
 @contextmanager
-def products_of(problem: Problem) -> Iterator[None]:
+def products_of(pairs: Problem | Expansion) -> Iterator[None]:
     """fp32 products in bf16 with fp32 sums, where the rows are bf16 values already: nothing is lost by it.
 
-    tf32 and split have no such form here; their values are rounded as theirs are, and the product is fp32.
+    Those of tf32 values run in tf32 where a GPU does. Split values have no such form here: their product is fp32.
     """
-    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    on_cpu = pairs.rows.device.type == "cpu"
+    products: Any = torch.backends.mkldnn.matmul if on_cpu else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = products.fp32_precision
-    products.fp32_precision = "bf16" if problem.precision == "bf16" else "ieee"
+    coarse = {"bf16": "bf16"} if on_cpu else {"bf16": "tf32", "tf32": "tf32"}  # a bf16 number is a tf32 one
+    products.fp32_precision = coarse.get(pairs.precision, "ieee")
     try:
         yield
     finally:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kernels.gaussian_similarity.reference import soft_clamp
+
 Precision = Literal["bf16", "tf32", "split", "fp32"]
 
 
@@ -40,6 +42,16 @@ class Expansion:
         return self.rows @ self.columns.transpose(0, 1) + self.row_bias[:, None] + self.column_bias[None, :]
 
 
+# Log-variances that the similarities are made for; beyond, fp32 runs out of digits, then of range.
+WIDE_LOGVAR = (-10.0, 10.0)  # squared Wasserstein, sampled distance, Bhattacharyya, Hellinger
+NARROW_LOGVAR = (-6.0, 4.0)  # KL, Jeffreys, expected likelihood, which divide by variances
+
+
+def hold_logvar(logvar: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """(`logvar` held softly in [low, high], with a gradient at the rails; how many values lay outside, int64 [])."""
+    return soft_clamp(logvar, low, high), ((logvar < low) | (logvar > high)).sum()
+
+
 def squared_wasserstein(
     mean_a: Tensor,
     logvar_a: Tensor,
@@ -53,9 +65,10 @@ def squared_wasserstein(
 
     `centre` [2D], alike on all ranks; None: midway between the means of both sides, of these rows.
     """
+    sources = named_gaussians(mean_a, logvar_a, mean_b, logvar_b)
     a = torch.cat([mean_a, torch.exp(logvar_a / 2)], dim=1)
     b = torch.cat([mean_b, torch.exp(logvar_b / 2)], dim=1)
-    return _euclidean(a, b, precision, centre, _sources(mean_a, logvar_a, mean_b, logvar_b))
+    return _euclidean(a, b, precision, centre, sources)
 
 
 def sampled_distance(
@@ -68,7 +81,7 @@ def sampled_distance(
     centre: Tensor | None = None,
 ) -> Expansion:
     """Minus the closed-form sampled distance (CSD), K = D: variances enter the biases alone. `centre` [D]."""
-    sources = _sources(mean_a, logvar_a, mean_b, logvar_b)
+    sources = named_gaussians(mean_a, logvar_a, mean_b, logvar_b)
     euclidean = _euclidean(mean_a, mean_b, precision, centre, sources)
     return replace(
         euclidean,
@@ -80,24 +93,27 @@ def sampled_distance(
 def kl_divergence(mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar_b: Tensor) -> Expansion:
     """Minus KL(a_i || b_j), K = 2D; fp32 only: its terms are far larger than their sum."""
     precise_b = torch.exp(-logvar_b)
+    sources = named_gaussians(mean_a, logvar_a, mean_b, logvar_b)
     return Expansion(
         rows=torch.cat([logvar_a.exp() + mean_a**2, mean_a], dim=1),
         columns=torch.cat([-0.5 * precise_b, mean_b * precise_b], dim=1),
         row_bias=0.5 * (logvar_a.sum(1) + mean_a.shape[1]),
         column_bias=-0.5 * (mean_b**2 * precise_b + logvar_b).sum(1),
-        sources=_sources(mean_a, logvar_a, mean_b, logvar_b),
+        sources=sources,
     )
 
 
 def jeffreys_divergence(mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar_b: Tensor) -> Expansion:
     """Minus KL(a_i || b_j) + KL(b_j || a_i), K = 4D; fp32 only."""
+    sources = named_gaussians(mean_a, logvar_a, mean_b, logvar_b)
     precise_a, precise_b = torch.exp(-logvar_a), torch.exp(-logvar_b)
+    sources = named_gaussians(mean_a, logvar_a, mean_b, logvar_b)
     return Expansion(
         rows=torch.cat([logvar_a.exp() + mean_a**2, precise_a, mean_a, mean_a * precise_a], dim=1),
         columns=torch.cat([-0.5 * precise_b, -0.5 * (logvar_b.exp() + mean_b**2), mean_b * precise_b, mean_b], dim=1),
         row_bias=mean_a.shape[1] - 0.5 * (mean_a**2 * precise_a).sum(1),
         column_bias=-0.5 * (mean_b**2 * precise_b).sum(1),
-        sources=_sources(mean_a, logvar_a, mean_b, logvar_b),
+        sources=sources,
     )
 
 
@@ -114,8 +130,20 @@ def cosine(a: Tensor, b: Tensor, *, precision: Precision = "bf16") -> Expansion:
     )
 
 
-def _sources(mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar_b: Tensor) -> dict[str, Tensor]:
-    return {"row mean": mean_a, "row logvar": logvar_a, "column mean": mean_b, "column logvar": logvar_b}
+def named_gaussians(mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar_b: Tensor) -> dict[str, Tensor]:
+    """The four under the names of messages. Raises ValueError: no two sets in D dimensions of one dtype and device."""
+    named = {"row mean": mean_a, "row logvar": logvar_a, "column mean": mean_b, "column logvar": logvar_b}
+    for name, value in named.items():
+        of = mean_a if name.startswith("row") else mean_b
+        if value.ndim != 2 or value.shape != of.shape or value.shape[1] != mean_a.shape[1] or value.shape[1] == 0:
+            shapes = ", ".join(f"{each} {tuple(tensor.shape)}" for each, tensor in named.items())
+            raise ValueError(f"{shapes}: must be [N, D] twice and [M, D] twice, D above 0")
+        if (value.dtype, value.device) != (mean_a.dtype, mean_a.device):
+            raise ValueError(
+                f"{name} is {value.dtype} on {value.device}, row mean {mean_a.dtype} on {mean_a.device}; "
+                "all four must be alike"
+            )
+    return named
 
 
 def _euclidean(

@@ -1,4 +1,4 @@
-"""Contrastive losses over all pairs of an `Expansion`, differentiable, without ever holding N x M.
+"""Contrastive losses over all pairs of an `Expansion`, differentiable, never holding N x M; retrieval, re-ranking.
 
 The forward pass keeps a few numbers a row, whatever the number of columns; the backward pass computes the logits again,
 tile by tile (`sweep`). Small problems on the CPU take the stored form, which is faster there. Gradients reach rows,
@@ -8,6 +8,7 @@ columns, both biases, scale and bias.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.gaussian_similarity import blocked, densities, sweep
 from kernels.gaussian_similarity import stored as small
-from kernels.gaussian_similarity import sweep
-from kernels.gaussian_similarity.expansion import Expansion
+from kernels.gaussian_similarity.expansion import Expansion, named_gaussians
 from kernels.gaussian_similarity.problem import Gradients, Problem, Teacher, loss_of, positives, shift, weights
 
 # Below so many pairs the stored form is not slower and takes little memory.
@@ -96,6 +97,54 @@ def pairwise_sigmoid(
     return loss
 
 
+def top_k(pairs: Expansion | Iterable[Expansion], k: int) -> tuple[Tensor, Tensor]:
+    """The `k` most similar columns of each row, most similar first: values [N, k] and places, int64 [N, k].
+
+    Args:
+        pairs: one expansion, or one after the other for a gallery that does not fit: the same rows against the next
+            columns, with one `centre` for all. Places count on through them.
+        k: at least 1; with fewer columns all of them are given. Equal values come in any order. No gradient.
+
+    Raises:
+        ValueError: as `info_nce`; k below 1, no expansion, another number of rows in a later one.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; ask for 1 at least")
+    best, seen = None, 0
+    with torch.no_grad():
+        for chunk in [pairs] if isinstance(pairs, Expansion) else pairs:
+            _check_pairs(chunk, {})
+            values, places = blocked.top_k(chunk, k)
+            if best is None:
+                best = values, places
+            elif len(values) != len(best[0]):
+                raise ValueError(f"{len(values)} rows after chunks with {len(best[0])}; all need the same rows")
+            else:
+                best = blocked.merge_top(k, best, (values, places + seen))
+            seen += len(chunk.columns)
+    if best is None:
+        raise ValueError("no expansion to search in")
+    return best
+
+
+def pairwise(name: densities.Name, mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar_b: Tensor) -> Tensor:
+    """Similarity [N, M] of a kind that is no matrix product: minus the distance, or the log expected likelihood.
+
+    Costs N x M x D, and holds N x M and small tiles: for a shortlist. Differentiable; tiles are computed again.
+
+    Raises:
+        ValueError: an unknown name, shapes, dtypes or devices that do not fit, values that are not finite.
+    """
+    if name not in densities.FORMULAS:
+        raise ValueError(f"similarity {name!r} is unknown; there are {', '.join(densities.FORMULAS)}")
+    named = named_gaussians(mean_a, logvar_a, mean_b, logvar_b)
+    if mean_a.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"row mean is {mean_a.dtype}; all must be float32, or all float64")
+    _check_finite(named)
+    similarity: Tensor = _Pairwise.apply(mean_a, logvar_a, mean_b, logvar_b, name)
+    return similarity
+
+
 def _inputs(pairs: Expansion) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return pairs.rows, pairs.columns, pairs.row_bias, pairs.column_bias
 
@@ -151,11 +200,19 @@ def _check_pairs(pairs: Expansion, scalars: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is on {value.device}, rows on {rows.device}")
         if name in shapes and tuple(value.shape) != shapes[name]:
             raise ValueError(f"{name} is {tuple(value.shape)}, {shapes[name]} was expected")
+    # Rows too large for their dtype, of sources that are not, show in the biases.
+    read = {*pairs.sources, *tensors} - ({"rows", "columns"} if pairs.sources else set())
+    _check_finite({**pairs.sources, **tensors}, read)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], read: Iterable[str] | None = None) -> None:
+    """The first of `tensors` that is not finite is named; only those of `read` are looked at where all is well."""
     # A value that is not finite shows in a sum over all: one pass and one answer instead of one for each tensor.
     with torch.no_grad():
-        if math.isfinite(float(torch.stack([value.sum() for value in tensors.values()]).sum())):
+        sums = [value.sum() for name, value in tensors.items() if read is None or name in read]
+        if math.isfinite(float(torch.stack(sums).sum())):
             return
-    for name, value in (*pairs.sources.items(), *tensors.items()):
+    for name, value in tensors.items():
         finite = torch.isfinite(value)
         if not bool(finite.all()):
             first = tuple((~finite).nonzero()[0].tolist())
@@ -261,3 +318,16 @@ class _PairwiseSigmoid(torch.autograd.Function):
         assert found.bias is not None
         upstream = upstream / len(ctx.problem.rows)
         return (*_of_inputs(found, upstream), found.bias * upstream, None, None)
+
+
+class _Pairwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *gaussians, ctx.name = arguments
+        ctx.save_for_backward(*gaussians)
+        return sweep.density(ctx.name, tuple(each.detach() for each in gaussians))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return (*sweep.density_gradients(ctx.name, ctx.saved_tensors, upstream), None)

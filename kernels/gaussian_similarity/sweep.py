@@ -3,6 +3,8 @@
     statistics, gradients                      symmetric InfoNCE, any targets
     sigmoid_statistics, sigmoid_gradients      pairwise sigmoid
 
+    density, density_gradients                 similarities that are no product
+
 They are no autograd functions and know nothing of ranks: `op` wraps them for one process.
 """
 
@@ -14,7 +16,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from kernels.gaussian_similarity import blocked
+from kernels.gaussian_similarity import blocked, densities
 from kernels.gaussian_similarity.problem import Gradients, Problem, Statistics, Teacher
 
 _LOG = logging.getLogger(__name__)
@@ -58,6 +60,16 @@ def sigmoid_statistics(problem: Problem, bias: Tensor) -> Tensor:
 def sigmoid_gradients(problem: Problem, bias: Tensor) -> Gradients:
     """Gradients of `sigmoid_statistics`, `bias` among them."""
     return _path(problem).sigmoid_gradients(problem, bias)  # type: ignore[no-any-return]
+
+
+def density(name: densities.Name, gaussians: densities.Gaussians) -> Tensor:
+    """Similarity [N, M] of every pair of two sets of Gaussians, each (mean, logvar)."""
+    return densities.values(name, gaussians)
+
+
+def density_gradients(name: densities.Name, gaussians: densities.Gaussians, upstream: Tensor) -> densities.Gaussians:
+    """Gradients of `sum(upstream * density)` by the four; upstream [N, M]."""
+    return densities.gradients(name, gaussians, upstream)
 
 
 def _path(problem: Problem) -> ModuleType:

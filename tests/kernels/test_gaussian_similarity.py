@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.gaussian_similarity import expansion, op, reference
+from kernels.gaussian_similarity import blocked, densities, expansion, op, reference
 from kernels.gaussian_similarity.expansion import Expansion
 
 Gaussians = tuple[Tensor, Tensor, Tensor, Tensor]  # mean and logvar of [N, D], mean and logvar of [M, D]
@@ -136,6 +137,8 @@ def test_streaming_is_the_stored_reference(loss: str, n: int, m: int) -> None:
     for dtype, precision, value_bound, gradient_bound in (
         (torch.float64, "fp32", 1e-12, 1e-10),
         (torch.float32, "fp32", 1e-5, 1e-5),
+        (torch.float32, "split", 1e-5, 1e-3),
+        (torch.float32, "tf32", 1e-3, 4e-3),
         (torch.float32, "bf16", 2e-3, 2e-2),
     ):
         inputs = leaves(tuple(value.to(dtype) for value in exact))
@@ -155,19 +158,101 @@ def test_streaming_is_the_stored_reference(loss: str, n: int, m: int) -> None:
 
 def test_stored_path_is_the_streaming_one() -> None:
     row_keys, column_keys = keys(700, 650, largest=100)
-    scale, bias = torch.tensor(0.2), torch.tensor(-3.0)
-    pairs = expansion.squared_wasserstein(*gaussians(700, 650, 16, dtype=torch.float32))
-    for stored, streamed in (
-        (
-            op.info_nce(pairs, scale, row_keys, column_keys),
-            op.info_nce(pairs, scale, row_keys, column_keys, stored=False),
-        ),
-        (
-            op.pairwise_sigmoid(pairs, scale, bias, row_keys, column_keys),
-            op.pairwise_sigmoid(pairs, scale, bias, row_keys, column_keys, stored=False),
-        ),
+    inputs = leaves((*gaussians(700, 650, 16), *torch.tensor([0.2, -3.0], dtype=torch.float64)))
+    row_keys[3] = 1_000  # without a positive
+    pairs = expansion.squared_wasserstein(*inputs[:4], precision="fp32")
+    for loss in (
+        lambda stored: op.info_nce(pairs, inputs[4], row_keys, column_keys, stored=stored) + 0 * inputs[5],
+        lambda stored: op.pairwise_sigmoid(pairs, inputs[4], inputs[5], row_keys, column_keys, stored=stored),
     ):
-        assert float(stored) == pytest.approx(float(streamed), rel=1e-5)
+        stored, streamed = loss(True), loss(False)
+        torch.testing.assert_close(stored, streamed, rtol=1e-12, atol=0)
+        for ours, theirs in zip(
+            torch.autograd.grad(stored, inputs, retain_graph=True),
+            torch.autograd.grad(streamed, inputs, retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_groups_are_contrasts_of_their_own() -> None:
+    four = leaves(gaussians(90, 80, 6))
+    row_keys, column_keys = keys(90, 80, largest=20)
+    scale = torch.tensor(0.2, dtype=torch.float64)
+    edges = ((0, 0, 0, 7), (0, 33, 7, 50), (33, 40, 50, 50), (40, 90, 50, 80))  # one without rows, one without columns
+    row_groups = torch.cat([torch.full((end - start,), place) for place, (start, end, _, _) in enumerate(edges)])
+    column_groups = torch.cat([torch.full((end - start,), place) for place, (_, _, start, end) in enumerate(edges)])
+    pairs = expansion.squared_wasserstein(*four, precision="fp32")
+    together = op.info_nce(pairs, scale, row_keys, column_keys, row_groups=row_groups, column_groups=column_groups)
+    apart = torch.zeros((), dtype=torch.float64)
+    for start, end, left, right in (edges[1], edges[3]):
+        parts = four[0][start:end], four[1][start:end], four[2][left:right], four[3][left:right]
+        own = expansion.squared_wasserstein(*parts, precision="fp32")
+        apart = apart + op.info_nce(own, scale, row_keys[start:end], column_keys[left:right])
+    assert value_of(together) == pytest.approx(value_of(apart), rel=1e-12)
+    for ours, theirs in zip(gradients(together, four), gradients(apart, four), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+def test_soft_targets_of_a_teacher(weight: float) -> None:
+    row_keys, column_keys = keys(60, 50, largest=9)
+    row_keys[4] = 1_000  # without a positive: left out, whatever the teacher says
+    inputs = leaves((*gaussians(60, 50, 6), torch.tensor(0.3, dtype=torch.float64)))
+    logits = -inputs[4] * reference.squared_wasserstein(*inputs[:4])
+    other = gaussians(60, 50, 4, seed=8)
+    theirs = -0.5 * reference.sampled_distance(*other)
+    wanted = torch.zeros((), dtype=torch.float64)
+    for student, guide, own, opposite in (
+        (logits, theirs, row_keys, column_keys),
+        (logits.T, theirs.T, column_keys, row_keys),
+    ):
+        positive = (own[:, None] == opposite[None]).double()
+        count = positive.sum(1)
+        target = (1 - weight) * positive / count.clamp_min(1)[:, None] + weight * guide.softmax(1)
+        entropy = -(target * student.log_softmax(1)).sum(1)
+        wanted = wanted + 0.5 * entropy[count > 0].mean()
+    pairs = expansion.squared_wasserstein(*inputs[:4], precision="fp32")
+    soft = op.SoftTargets(
+        pairs=expansion.sampled_distance(*other, precision="fp32"),
+        scale=torch.tensor(0.5, dtype=torch.float64),
+        weight=weight,
+    )
+    got = op.info_nce(pairs, inputs[4], row_keys, column_keys, teacher=soft)
+    assert value_of(got) == pytest.approx(value_of(wanted), rel=1e-12)
+    for ours, expected in zip(gradients(got, inputs), gradients(wanted, inputs), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", densities.FORMULAS)
+def test_pairwise_is_the_formula(name: densities.Name) -> None:
+    inputs = leaves(gaussians(37, 70, 5))
+    direct = densities.FORMULAS[name](*inputs)
+    seed = torch.randn(37, 70, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    got = op.pairwise(name, *inputs)
+    torch.testing.assert_close(got, direct, rtol=1e-13, atol=1e-13)
+    for ours, theirs in zip(
+        gradients((got * seed).sum(), inputs), gradients((direct * seed).sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 7, 5000])
+def test_top_k_over_a_gallery_in_chunks(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "TOP_COLUMNS", 50)
+    mean_a, logvar_a, mean_b, logvar_b = gaussians(530, 333, 6)
+    centre = torch.zeros(12, dtype=torch.float64)
+    whole = -reference.squared_wasserstein(mean_a, logvar_a, mean_b, logvar_b)
+    expected, places = whole.topk(min(k, 333), dim=1)
+    chunks = (
+        expansion.squared_wasserstein(mean_a, logvar_a, part, spread, precision="fp32", centre=centre)
+        for part, spread in zip(mean_b.split(100), logvar_b.split(100), strict=True)
+    )
+    at_once = expansion.squared_wasserstein(mean_a, logvar_a, mean_b, logvar_b, precision="fp32")
+    for pairs in (chunks, at_once):
+        values, where = op.top_k(pairs, k)
+        torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-11)
+        assert torch.equal(where, places)
 
 
 def test_a_shift_of_all_means_changes_nothing_in_bf16() -> None:
@@ -231,6 +316,45 @@ def test_bad_input_is_named(change: dict[str, Tensor], message: str) -> None:
         op.info_nce(pairs, torch.tensor(1.0), row_keys, torch.zeros(5, dtype=torch.int64))
 
 
+def test_bad_gaussians_are_named_before_what_was_made_of_them() -> None:
+    four = list(gaussians(4, 5, 3, dtype=torch.float32))
+    row_keys, column_keys, scale = (
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(5, dtype=torch.int64),
+        torch.tensor(1.0),
+    )
+    four[3][2, 1] = -torch.inf
+    with pytest.raises(ValueError, match=r"column logvar holds -inf at \(2, 1\)"):
+        op.info_nce(expansion.sampled_distance(*four), scale, row_keys, column_keys)
+    four[3][2, 1], four[0][1, 2] = 0, torch.nan
+    with pytest.raises(ValueError, match=r"row mean holds nan at \(1, 2\)"):
+        op.info_nce(expansion.squared_wasserstein(*four), scale, row_keys, column_keys)
+    with pytest.raises(ValueError, match=r"row mean holds nan at \(1, 2\)"):
+        op.pairwise("bhattacharyya", *four)
+    with pytest.raises(ValueError, match=r"must be \[N, D\] twice"):
+        expansion.squared_wasserstein(four[0], four[1][:, :2], four[2], four[3])
+    with pytest.raises(ValueError, match=r"column mean is torch\.float64 on cpu, row mean torch\.float32"):
+        expansion.kl_divergence(four[0], four[1], four[2].double(), four[3])
+    with pytest.raises(ValueError, match="similarity 'euclid' is unknown"):
+        op.pairwise("euclid", *four)  # type: ignore[arg-type]
+
+
+def test_bad_groups_teachers_and_k_are_refused() -> None:
+    pairs = expansion.cosine(torch.randn(4, 3), torch.randn(5, 3))
+    scale, four, five = torch.tensor(1.0), torch.zeros(4, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="row_groups decreases at 2"):
+        op.info_nce(pairs, scale, four, five, row_groups=torch.tensor([0, 1, 0, 1]), column_groups=five)
+    with pytest.raises(ValueError, match="groups of one side only"):
+        op.info_nce(pairs, scale, four, five, row_groups=four)
+    soft = op.SoftTargets(pairs=expansion.cosine(torch.randn(4, 3), torch.randn(6, 3)), scale=scale, weight=0.5)
+    with pytest.raises(ValueError, match="teacher has 4 x 6 pairs"):
+        op.info_nce(pairs, scale, four, five, teacher=soft)
+    with pytest.raises(ValueError, match=r"teacher weight 1.5 is not in"):
+        op.info_nce(pairs, scale, four, five, teacher=replace(soft, weight=1.5))
+    with pytest.raises(ValueError, match="k is 0"):
+        op.top_k(pairs, 0)
+
+
 def test_keys_of_another_type_are_refused() -> None:
     pairs = expansion.cosine(torch.randn(4, 3), torch.randn(5, 3))
     with pytest.raises(ValueError, match=r"column_keys is torch.int32"):
@@ -243,6 +367,8 @@ def test_soft_clamp_has_a_gradient_at_the_rails() -> None:
     assert held.detach().min() >= -10 and held.detach().max() <= 10
     assert held[2].item() == pytest.approx(0.0, abs=1e-4)
     assert bool((torch.autograd.grad(held.sum(), value)[0] > 0).all())
+    counted, outside = expansion.hold_logvar(value, *expansion.WIDE_LOGVAR)
+    assert torch.equal(counted, held) and int(outside) == 2
 
 
 def test_memory_grows_with_rows_and_not_with_pairs() -> None:
