@@ -42,7 +42,7 @@ from core.checkpoint_files import (
     sync_folder,
     write_atomically,
 )
-from core.collectives import any_rank, broadcast_json, sum_over_ranks
+from core.collectives import any_rank, broadcast_json, raise_together, sum_over_ranks
 from core.engine import Engine, to_universal
 from core.mirror import Mirror
 from core.models.initialise import load_weights, read_weights
@@ -186,8 +186,8 @@ class Checkpoints:
                 problem = ConfigError(f"{self.folder}: cannot be written ({error.strerror}); choose another --run-dir")
             except RoentgenError as error:
                 problem = error
-        if any_rank(problem is not None, world.device):
-            raise problem or ConfigError(f"{run_dir}: another rank cannot use the run directory")
+        stand_in = ConfigError(f"{run_dir}: another rank cannot use the run directory")
+        raise_together(problem, stand_in, device=world.device)
         if nodes > 1:
             self._refuse_folder_of_two_nodes()
 
@@ -302,14 +302,15 @@ class Checkpoints:
 
     def _fetch_on_other_nodes(self, name: str) -> None:
         """Every node leader has the checkpoint that rank 0 chose, whole, before anything of it is read."""
-        problem = None
+        cause = None
         if self._leads_node and not self.world.is_first:
             try:
-                problem = self._bring(name)
+                cause = self._bring(name)
             except RoentgenError as error:
-                problem = str(error)
-        if any_rank(problem is not None, self.world.device):
-            raise DataError(f"{self.folder}: {name}: {problem or 'could not be brought whole to another node'}")
+                cause = str(error)
+        problem = None if cause is None else DataError(f"{self.folder}: {name}: {cause}")
+        stand_in = DataError(f"{self.folder}: {name}: could not be brought whole to another node")
+        raise_together(problem, stand_in, device=self.world.device)
 
     def _refuse_other_recipe(self, folder: Path, recipe: Mapping[str, Any]) -> None:
         changed = differences(recipe, self._recipe)
@@ -331,19 +332,19 @@ class Checkpoints:
     def _convert(self, folder: Path, size_bytes: int) -> Path:
         """The checkpoint for this number of ranks, converted once per node, in a folder that `resume` removes."""
         target = folder.with_name(f"{folder.name}.tmp-universal")
-        problem = ""
+        problem: RoentgenError | None = None
         if self._leads_node:
             free = shutil.disk_usage(folder).free
             if free < ROOM_FACTOR * size_bytes:
-                problem = (
+                problem = ConfigError(
                     f"{folder}: to resume on {self.world.world_size} ranks it must be converted, which may take "
                     f"{ROOM_FACTOR * size_bytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free"
                 )
             else:
                 shutil.rmtree(target, ignore_errors=True)
                 to_universal(folder / ENGINE, target / ENGINE)
-        if any_rank(bool(problem), self.world.device):
-            raise ConfigError(problem or f"{folder}: another node has no room to convert it")
+        stand_in = ConfigError(f"{folder}: another node has no room to convert it")
+        raise_together(problem, stand_in, device=self.world.device)
         return target
 
     # ---- saving ----

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.tasks import Gathered
+from shards.errors import RoentgenError
 
 
 def world_size() -> int:
@@ -100,6 +101,17 @@ def any_rank(flag: bool, device: torch.device | None = None) -> bool:
     vote = torch.tensor([int(flag)], dtype=torch.int32, device=device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())
+
+
+def raise_together(
+    problem: RoentgenError | None, otherwise: RoentgenError, *, device: torch.device | None = None
+) -> None:
+    """One rank's problem ends all: it raises its own, the ranks without one raise `otherwise`. Collective.
+
+    Nothing is raised where no rank has a problem. `device`: as for `any_rank`.
+    """
+    if any_rank(problem is not None, device):
+        raise problem or otherwise
 
 
 def broadcast_json(value: Any, device: torch.device) -> Any:

@@ -29,7 +29,7 @@ from configs import prompts, schema
 from configs.schema import TrainConfig
 from core.checkpoint import Checkpoints, TrainState, local_folder
 from core.checkpoint_files import write_atomically
-from core.collectives import any_rank
+from core.collectives import raise_together
 from core.engine import Engine, join_world, leave_world
 from core.evaluation.embed import Encoders, embed_split
 from core.evaluation.retrieval import Retrieval
@@ -162,10 +162,13 @@ def _uploader(run_dir: str, folder: Path, events: Events, world: World) -> Uploa
             uploader = Uploader(run_dir, folder, world, events.write)
         except RoentgenError as error:
             problem = error
-    if any_rank(problem is not None, world.device):
+    try:
+        stand_in = ConfigError(f"{run_dir}: another rank cannot use the run directory")
+        raise_together(problem, stand_in, device=world.device)
+    except RoentgenError:
         if uploader is not None:
             uploader.close()
-        raise problem or ConfigError(f"{run_dir}: another rank cannot use the run directory")
+        raise
     return uploader
 
 
@@ -259,8 +262,7 @@ def _tokenizer(config: TrainConfig, run_dir: str, folder: Path, world: World) ->
             _make_tokenizer(config, run_dir, path)
         except RoentgenError as error:
             problem = error
-    if any_rank(problem is not None, world.device):
-        raise problem or ConfigError("rank 0 has no tokenizer")
+    raise_together(problem, ConfigError("rank 0 has no tokenizer"), device=world.device)
     return load_tokenizer(path)
 
 
