@@ -45,6 +45,7 @@ NEUTRAL = (
     "trainer.best_metric",
     "trainer.best_is",
     "engine.micro_batch",
+    "engine.exchange",
     "engine.activation_checkpointing",
     "data.train",
     "data.validation",

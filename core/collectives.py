@@ -1,21 +1,25 @@
-"""Communication between ranks: row gathers with their exact gradient, sums, votes, and rank 0's word.
+"""Communication between ranks: rows gathered, summed and passed round a ring, sums, votes, and rank 0's word.
 
 With one process, or before a process group exists, every function is the identity. All ranks must call each of them in
 the same order. What it does not do: decide who computes what; the losses own that.
 
-Letters: W = ranks, b = rows of one rank, B = W * b rows of the global batch.
+Ranks may have different numbers of rows, none included, where `counts` says how many each has; rows travel padded to
+the largest.
+
+Letters: W = ranks, b = rows of one rank, B = rows of all ranks.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.tasks import Gathered
+from core.tasks import Exchange, Gathered
 from shards.errors import RoentgenError
 
 
@@ -39,6 +43,76 @@ def _gather(x: Tensor) -> Tensor:
     return received
 
 
+def row_counts(rows: int, device: torch.device) -> tuple[int, ...]:
+    """Rows of every rank, in rank order; waits for the device. `device`: where the backend wants its tensors."""
+    if world_size() == 1:
+        return (rows,)
+    return tuple(_gather(torch.tensor([rows], device=device)).tolist())
+
+
+def gather_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """[b, ...] on each rank -> [sum of counts, ...] on all, in rank order, without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    most = max(1, *counts)
+    received = _gather(padded(x.detach(), most))
+    if min(counts) == most:
+        return received
+    return torch.cat([piece[:count] for piece, count in zip(received.split(most), counts, strict=True)])
+
+
+def sum_to_owners(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """What all ranks say about all rows, [sum of counts, ...] -> what they say together about own rows [b, ...]."""
+    if world_size() == 1:
+        return x
+    # fp32 at least: a sum over many ranks in bf16 would lose the small shares.
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    if dist.get_backend() == "nccl":
+        most = max(1, *counts)
+        sent = torch.cat([padded(piece, most) for piece in wide.split(list(counts))])
+        own = sent.new_empty((most, *sent.shape[1:]))
+        dist.reduce_scatter_tensor(own, sent)
+        return own[: counts[rank()]].to(x.dtype)
+    # gloo's all-reduce adds in an order fixed by the number of ranks alone; its reduce-scatter is this too.
+    wide = wide.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(wide)
+    return wide.split(list(counts))[rank()].to(x.dtype)
+
+
+def padded(x: Tensor, rows: int) -> Tensor:
+    """[b, ...] -> [rows, ...] with zeros at the end."""
+    return x if len(x) == rows else torch.cat([x, x.new_zeros((rows - len(x), *x.shape[1:]))])
+
+
+def pass_on(tensors: Sequence[Tensor], *, tag: int) -> Callable[[], list[Tensor]]:
+    """Start to send tensors to the next rank; the result, once called, waits for those of the rank before.
+
+    Their shapes are alike on all ranks. `tag` tells messages under way at the same time apart.
+    """
+    if not tensors:
+        return list
+    after, before = (rank() + 1) % world_size(), (rank() - 1) % world_size()
+    sent = [tensor.contiguous() for tensor in tensors]
+    received = [torch.empty_like(tensor) for tensor in sent]
+    operations = [
+        operation
+        for place, (going, coming) in enumerate(zip(sent, received, strict=True))
+        for operation in (
+            dist.P2POp(dist.isend, going, after, tag=tag + place),
+            dist.P2POp(dist.irecv, coming, before, tag=tag + place),
+        )
+    ]
+    under_way = dist.batch_isend_irecv(operations)
+
+    def wait() -> list[Tensor]:
+        for work in under_way:
+            work.wait()
+        sent.clear()  # until here the backend read from them
+        return received
+
+    return wait
+
+
 class _AllGatherRows(torch.autograd.Function):
     """Backward sums what each rank's share says about this rank's rows: the exact gradient of the summed shares."""
 
@@ -49,17 +123,7 @@ class _AllGatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        # fp32 at least: a sum over many ranks in bf16 would lose the small shares.
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
-        if dist.get_backend() == "nccl":
-            own = wide.new_empty((ctx.rows, *wide.shape[1:]))
-            dist.reduce_scatter_tensor(own, wide)
-        else:
-            # gloo's all-reduce adds in an order fixed by the number of ranks alone; its reduce-scatter is this too.
-            wide = wide.clone() if wide.data_ptr() == grad.data_ptr() else wide
-            dist.all_reduce(wide)
-            own = wide[rank() * ctx.rows : (rank() + 1) * ctx.rows]
-        return own.to(grad.dtype)
+        return sum_to_owners(grad, [ctx.rows] * world_size())
 
 
 def all_gather_rows(x: Tensor) -> Tensor:
@@ -76,12 +140,32 @@ def all_gather_rows(x: Tensor) -> Tensor:
     return _gather(x)
 
 
-def gather(tensors: dict[str, Tensor]) -> Gathered:
-    """`Encoded.gather` of this rank -> the global batch. Tensors travel in sorted order of name, alike on all ranks."""
+class _Everyone(Mapping[str, Tensor]):
+    """Own rows by name -> those of all ranks, gathered when they are first asked for."""
+
+    def __init__(self, own: Mapping[str, Tensor]) -> None:
+        self._own = own
+        self._gathered: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._gathered:
+            self._gathered[name] = all_gather_rows(self._own[name])
+        return self._gathered[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+
+def gather(tensors: dict[str, Tensor], *, exchange: Exchange = "gather") -> Gathered:
+    """`Encoded.gather` of this rank -> the global batch; every rank has the same number of rows, void ones included."""
     rows = {tensor.shape[0] for tensor in tensors.values()}
     assert len(rows) == 1, f"tensors to gather differ in rows: { ({k: tuple(v.shape) for k, v in tensors.items()}) }"
-    everyone = {name: all_gather_rows(tensors[name]) for name in sorted(tensors)}
-    return Gathered(own=tensors, all=everyone, offset=rank() * rows.pop())
+    return Gathered(
+        own=tensors, all=_Everyone(tensors), offset=rank() * rows.pop(), ranks=world_size(), exchange=exchange
+    )
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

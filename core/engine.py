@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from core import collectives
 from core.optim import OptimConfig, schedule_factor
 from core.optim import build as build_optimizer
-from core.tasks import Encoded, LossOutput, Task
+from core.tasks import Encoded, Exchange, LossOutput, Task
 from core.world import World
 from shards.batch import FIELDS, Batch
 from shards.errors import ConfigError, NonFiniteError
@@ -69,12 +69,15 @@ class EngineConfig:
     batch. None: one pass.
     `precision`: `fp32`; `bf16`: fp32 parameters, bf16 products (autocast); `bf16_master`: bf16 parameters with fp32
     master weights in the optimizer (needs ZeRO).
+    `exchange`: how a loss over all pairs reaches the rows of other ranks. `gather`: every rank holds all columns.
+    `ring`: one rank's columns at a time, which travel from rank to rank; for batches whose columns do not fit.
     `deepspeed`: any other DeepSpeed option, merged last.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16", "bf16_master"] = "bf16"
     micro_batch: int | None = None
+    exchange: Exchange = "gather"
     gradient_clipping: float = 1.0
     activation_checkpointing: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -86,6 +89,8 @@ class EngineConfig:
             raise ConfigError(f"engine.precision={self.precision!r} is unknown; use fp32, bf16 or bf16_master")
         if self.precision == "bf16_master" and self.zero_stage == 0:
             raise ConfigError("engine.precision='bf16_master' keeps its fp32 weights in ZeRO; set engine.zero_stage=1")
+        if self.exchange not in ("gather", "ring"):
+            raise ConfigError(f"engine.exchange={self.exchange!r} is unknown; use gather or ring")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ConfigError(f"engine.micro_batch={self.micro_batch} must be at least 1; None encodes in one pass")
         if not self.gradient_clipping >= 0:
@@ -431,7 +436,8 @@ class Engine:
 
     def _objective(self, task: Task, encoded: Encoded) -> LossOutput:
         with torch.autocast(self.world.device.type, enabled=False):  # logits and losses are fp32
-            return task.objective(collectives.gather(encoded.gather), encoded.local)
+            gathered = collectives.gather(encoded.gather, exchange=self.config.exchange)
+            return task.objective(gathered, encoded.local)
 
     def _backward(self, share: Tensor, *, boundary: bool = True) -> None:
         self._engine.set_gradient_accumulation_boundary(boundary)

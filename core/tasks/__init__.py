@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from shards.batch import Batch
+
+# How a loss over all pairs of the global batch reaches the rows of other ranks (core.losses.contrast).
+Exchange = Literal["gather", "ring"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
     """What one (micro-)batch contributes. b = studies of the (micro-)batch.
 
-    `gather`: tensors [b, ...] that every rank needs from every other (embeddings in fp32, integer keys, `valid`).
+    `gather`: tensors [b, ...] that ranks need from each other (embeddings in fp32, integer keys, `valid`).
     `local`: per-study losses [b] that need no other study, 0 in void slots; averaged over the global valid count.
     """
 
@@ -25,11 +29,17 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """The global batch: `own` this rank's rows [b, ...], `all` everyone's [B, ...]; own = all[offset:offset + b]."""
+    """The global batch: `own` this rank's rows [b, ...], `all` everyone's [B, ...]; own = all[offset:offset + b].
+
+    A tensor of `all` travels when it is first read, so every rank must read the same ones in the same order. Losses
+    over all pairs do not read it: they exchange what they need, the way that `exchange` says. `ranks`: how many.
+    """
 
     own: dict[str, Tensor]
-    all: dict[str, Tensor]
+    all: Mapping[str, Tensor]
     offset: int
+    ranks: int
+    exchange: Exchange = "gather"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +55,8 @@ class LossOutput:
 
 
 def share_of_constant(value: Tensor, gathered: Gathered) -> Tensor:
-    """This rank's share of a metric that is equal on all ranks: `value []` times own rows over all rows, detached."""
-    own = next(iter(gathered.own.values()))
-    everyone = gathered.all[next(iter(gathered.own))]
-    return value.detach() * (own.shape[0] / max(1, everyone.shape[0]))
+    """This rank's share of a metric `value []` that is equal on all ranks, detached."""
+    return value.detach() / gathered.ranks
 
 
 class Task(nn.Module, ABC):

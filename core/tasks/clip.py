@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from core.losses.clip import clip
+from core.losses import contrast
 from core.models.heads import LogitScale
 from core.models.initialise import draw_weights
 from core.tasks import Gathered, LossOutput, share_of_constant
@@ -34,24 +34,13 @@ class CLIP(TwoTowerTask):
         draw_weights(self, seed)
 
     def objective(self, gathered: Gathered, local: dict[str, Tensor]) -> LossOutput:
-        own, everyone = gathered.own, gathered.all
         scale = self.logit_scale()
-        image_to_text, text_to_image = clip(
-            own["image_embeds"],
-            own["text_embeds"],
-            everyone["image_embeds"],
-            everyone["text_embeds"],
-            scale,
-            own_key=own["report_key"],
-            all_key=everyone["report_key"],
-            own_valid=own["valid"],
-            all_valid=everyone["valid"],
-        )
+        shares = contrast.info_nce(gathered, scale=scale)
         return LossOutput(
-            loss=0.5 * (image_to_text + text_to_image),
+            loss=shares.loss,
             metrics={
-                "loss/image_to_text": image_to_text.detach(),
-                "loss/text_to_image": text_to_image.detach(),
+                "loss/image_to_text": shares.row_to_column,
+                "loss/text_to_image": shares.column_to_row,
                 "optim/logit_scale": share_of_constant(scale, gathered),
             },
         )

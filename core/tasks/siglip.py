@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from core.losses.siglip import siglip
+from core.losses import contrast
 from core.models.heads import LogitBias, LogitScale
 from core.models.initialise import draw_weights
 from core.tasks import Gathered, LossOutput, share_of_constant
@@ -37,18 +37,8 @@ class SigLIP(TwoTowerTask):
         draw_weights(self, seed)
 
     def objective(self, gathered: Gathered, local: dict[str, Tensor]) -> LossOutput:
-        own, everyone = gathered.own, gathered.all
         scale, bias = self.logit_scale(), self.logit_bias()
-        loss = siglip(
-            own["image_embeds"],
-            everyone["text_embeds"],
-            scale,
-            bias,
-            own_key=own["report_key"],
-            all_key=everyone["report_key"],
-            own_valid=own["valid"],
-            all_valid=everyone["valid"],
-        )
+        loss = contrast.pairwise_sigmoid(gathered, scale=scale, bias=bias)
         return LossOutput(
             loss=loss,
             metrics={

@@ -119,7 +119,12 @@ def jeffreys_divergence(mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar
 
 def cosine(a: Tensor, b: Tensor, *, precision: Precision = "bf16") -> Expansion:
     """Cosine of embeddings [N, D] and [M, D] that are no distributions: CLIP's similarity."""
-    rows, columns = (_straight_through(normalize(each, dim=1), precision) for each in (a, b))
+    return inner_product(normalize(a, dim=1), normalize(b, dim=1), precision=precision)
+
+
+def inner_product(a: Tensor, b: Tensor, *, precision: Precision = "bf16") -> Expansion:
+    """Of vectors [N, D] and [M, D] as they come: the cosine of those that have length 1 already."""
+    rows, columns = _straight_through(a, precision), _straight_through(b, precision)
     return Expansion(
         rows=rows,
         columns=columns,

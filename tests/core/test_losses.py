@@ -1,170 +1,300 @@
-"""CLIP and SigLIP losses against dense fp64 formulas, and one rank against several."""
+"""Losses over all pairs against stored fp64 formulas: alone, over 2 and 4 ranks, both ways to meet their columns."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from core.losses import clip as clip_module
-from core.losses.clip import clip, rows_per_block
-from core.losses.siglip import siglip
+from core import collectives
+from core.losses import contrast
+from core.tasks import Gathered
+from kernels.gaussian_similarity import blocked, reference
+from tests.distributed import run_distributed
 
+LOSSES = ("info_nce", "pairwise_sigmoid")
+SIMILARITIES: tuple[contrast.Similarity, ...] = ("cosine", "wasserstein", "sampled")
 SIZES = [(1, 3), (5, 4), (13, 7), (33, 17)]
+Inputs = dict[str, Tensor]  # embeddings, means and log-variances [B, E], scale [] and bias []
 
 
-def embeddings(rows: int, size: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(rows, size, generator=generator, dtype=torch.float64), dim=1)
+def inputs_of(rows: int, size: int, *, dtype: torch.dtype = torch.float64) -> Inputs:
+    generator = torch.Generator().manual_seed(rows)
+    found: Inputs = {}
+    for side in ("image", "text"):
+        mean, spread = (torch.randn(rows, size, generator=generator, dtype=torch.float64) for _ in range(2))
+        found[f"{side}_embeds"] = F.normalize(mean, dim=1)
+        found[f"{side}_mean"], found[f"{side}_logvar"] = 0.5 * mean + 0.3, 0.4 * spread - 1.0
+    found["scale"] = torch.tensor(0.9, dtype=torch.float64)
+    found["bias"] = torch.tensor(-1.2, dtype=torch.float64)
+    return {name: value.to(dtype) for name, value in found.items()}
 
 
-def keys_and_valid(rows: int, case: str) -> tuple[torch.Tensor, torch.Tensor]:
+def keys_and_valid(rows: int, case: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows)
     key = torch.arange(rows)
     valid = torch.ones(rows, dtype=torch.bool)
-    if case == "repeated":
+    if case in ("repeated", "void"):
         key = torch.randint(0, max(1, rows // 2), (rows,), generator=generator)
     elif case == "all_equal":
         key = torch.full((rows,), 7)
-    elif case == "void":
-        key = torch.randint(0, max(1, rows // 2), (rows,), generator=generator)
+    if case == "void":
         valid = torch.rand(rows, generator=generator) < 0.6
     elif case == "none_valid":
         valid = torch.zeros(rows, dtype=torch.bool)
     return key, valid
 
 
-def dense_clip(image, text, scale, key, valid):  # type: ignore[no-untyped-def]
-    """The definition on the valid rows alone, [n, n] and all."""
-    image, text, key = image[valid], text[valid], key[valid]
-    if not len(key):
-        return (image.sum() + text.sum() + scale) * 0
-    logits = scale * image @ text.T
-    target = (key[:, None] == key[None, :]).to(logits.dtype)
-    target = target / target.sum(1, keepdim=True)
-    rows = -(target * logits.log_softmax(1)).sum(1).mean()
-    columns = -(target * logits.T.log_softmax(1)).sum(1).mean()
-    return 0.5 * (rows + columns)
+def leaves(inputs: Inputs) -> Inputs:
+    return {name: value.clone().requires_grad_() for name, value in inputs.items()}
 
 
-def dense_siglip(image, text, scale, bias, key, valid):  # type: ignore[no-untyped-def]
-    image, text, key = image[valid], text[valid], key[valid]
-    if not len(key):
-        return (image.sum() + text.sum() + scale + bias) * 0
-    sign = 2.0 * (key[:, None] == key[None, :]) - 1.0
-    return -F.logsigmoid(sign * (scale * image @ text.T + bias)).sum() / len(key)
+def dense(loss: str, similarity: str, inputs: Inputs, key: Tensor, valid: Tensor) -> Tensor:
+    """The definition on the valid rows alone, stored."""
+    if not valid.any():
+        return sum((value.sum() for value in inputs.values()), torch.zeros(())) * 0
+    kept = {name: value[valid] if value.ndim else value for name, value in inputs.items()}
+    if similarity == "cosine":
+        pairs = kept["image_embeds"] @ kept["text_embeds"].T
+    else:
+        four = [kept[f"{side}_{part}"] for side in ("image", "text") for part in ("mean", "logvar")]
+        formula = reference.squared_wasserstein if similarity == "wasserstein" else reference.sampled_distance
+        pairs = -formula(*four)
+    logits = kept["scale"] * pairs
+    if loss == "info_nce":
+        return reference.info_nce(logits, key[valid], key[valid])
+    return reference.pairwise_sigmoid(logits + kept["bias"], key[valid], key[valid])
+
+
+def share(loss: str, similarity: Any, inputs: Inputs, key: Tensor, valid: Tensor, exchange: Any, **more: Any) -> Tensor:
+    rows = {name: value for name, value in inputs.items() if value.ndim}
+    gathered = collectives.gather({**rows, "report_key": key, "valid": valid}, exchange=exchange)
+    if loss == "info_nce":
+        return contrast.info_nce(gathered, scale=inputs["scale"], similarity=similarity, **more).loss
+    return contrast.pairwise_sigmoid(
+        gathered, scale=inputs["scale"], bias=inputs["bias"], similarity=similarity, **more
+    )
+
+
+def gradients(loss: Tensor, inputs: Inputs) -> Inputs:
+    found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(inputs, found, strict=True))
 
 
 @pytest.mark.parametrize(("rows", "size"), SIZES)
 @pytest.mark.parametrize("case", ["distinct", "repeated", "all_equal", "void", "none_valid"])
-@pytest.mark.parametrize("block_rows", [1, 4, None])
-@pytest.mark.parametrize("which", ["clip", "siglip"])
-def test_loss_and_gradients_equal_the_dense_formula(which: str, rows: int, size: int, case: str, block_rows) -> None:
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss_and_gradients_equal_the_dense_formula(
+    loss: str, similarity: str, rows: int, size: int, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked, "TILE_ROWS", 4)
+    monkeypatch.setattr(blocked, "TILE_COLUMNS", 5)
     key, valid = keys_and_valid(rows, case)
-    inputs = [embeddings(rows, size, 1), embeddings(rows, size, 2), torch.tensor(9.3).double()]
-    if which == "siglip":
-        inputs.append(torch.tensor(-4.2).double())
-    expected_inputs = [x.clone().requires_grad_() for x in inputs]
-    expected = (dense_clip if which == "clip" else dense_siglip)(*expected_inputs, key, valid)
-    expected.backward()
-
-    given = [x.clone().requires_grad_() for x in inputs]
-    shared = {"own_key": key, "all_key": key, "own_valid": valid, "all_valid": valid, "block_rows": block_rows}
-    if which == "clip":
-        image, text, scale = given
-        first, second = clip(image, text, image, text, scale, **shared)
-        loss = 0.5 * (first + second)
-    else:
-        loss = siglip(*given, **shared)
-    loss.backward()
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
-    for ours, reference in zip(given, expected_inputs, strict=True):
-        torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-10, atol=1e-12)
+    wanted = leaves(inputs_of(rows, size))
+    expected = dense(loss, similarity, wanted, key, valid)
+    given = leaves(inputs_of(rows, size))
+    found = share(loss, similarity, given, key, valid, "gather", precision="fp32")
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, check_dtype=False)
+    of_given, of_wanted = gradients(found, given), gradients(expected, wanted)
+    for name in given:
+        torch.testing.assert_close(of_given[name], of_wanted[name], rtol=1e-10, atol=1e-12)
     if case == "none_valid":
-        assert loss.item() == 0 and all(x.grad is not None and not x.grad.any() for x in given)
+        assert found.item() == 0 and not any(value.any() for value in of_given.values())
 
 
-@pytest.mark.parametrize("which", ["clip", "siglip"])
-def test_shares_of_ranks_add_up(which: str) -> None:
-    """Three ranks' row-local shares are the loss of the joined batch; gradients too."""
-    rows, size = 12, 5
-    key, valid = keys_and_valid(rows, "void")
-    image, text = embeddings(rows, size, 3).requires_grad_(), embeddings(rows, size, 4).requires_grad_()
-    scale, bias = torch.tensor(5.0).double().requires_grad_(), torch.tensor(-1.0).double().requires_grad_()
-    total = torch.zeros((), dtype=torch.float64)
-    for start in range(0, rows, 4):
-        own = slice(start, start + 4)
-        shared = {"own_key": key[own], "all_key": key, "own_valid": valid[own], "all_valid": valid}
-        if which == "clip":
-            total = total + 0.5 * sum(clip(image[own], text[own], image, text, scale, **shared))
-        else:
-            total = total + siglip(image[own], text, scale, bias, **shared)
-    inputs = [image, text, scale] if which == "clip" else [image, text, scale, bias]
-    found = torch.autograd.grad(total, inputs)
-    expected = dense_clip(*inputs, key, valid) if which == "clip" else dense_siglip(*inputs, key, valid)
-    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
-    for ours, reference in zip(found, torch.autograd.grad(expected, inputs), strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-12)
+# ---- over ranks: rows of the 13 studies that each rank holds; the fourth study is void ----
+
+SPLITS = {1: ((13,),), 2: ((7, 6), (13, 0)), 4: ((4, 3, 3, 3), (6, 0, 2, 5))}
+STUDIES, SIZE = 13, 6
 
 
-@pytest.mark.parametrize("which", ["clip", "siglip"])
-def test_void_rows_may_hold_anything(which: str) -> None:
-    rows = 6
-    key, valid = torch.arange(rows), torch.tensor([1, 1, 0, 1, 0, 1]).bool()
-    image, text = embeddings(rows, 4, 5), embeddings(rows, 4, 6)
-    image[2], text[4] = torch.nan, torch.inf
-    image.requires_grad_()
-    shared = {"own_key": key, "all_key": key, "own_valid": valid, "all_valid": valid}
-    scale = torch.tensor(8.0).double()
-    if which == "clip":
-        loss = sum(clip(image, text, image, text, scale, **shared))
-    else:
-        loss = siglip(image, text, scale, torch.tensor(0.0).double(), **shared)
-    (gradient,) = torch.autograd.grad(loss, image)
-    assert torch.isfinite(loss) and torch.isfinite(gradient).all() and not gradient[2].any()
+def studies() -> tuple[Tensor, Tensor]:
+    key, valid = keys_and_valid(STUDIES, "repeated")
+    return key, valid & (torch.arange(STUDIES) != 3)
+
+
+def on_rank(rank: int, world_size: int) -> dict[str, Any]:
+    """Share and gradients of own rows of every case, those of the scale and the bias as this rank's share."""
+    key, valid = studies()
+    found: dict[str, Any] = {}
+    cases = product(LOSSES, SIMILARITIES, ("gather", "ring"), SPLITS[world_size], ("float32", "float64"))
+    for loss, similarity, exchange, split, dtype in cases:
+        own = slice(sum(split[:rank]), sum(split[: rank + 1]))
+        whole = inputs_of(STUDIES, SIZE, dtype=getattr(torch, dtype))
+        inputs = leaves({name: value[own] if value.ndim else value for name, value in whole.items()})
+        result = share(loss, similarity, inputs, key[own], valid[own], exchange, precision="fp32")
+        case = (loss, similarity, exchange, split, dtype)
+        found[case] = {"loss": result.item()} | {
+            name: value.numpy() for name, value in gradients(result, inputs).items()
+        }
+    none = torch.zeros(3, dtype=torch.bool)
+    for loss, exchange in product(LOSSES, ("gather", "ring")):
+        inputs = leaves(inputs_of(3, SIZE))
+        result = share(loss, "wasserstein", inputs, torch.arange(3), none, exchange)
+        largest = max(float(value.abs().max()) for value in gradients(result, inputs).values())
+        found["nothing valid", loss, exchange] = (result.item(), largest)
+    inputs = inputs_of(STUDIES, SIZE, dtype=torch.float32)
+    rounded = [
+        share("info_nce", "wasserstein", rows_of(inputs, rank, world_size), *split_studies(rank, world_size), exchange)
+        for exchange in ("gather", "ring")
+    ]
+    found["rounded"] = [float(collectives.sum_over_ranks(each)) for each in rounded]
+    return found
+
+
+def rows_of(inputs: Inputs, rank: int, world_size: int) -> Inputs:
+    return {name: value[rank::world_size] if value.ndim else value for name, value in inputs.items()}
+
+
+def split_studies(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    key, valid = studies()
+    return key[rank::world_size], valid[rank::world_size]
+
+
+def joined(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All embeddings' gradients as one vector, since what cancels in one tensor does so at the size of the others."""
+    embeddings = np.concatenate([value.ravel() for value in found.values() if value.ndim])
+    return {"embeddings": embeddings} | {name: value for name, value in found.items() if not value.ndim}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_any_number_of_ranks_gives_the_dense_loss_and_gradients(world_size: int) -> None:
+    """Both exchanges, ranks of different numbers of rows, one of them without any."""
+    ranks = [on_rank(0, 1)] if world_size == 1 else run_distributed(on_rank, world_size)
+    key, valid = studies()
+    for case in (case for case in ranks[0] if len(case) == 5):
+        loss, similarity, _, _, dtype = case
+        bound = 1e-6 if dtype == "float32" else 1e-13
+        given = inputs_of(STUDIES, SIZE, dtype=getattr(torch, dtype))
+        wanted = leaves({name: value.double() for name, value in given.items()})
+        expected = dense(loss, similarity, wanted, key, valid)
+        total = sum(rank[case]["loss"] for rank in ranks)
+        assert total == pytest.approx(expected.item(), rel=bound), case
+        exact = {name: value.numpy() for name, value in gradients(expected, wanted).items()}
+        found = {
+            name: (np.concatenate if value.ndim else sum)([rank[case][name] for rank in ranks])
+            for name, value in exact.items()
+        }
+        for name, value in joined(exact).items():
+            error = np.linalg.norm(joined(found)[name] - value)
+            assert error <= bound * np.linalg.norm(value), (case, name, error)
+    for rank in ranks:
+        for loss, exchange in product(LOSSES, ("gather", "ring")):
+            assert rank["nothing valid", loss, exchange] == (0.0, 0.0)
+        # Columns that travel in two bytes are the ones that were rounded: no ring, no rank changes a value.
+        alone = share("info_nce", "wasserstein", inputs_of(STUDIES, SIZE, dtype=torch.float32), key, valid, "gather")
+        assert rank["rounded"] == pytest.approx([alone.item()] * 2, rel=1e-6)
+
+
+# ---- one process ----
+
+
+def paired(rows: int, size: int, **changed: Tensor) -> Gathered:
+    inputs = inputs_of(rows, size, dtype=torch.float32)
+    rows_only = {name: value for name, value in inputs.items() if value.ndim}
+    more = {"report_key": torch.arange(rows), "valid": torch.ones(rows, dtype=torch.bool)}
+    return collectives.gather({**rows_only, **more, **changed})
+
+
+def both(gathered: Gathered, similarity: contrast.Similarity = "cosine") -> list[Tensor]:
+    scale, bias = torch.tensor(8.0), torch.tensor(-1.0)
+    return [
+        contrast.info_nce(gathered, scale=scale, similarity=similarity).loss,
+        contrast.pairwise_sigmoid(gathered, scale=scale, bias=bias, similarity=similarity),
+    ]
+
+
+def test_directions_are_the_halves_of_the_loss() -> None:
+    """Rows and columns that differ in what they find: three images of one place, one text apart."""
+    gathered = paired(7, 4)
+    shares = contrast.info_nce(gathered, scale=torch.tensor(8.0))
+    logits = 8.0 * gathered.own["image_embeds"] @ gathered.own["text_embeds"].T
+    target = torch.arange(7)
+    torch.testing.assert_close(shares.row_to_column, F.cross_entropy(logits, target), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(shares.column_to_row, F.cross_entropy(logits.T, target), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(shares.loss, (shares.row_to_column + shares.column_to_row) / 2)
+    assert not shares.row_to_column.requires_grad
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_void_rows_may_hold_anything(similarity: contrast.Similarity) -> None:
+    valid = torch.tensor([1, 1, 0, 1, 0, 1]).bool()
+    clean = paired(6, 4, valid=valid)
+    spoilt = {name: value.clone() for name, value in clean.own.items()}
+    for name, value in spoilt.items():
+        if value.is_floating_point():
+            value[2], value[4] = torch.nan, torch.inf
+            spoilt[name] = value.requires_grad_()
+    for ours, wanted in zip(both(collectives.gather(spoilt), similarity), both(clean, similarity), strict=True):
+        assert torch.equal(ours, wanted)
+        used = [value for value in spoilt.values() if value.requires_grad]
+        for gradient in torch.autograd.grad(ours, used, allow_unused=True):
+            assert gradient is None or (gradient.isfinite().all() and not gradient[~valid].any())
+
+
+def test_a_valid_row_that_is_not_finite_is_left_for_the_engine_to_see() -> None:
+    gathered = paired(5, 4)
+    gathered.own["image_embeds"][1] = torch.nan
+    assert all(torch.isnan(loss) for loss in both(gathered))
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_a_shift_of_all_means_changes_nothing(similarity: contrast.Similarity) -> None:
+    """The common centre is taken off before values are rounded to bf16."""
+    gathered = paired(40, 32)
+    moved = {name: value + 50.0 if name.endswith("_mean") else value for name, value in gathered.own.items()}
+    for ours, wanted in zip(both(collectives.gather(moved), similarity), both(gathered, similarity), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_loss_is_fp32_under_autocast_and_for_half_input() -> None:
-    image, text = embeddings(8, 16, 7).float(), embeddings(8, 16, 8).float()
-    key, valid = torch.arange(8), torch.ones(8, dtype=torch.bool)
-    shared = {"own_key": key, "all_key": key, "own_valid": valid, "all_valid": valid}
-    plain = clip(image, text, image, text, torch.tensor(50.0), **shared)
+    gathered = paired(8, 16)
+    plain = both(gathered)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = clip(image, text, image, text, torch.tensor(50.0), **shared)
-    assert torch.equal(plain[0], cast[0]) and torch.equal(plain[1], cast[1])
-    half = clip(image.bfloat16(), text.bfloat16(), image.bfloat16(), text.bfloat16(), torch.tensor(50.0), **shared)
-    assert half[0].dtype is torch.float32
+        cast = both(gathered)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in gathered.own.items()}
+    assert all(loss.dtype is torch.float32 for loss in both(collectives.gather(half)))
 
 
-def test_what_backward_keeps_is_linear_in_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_what_backward_keeps_is_linear_in_the_batch(similarity: contrast.Similarity) -> None:
     """No tensor of the size of the logits lives on after forward, at any number of rows."""
-    monkeypatch.setattr(clip_module, "BLOCK_ELEMENTS", 1 << 10)
     rows, size = 512, 4
     kept: list[int] = []
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
+    def keep(x: Tensor) -> Tensor:
         kept.append(x.numel())
         return x
 
-    image, text = (embeddings(rows, size, seed).float().requires_grad_() for seed in (9, 10))
-    key, valid = torch.arange(rows), torch.ones(rows, dtype=torch.bool)
-    shared = {"own_key": key, "all_key": key, "own_valid": valid, "all_valid": valid}
+    gathered = paired(rows, size)
+    for value in gathered.own.values():
+        value.requires_grad_(value.is_floating_point())
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        sum(clip(image, text, image, text, torch.tensor(5.0), **shared))
-        siglip(image, text, torch.tensor(5.0), torch.tensor(0.0), **shared)
-    assert kept and max(kept) <= rows * size
+        both(gathered, similarity)
+    assert kept and max(kept) <= 2 * rows * size
 
 
-def test_no_gradient_is_formed_without_need() -> None:
-    image, text = embeddings(4, 3, 11), embeddings(4, 3, 12)
-    key, valid = torch.arange(4), torch.ones(4, dtype=torch.bool)
-    shared = {"own_key": key, "all_key": key, "own_valid": valid, "all_valid": valid}
+def test_no_graph_is_kept_without_need() -> None:
+    gathered = paired(4, 3)
+    gathered.own["image_embeds"].requires_grad_()
     with torch.no_grad():
-        loss = siglip(image, text, torch.tensor(1.0), torch.tensor(0.0), **shared)
-    assert not loss.requires_grad
+        assert not any(loss.requires_grad for loss in both(gathered))
 
 
-def test_block_rows() -> None:
-    assert rows_per_block(0) == 1 << 22
-    assert rows_per_block(1 << 23) == 1
-    assert rows_per_block(1024, block_elements=4096) == 4
+def test_a_key_of_another_name_and_sides_of_other_names() -> None:
+    gathered = paired(6, 4, finding_key=torch.tensor([0, 0, 1, 1, 2, 3]))
+    own = {**gathered.own, "study_embeds": gathered.own["image_embeds"]}
+    chosen: dict[str, Any] = {"row": "study", "column": "text", "key": "finding_key"}
+    renamed = contrast.info_nce(collectives.gather(own), scale=torch.tensor(8.0), **chosen).loss
+    by_report: Callable[..., Any] = contrast.info_nce
+    same_key = collectives.gather({**gathered.own, "report_key": gathered.own["finding_key"]})
+    assert torch.equal(renamed, by_report(same_key, scale=torch.tensor(8.0)).loss)
+    assert not torch.equal(renamed, by_report(gathered, scale=torch.tensor(8.0)).loss)
