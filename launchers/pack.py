@@ -107,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
         "--degraded", type=float, default=0.0, metavar="SHARE",
         help="of the studies have a bad image, mild to useless, and a report hedged for it (%(default)s)",
     )  # fmt: skip
+    phantom.add_argument("--structured", action="store_true", help="write structured reports, too")
 
     shards = result.add_argument_group("shards")
     shards.add_argument("--shard-bytes", type=int, default=64 << 20, help="a shard ends here (%(default)s)")
@@ -190,6 +191,7 @@ def _phantom_config(arguments: argparse.Namespace) -> ChestPhantom.Config:
         test=counts[2],
         size=arguments.size,
         degraded=arguments.degraded,
+        structured=arguments.structured,
     )
 
 

@@ -118,6 +118,12 @@ FIELDS: dict[str, str] = {
     "sample_id": "[B] int64, position of the study (or image) in its set, the id that random choices are keyed by",
     "set_index": "[B] int64, which set of the mixture",
     "epoch": "[B] int64, epoch of that set",
+    # Made only for objectives that name them; zero and False in void slots.
+    "section_ids": "[B, L] int64: 1 definition, 2 appearance, 3 observation (a raw report: all), 4 verdict, 0 special",
+    "text_mask": "[B, L] bool, whole words to mask and predict; about text_mask_ratio of a report's own tokens",
+    "patch_mask": "[V, P] bool, exactly round(patch_mask_ratio * P) of an image's patches, in rows from top left",
+    "finding_key": "[B] int64, equal for equal sets of (disease, verdict); report_key without a structured report",
+    "draw_key": "[B] int64, what a model keys its own random numbers for this study and epoch by",
 }
 
 

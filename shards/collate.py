@@ -17,13 +17,27 @@ from shards import keyed
 from shards.batch import NOT_ANNOTATED, Batch, StudyRecord, ViewRecord
 from shards.dataset import Found, Members
 from shards.decode import Decoder, PendingBatch
-from shards.errors import BadSampleError
+from shards.errors import BadSampleError, ConfigError, DataError
 from shards.order import Slots
+from shards.reports.structured import (
+    OBSERVATION,
+    Part,
+    StructuredReport,
+    answers,
+    finding_key,
+    parse,
+    serialise,
+)
 from shards.tokenizer import EmptyReportError, Tokenizer, report_text
 from shards.transforms import augment
+from shards.transforms.masking import draw_key, draw_patches, draw_text, patches_of
 
 if TYPE_CHECKING:
     from shards.loader import Loader
+
+TOKENS_PER_DISEASE = 16  # below this a structured report's verdict could be cut off
+
+ZERO_IN_VOID = frozenset({"report_key", "patient_key", "uncertain_verdicts", "finding_key", "draw_key"})
 
 Place = Callable[[], tuple[str, str]]  # (shard, key) of a row, looked up only when it is to be logged
 
@@ -39,8 +53,14 @@ class Prepared:
     bits: list[int]
     view: list[int]
     columns: dict[str, np.ndarray]
-    texts: list[str]
+    parts: list[list[Part]]  # of each row's text, none in a void slot
     places: list[Place]
+    train: bool
+
+    @property
+    def sample_key(self) -> np.ndarray:
+        """[B] int64: unit 7 of one set and unit 7 of another are different samples."""
+        return _sample_key(self.columns["sample_id"], self.columns["set_index"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +76,35 @@ class Decoding:
 class Collator:
     """Rows to tensors: JSON, text, view metadata, then one call of the decoder."""
 
-    def __init__(self, config: Loader.Config, tokenizer: Tokenizer | None, labels: Sequence[str], seed: int):
-        self.config, self.tokenizer, self.seed = config, tokenizer, seed
+    def __init__(
+        self,
+        config: Loader.Config,
+        tokenizer: Tokenizer | None,
+        labels: Sequence[str],
+        seed: int,
+        fields: Sequence[str] = (),
+    ):
+        """`fields`: of `shards.batch.FIELDS`; the optional ones are made only if named.
+
+        Raises ConfigError where configuration or tokenizer cannot give them.
+        """
+        self.config, self.tokenizer, self.seed, self.fields = config, tokenizer, seed, frozenset(fields)
         self.labels = {name: column for column, name in enumerate(labels)}
         self._decoder: Decoder | None = None
+        self._patches = patches_of(config.masking, config.decode.image_size) if "patch_mask" in self.fields else 0
+        self._reads_structure = tokenizer is not None and config.report == "structured"
+        if config.report not in ("raw", "structured"):
+            raise ConfigError(f"data.report={config.report!r}: use raw or structured")
+        if self._reads_structure and config.text_length < TOKENS_PER_DISEASE * config.structured.diseases:
+            raise ConfigError(
+                f"data.text_length={config.text_length} is too short for structured reports of "
+                f"{config.structured.diseases} diseases; use {TOKENS_PER_DISEASE * config.structured.diseases} or more"
+            )
+        if "text_mask" in self.fields and (tokenizer is None or tokenizer.mask_id is None):
+            raise ConfigError(
+                "masked text needs a tokenizer with a mask token, and this one names none; "
+                "name it in tokenizer_config.json, or let the run train its own"
+            )
 
     @property
     def decoder(self) -> Decoder:
@@ -75,9 +120,12 @@ class Collator:
         places: list[Place],
         adopted: Sequence[bool],
         on_void: Callable[[int, str], None],
+        *,
+        train: bool,
     ) -> Prepared:
         """Everything but the pixels. `on_void(row, cause)` is told of each row that cannot be used."""
         count = len(slots)
+        sample_key = _sample_key(slots.unit, slots.set_index)
         columns = {
             "valid": np.zeros(count, dtype=bool),
             "labels": np.full((count, len(self.labels)), NOT_ANNOTATED, dtype=np.int8),
@@ -89,16 +137,22 @@ class Collator:
             "set_index": slots.set_index,
             "epoch": slots.epoch,
         }
+        if "finding_key" in self.fields:
+            columns["finding_key"] = np.zeros(count, dtype=np.int64)
+        if "draw_key" in self.fields:
+            columns["draw_key"] = draw_key(self.seed, slots.epoch, sample_key)
         result = Prepared(
             step=step, images=[], study_index=[], window=[], bits=[], view=[], columns=columns,
-            texts=[""] * count, places=places,
+            parts=[[] for _ in range(count)], places=places, train=train,
         )  # fmt: skip
         for i, members in enumerate(found):
             try:
                 if isinstance(members, BadSampleError):
                     raise members
                 record = members.record(adopted[i])
-                text = self._text(record)
+                structure = self._structure(record)
+                key = (self.seed, int(slots.epoch[i]), int(sample_key[i])) if train else None
+                parts, report_key = self._text(record, structure, key)
                 views = _view_records(record, members)
             except (BadSampleError, EmptyReportError) as error:
                 on_void(i, error.cause if isinstance(error, BadSampleError) else "empty report")
@@ -106,10 +160,12 @@ class Collator:
                 continue
             columns["valid"][i] = True
             columns["patient_key"][i] = keyed.text_key(record.patient)
-            columns["report_key"][i] = keyed.text_key(text)
+            columns["report_key"][i] = report_key
             columns["degradation_grade"][i] = _degradation_grade(record)
             columns["uncertain_verdicts"][i] = _uncertain_verdicts(record)
-            result.texts[i] = text
+            result.parts[i] = parts
+            if "finding_key" in columns:
+                columns["finding_key"][i] = finding_key(structure) if structure is not None else report_key
             for name, value in record.labels.items():
                 if name in self.labels:
                     columns["labels"][i, self.labels[name]] = value
@@ -118,8 +174,30 @@ class Collator:
                 self._add_image(result, i, number, data, window, view.bits)
         return result
 
-    def _text(self, record: StudyRecord) -> str:
-        return report_text(record, self.config.sections) if self.tokenizer is not None else ""
+    def _structure(self, record: StudyRecord) -> StructuredReport | None:
+        """The structured report if something reads it. Raises BadSampleError where it is missing or broken."""
+        if not self._reads_structure and "finding_key" not in self.fields:
+            return None
+        if record.structured_report is None:
+            if self._reads_structure:
+                raise BadSampleError("", "", "no structured report")
+            return None
+        try:
+            return parse(record.structured_report)
+        except DataError as error:
+            raise BadSampleError("", "", str(error)) from None
+
+    def _text(
+        self, record: StudyRecord, structure: StructuredReport | None, key: tuple[int, int, int] | None
+    ) -> tuple[list[Part], int]:
+        """The parts of the text that is read, and the key that equal reports share."""
+        if self.tokenizer is None:
+            return [], keyed.text_key("")
+        if self._reads_structure and structure is not None:
+            said = (text for item in structure.items for text in (*answers(item), item.verdict_text))
+            return serialise(structure, self.config.structured, key), keyed.text_key(" ".join(said))
+        text = report_text(record, self.config.sections)
+        return [(OBSERVATION, text)], keyed.text_key(text)
 
     @staticmethod
     def _add_image(to: Prepared, row: int, view: int, data: memoryview, window: tuple[float, float], bits: int) -> None:
@@ -129,17 +207,16 @@ class Collator:
         to.window.append(window)
         to.bits.append(bits)
 
-    def submit(self, prepared: Prepared, *, train: bool) -> Decoding:
+    def submit(self, prepared: Prepared) -> Decoding:
         """Start decoding; at most a few batches are under way at once, finished in order by `finish`."""
         columns, study_index = prepared.columns, np.asarray(prepared.study_index, dtype=np.int64)
         present = np.flatnonzero(columns["valid"][study_index])
-        if train:
+        if prepared.train:
             parameters = augment.draw(
                 self.config.augment,
                 self.seed,
                 columns["epoch"][study_index],
-                # Unit 7 of one set and unit 7 of another are different samples.
-                columns["sample_id"][study_index] + (columns["set_index"][study_index] << 48),
+                prepared.sample_key[study_index],
                 np.asarray(prepared.view),
             )
         else:
@@ -171,17 +248,43 @@ class Collator:
         if not valid.all():
             void_image = torch.from_numpy(~valid[study_index])
             pixel_values[void_image] = 0.0
-            for name in ("report_key", "patient_key", "uncertain_verdicts"):
+            for name in ZERO_IN_VOID & columns.keys():
                 columns[name] = np.where(valid, columns[name], 0)
             columns["degradation_grade"][~valid] = -1.0
             columns["labels"][~valid] = NOT_ANNOTATED
         batch: Batch = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
         batch["pixel_values"] = pixel_values
         batch["study_index"] = torch.from_numpy(study_index)
+        if "patch_mask" in self.fields:
+            epoch, sample_key = columns["epoch"][study_index], prepared.sample_key[study_index]
+            view = np.asarray(prepared.view)
+            mask = draw_patches(self.config.masking, self.seed, epoch, sample_key, view, self._patches)
+            batch["patch_mask"] = torch.from_numpy(mask & valid[study_index][:, None])
         if self.tokenizer is not None:
-            texts = [text if ok else "" for text, ok in zip(prepared.texts, valid, strict=True)]
-            batch["input_ids"], batch["attention_mask"] = self.tokenizer.encode(texts, self.config.text_length)
+            parts = [parts if ok else [] for parts, ok in zip(prepared.parts, valid, strict=True)]
+            batch |= self._tokens(self.tokenizer, parts, prepared)
         return batch
+
+    def _tokens(self, tokenizer: Tokenizer, parts: list[list[Part]], prepared: Prepared) -> Batch:
+        """The fields of the text; only what needs sections or words pays for them."""
+        if not self._reads_structure and not self.fields & {"section_ids", "text_mask"}:
+            texts = [text for row in parts for _, text in row or [(OBSERVATION, "")]]
+            input_ids, attention_mask = tokenizer.encode(texts, self.config.text_length)
+            return {"input_ids": input_ids, "attention_mask": attention_mask}
+        tokens = tokenizer.encode_parts(parts, self.config.text_length)
+        batch: Batch = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+        if "section_ids" in self.fields:
+            batch["section_ids"] = torch.from_numpy(tokens.section_ids)
+        if "text_mask" in self.fields:
+            epoch, sample_key = prepared.columns["epoch"], prepared.sample_key
+            config = self.config.masking
+            mask = draw_text(config, self.seed, epoch, sample_key, tokens.words, tokens.section_ids)
+            batch["text_mask"] = torch.from_numpy(mask)
+        return batch
+
+
+def _sample_key(unit: np.ndarray, set_index: np.ndarray) -> np.ndarray:
+    return unit + (set_index << 48)
 
 
 def _degradation_grade(record: StudyRecord) -> float:

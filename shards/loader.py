@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -22,16 +22,17 @@ from typing import Any, Literal
 import numpy as np
 
 from shards import keyed
-from shards.batch import Batch
+from shards.batch import Batch, StudyRecord
 from shards.chunk_cache import ChunkCache
 from shards.collate import Collator, Decoding, Place
 from shards.dataset import DataSet, Event, Found, Members, read_units
 from shards.decode import Decoder, PendingBatch
-from shards.errors import BadSampleError, ConfigError
+from shards.errors import BadSampleError, ConfigError, DataError
 from shards.order import Order, Slots, lanes_of_rank
+from shards.reports import structured
 from shards.store import StoreConfig
 from shards.tokenizer import EmptyReportError, Tokenizer, load_tokenizer, report_text
-from shards.transforms import augment
+from shards.transforms import augment, masking
 
 # After a start these many batches read just their own members; from then on whole chunk pieces are read.
 _SINGLE_READ_BATCHES = 2
@@ -80,6 +81,9 @@ class Loader:
         tokenizer: str | None = None  # file or folder; None: the one named by the manifest
         text_length: int = 128  # tokens
         sections: tuple[str, ...] = ("findings", "impression")
+        report: Literal["raw", "structured"] = "raw"  # which text of a study is read
+        structured: structured.Config = field(default_factory=structured.Config)
+        masking: masking.Config = field(default_factory=masking.Config)
         max_skip_rate: float = 0.01  # of the last 10,000 slots; above it the run stops
         decode: Decoder.Config = field(default_factory=Decoder.Config)
         augment: augment.Config = field(default_factory=augment.Config)
@@ -124,7 +128,14 @@ class Loader:
         self.labels = tuple(dict.fromkeys(name for data in self.sets for name in data.whole.labels))
         self.reads_text = "input_ids" in fields
         self.tokenizer = tokenizer or (find_tokenizer(config, self.sets) if self.reads_text else None)
-        self._collate = Collator(config, self.tokenizer, self.labels, seed)
+        self._collate = Collator(config, self.tokenizer, self.labels, seed, fields)
+        if self.reads_text and config.report == "structured":
+            for data in self.sets:
+                if not data.whole.fields.get("structured_report"):
+                    raise ConfigError(
+                        f"{data.url}: no study has a structured report, which data.report=structured reads; "
+                        "pack them (pack.py --structured for phantoms), or set data.report=raw"
+                    )
         self._cache = ChunkCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
 
     def _largest_lane_bytes(self) -> float:
@@ -205,7 +216,10 @@ def find_tokenizer(config: Loader.Config, sets: Sequence[DataSet]) -> Tokenizer:
 
 
 def corpus(config: Loader.Config, global_batch_size: int, limit: int = 200_000) -> Iterator[str]:
-    """Report texts of the training sets in manifest order, at most `limit` of each: what a tokenizer is trained on."""
+    """Report texts of the training sets in manifest order, at most `limit` of each: what a tokenizer is trained on.
+
+    Where structured reports are read, each is followed by its structured text.
+    """
     for part in as_mixture(config, global_batch_size):
         data = DataSet(part.manifest, part.split, store=config.store)
         given = 0
@@ -218,9 +232,17 @@ def corpus(config: Loader.Config, global_batch_size: int, limit: int = 200_000) 
                 given += 1
                 try:
                     if isinstance(found, Members):
-                        yield report_text(found.record(data.manifest.adopted), config.sections)
-                except (BadSampleError, EmptyReportError):
+                        yield from _texts(config, found.record(data.manifest.adopted), given)
+                except DataError:
                     continue  # counted when training meets it
+
+
+def _texts(config: Loader.Config, record: StudyRecord, number: int) -> Iterator[str]:
+    with suppress(EmptyReportError):
+        yield report_text(record, config.sections)
+    if config.report == "structured" and record.structured_report is not None:
+        parts = structured.serialise(structured.parse(record.structured_report), config.structured, (0, 0, number))
+        yield " ".join(text for _, text in parts)
 
 
 class LoaderRun(Iterator[Batch]):
@@ -315,8 +337,10 @@ class LoaderRun(Iterator[Batch]):
                 for set_index, chunk, unit in zip(slots.set_index, slots.chunk, slots.unit, strict=True)
             ]
             adopted = [loader.sets[set_index].manifest.adopted for set_index in slots.set_index]
-            prepared = loader._collate.prepare(step, slots, found, places, adopted, self._on_void(step, places))
-            decoding = loader._collate.submit(prepared, train=True)
+            prepared = loader._collate.prepare(
+                step, slots, found, places, adopted, self._on_void(step, places), train=True
+            )
+            decoding = loader._collate.submit(prepared)
             self._submitted.append(decoding.pending)
             if not self._put(self._decoding, decoding):
                 decoding.pending.cancel()
@@ -454,8 +478,8 @@ def evaluation_batches(
                 shard, key = places[row]()
                 on_event({"event": "skip", "step": None, "shard": shard, "key": key, "cause": cause})
 
-        prepared = collate.prepare(0, slots, found, places, [data.manifest.adopted] * share, on_void)
-        return collate.submit(prepared, train=False), on_void
+        prepared = collate.prepare(0, slots, found, places, [data.manifest.adopted] * share, on_void, train=False)
+        return collate.submit(prepared), on_void
 
     pool = ThreadPoolExecutor(config.fetch_threads, thread_name_prefix="evaluation-read")
     decoding: _Submitted | None = None

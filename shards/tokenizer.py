@@ -11,6 +11,7 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,19 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "sep_token": ("[SEP]", "</s>"),
     "mask_token": ("[MASK]", "<mask>"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartTokens:
+    """Rows of texts in parts. `words` [B, L] int64 numbers the words of a row from 0, -1 for special tokens, padding.
+
+    `input_ids`, `attention_mask` as of `Tokenizer.encode`; `section_ids` [B, L] int64, 0 where `words` is -1.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    section_ids: np.ndarray
+    words: np.ndarray
 
 
 class Tokenizer:
@@ -89,21 +103,68 @@ class Tokenizer:
         """
         import torch
 
+        room = self._room(max_length)
+        # Special tokens are placed here and not by the backend, whose truncation length is state shared by all threads.
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        rows = [[*self.prefix, *encoding.ids[:room], *self.suffix] for encoding in encodings]
+        ids, mask = _padded(rows, self.pad_id)
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def encode_parts(self, rows: Sequence[Sequence[tuple[int, str]]], max_length: int) -> PartTokens:
+        """Texts in parts, each with its section's number above 0 and a [SEP] between neighbours.
+
+        A row that is too long loses the ends of its parts, those of the lowest section first and of equal length among
+        them. Raises ConfigError where `max_length` leaves no room, or parts need a separator the vocabulary lacks.
+        """
+        import torch
+
+        room = self._room(max_length)
+        separator = self.sep_id
+        if separator is None:
+            raise ConfigError("text in parts needs a tokenizer with a separator token; this one names none")
+        texts = [text for parts in rows for _, text in parts]
+        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))  # the fast call tells no words
+        tokens: list[list[int]] = []
+        sections: list[int] = []  # of the tokens of all rows that belong to one
+        words: list[list[int]] = []
+        for parts in rows:
+            encoded = [next(encodings) for _ in parts]
+            lengths = _shortened(
+                [len(encoding.ids) for encoding in encoded],
+                [section for section, _ in parts],
+                room - max(0, len(parts) - 1),
+            )
+            row, row_words, first_word = list(self.prefix), [-1] * len(self.prefix), 0
+            for (section, _), encoding, length in zip(parts, encoded, lengths, strict=True):
+                if not length:
+                    continue
+                if first_word:
+                    row.append(separator)
+                    row_words.append(-1)
+                row += encoding.ids[:length]
+                sections += [section] * length
+                row_words += [first_word + (word or 0) for word in encoding.word_ids[:length]]
+                first_word = row_words[-1] + 1
+            tokens.append([*row, *self.suffix])
+            words.append(row_words + [-1] * len(self.suffix))
+        ids, mask = _padded(tokens, self.pad_id)
+        word_ids, _ = _padded(words, -1)
+        section_ids = np.zeros_like(word_ids)
+        section_ids[word_ids >= 0] = sections
+        return PartTokens(
+            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), section_ids=section_ids,
+            words=word_ids,
+        )  # fmt: skip
+
+    def _room(self, max_length: int) -> int:
+        """Tokens left for the text. Raises ConfigError when there are none."""
         room = max_length - len(self.prefix) - len(self.suffix)
         if room < 1:
             raise ConfigError(
                 f"text length {max_length} leaves no room beside {len(self.prefix) + len(self.suffix)} special tokens; "
                 f"use at least {max_length - room + 1}"
             )
-        # Special tokens are placed here and not by the backend, whose truncation length is state shared by all threads.
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        rows = [[*self.prefix, *encoding.ids[:room], *self.suffix] for encoding in encodings]
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        longest = int(lengths.max(initial=0))
-        mask = np.arange(longest) < lengths[:, None]  # [B, L]
-        ids = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
-        ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) if rows else 0
-        return torch.from_numpy(ids), torch.from_numpy(mask)
+        return room
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """The vocabulary's spelling of each id."""
@@ -226,6 +287,27 @@ def report_text(record: StudyRecord, sections: Sequence[str]) -> str:
         present = ", ".join(sorted(record.report)) or "none"
         raise EmptyReportError(f"no text in sections {', '.join(sections)} (sections present: {present})")
     return " ".join(text.split())
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [B, L], short rows filled up with `fill`, and bool [B, L], False there; L is the longest row."""
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    mask = np.arange(int(lengths.max(initial=0))) < lengths[:, None]  # [B, L]
+    values = np.full(mask.shape, fill, dtype=np.int64)
+    values[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) if rows else 0
+    return values, mask
+
+
+def _shortened(lengths: Sequence[int], sections: Sequence[int], room: int) -> list[int]:
+    """Lengths that add up to at most `room`: sections lose in ascending order, the longest parts of one first."""
+    result = list(lengths)
+    for section in sorted(set(sections)):
+        excess = sum(result) - room
+        members = [place for place, of in enumerate(sections) if of == section]
+        for _ in range(max(0, excess)):
+            longest = max(members, key=lambda place: result[place])
+            result[longest] -= result[longest] > 0
+    return result
 
 
 def _load_folder(folder: Path) -> Tokenizer:

@@ -34,7 +34,7 @@ from shards.ingest.phantom_chest_scene import (
     draw_scene,
     patient_of,
 )
-from shards.ingest.phantom_chest_text import LABELS, Doubt, Report, write_report
+from shards.ingest.phantom_chest_text import LABELS, Doubt, Report, structure, write_report
 from shards.keyed import hash_u64, uniform
 
 SPLITS = ("train", "validation", "test")
@@ -57,6 +57,7 @@ class ChestPhantom:
         encoding: Literal["png", "jpeg"] = "png"
         masks: bool = True
         degraded: float = 0.0  # share of studies whose image is degraded and whose report is hedged for it
+        structured: bool = False  # write the structured report, too
 
     def __init__(self, config: Config) -> None:
         if config.difficulty not in DIFFICULTIES:
@@ -116,6 +117,7 @@ class ChestPhantom:
             study=item.key, patient=item.patient, report=report.sections, anatomy=report.anatomy,
             entities=[finding.entity() for finding in scene.findings],
             labels=_labels(scene),
+            structured_report=structure(item.key, report).model_dump() if config.structured else None,
             boxes=boxes, sex=scene.sex, age_years=scene.age_years, deidentifier="synthetic: no patient exists",
             provenance={
                 "generator": self.generator, "difficulty": config.difficulty, "seed": config.seed,

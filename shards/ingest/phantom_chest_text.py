@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from shards.reports.structured import Exist, StructuredReport, checked, make_item, observe, source_text
 
 HEDGED_FROM, HEDGED_TO = 0.15, 0.85  # probability of truth between which a report hedges
 
@@ -232,7 +234,7 @@ class Statement:
     """One sentence of a report's findings and what it says of which findings. A denial has no side, zone or size."""
 
     names: tuple[str, ...]
-    exist: Literal["yes", "no", "unsure"]
+    exist: Exist
     sentence: str
     side: str = ""
     zone: str = ""
@@ -300,10 +302,9 @@ def write_report(findings: tuple[Finding, ...], draw: Callable[[int], Any], doub
         words = (finding.side, finding.zone, finding.size)
         kind = FINDINGS[finding.name]
         sentence = _fill(pick(kind.hedged if hedged else kind.stated), *words)
-        exist: Literal["yes", "unsure"] = "unsure" if hedged else "yes"
         statements.append(
             Statement(
-                names=(finding.name,), exist=exist, sentence=sentence,
+                names=(finding.name,), exist="unsure" if hedged else "yes", sentence=sentence,
                 side=finding.side, zone=finding.zone, size=finding.size,
             )
         )  # fmt: skip
@@ -369,6 +370,33 @@ def write_report(findings: tuple[Finding, ...], draw: Callable[[int], Any], doub
         anatomy=anatomy,
         statements=tuple(statements),
     )
+
+
+def structure(study: str, report: Report) -> StructuredReport:
+    """The report with one item for each of `LABELS`: what was stated, hedged or denied; what went unsaid is absent."""
+    text = source_text(report.sections)
+    items = []
+    for name in LABELS:
+        observations = []
+        for statement in report.statements:
+            if name in statement.names:
+                start = text.index(statement.sentence)
+                observations.append(
+                    observe(
+                        name, statement.exist, position=_position(name, statement),
+                        degree=statement.size.removesuffix("ly"), span=(start, start + len(statement.sentence)),
+                    )
+                )  # fmt: skip
+        items.append(make_item(name, observations or [observe(name, "no")]))
+    return checked(StructuredReport(study=study, items=items), text)
+
+
+def _position(name: str, statement: Statement) -> str:
+    if statement.side in ("", "central"):
+        return ""
+    if statement.side == "bilateral":
+        return "both sides"
+    return f"{statement.side} {statement.zone} zone" if FINDINGS[name].organ == "lungs" else f"{statement.side} side"
 
 
 def _prompts(name: str) -> dict[str, list[str]]:

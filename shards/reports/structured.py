@@ -1,0 +1,285 @@
+"""Structured reports: per disease a definition, its appearance, what was observed, and a verdict (arXiv 2507.21794).
+
+One schema for every maker of them, a check against the report's text, the tables and templates of their words, and the
+choice of what of them is read in a training step. Definition and appearance depend on the disease alone and must never
+say where one patient's finding lies. No function here puts words of a report into an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from shards import keyed
+from shards.errors import ConfigError, DataError
+
+Exist = Literal["yes", "no", "unsure"]
+Verdict = Literal["present", "absent", "uncertain"]
+
+# What a token belongs to, `section_ids` of a batch; a raw report is all observation.
+DEFINITION, APPEARANCE, OBSERVATION, VERDICT = 1, 2, 3, 4
+Part = tuple[int, str]  # section, its text
+
+
+class Observation(BaseModel):
+    """One thing looked for. `span` [start, end) in characters of `source_text`; None if nothing was said of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    entity: str = Field(min_length=1)
+    position: str = ""
+    exist: Exist
+    question: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+    span: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _said_or_absent(self) -> Observation:
+        if self.span is None and self.exist != "no":
+            raise ValueError(f"exist {self.exist!r} needs the span that says so; only what is absent may go unsaid")
+        if self.span is not None and not 0 <= self.span[0] < self.span[1]:
+            raise ValueError(f"span {list(self.span)} is empty or starts before the report")
+        return self
+
+
+class Item(BaseModel):
+    """All about one disease."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    disease: str = Field(min_length=1)
+    definition: str = Field(min_length=1)
+    appearance: str = Field(min_length=1)
+    observations: list[Observation]
+    verdict: Verdict
+    verdict_text: str = Field(min_length=1)
+
+
+class StructuredReport(BaseModel):
+    """`StudyRecord.structured_report`. A disease that no item names was not looked for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    study: str
+    items: list[Item] = Field(min_length=1)
+
+    @field_validator("items")
+    @classmethod
+    def _each_disease_once(cls, items: list[Item]) -> list[Item]:
+        names = [item.disease for item in items]
+        if len(set(names)) != len(names):
+            raise ValueError("a disease stands in two items")
+        return items
+
+
+def parse(data: Mapping[str, Any]) -> StructuredReport:
+    """From a record's `structured_report`. Raises DataError that names the first fault and none of the words."""
+    try:
+        return StructuredReport.model_validate(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        known = {*StructuredReport.model_fields, *Item.model_fields, *Observation.model_fields}
+        place = ".".join(str(part) if isinstance(part, int) or part in known else "?" for part in fault["loc"])
+        raise DataError(f"structured report: {fault['type']} at {place or 'its top'}; see shards/README.md") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disease:
+    """What is known of a disease before any patient: `name` in words, with its article in `one`."""
+
+    name: str
+    one: str
+    definition: str
+    appearance: str
+
+
+DISEASES: dict[str, Disease] = {
+    "atelectasis": Disease(
+        name="atelectasis", one="atelectasis",
+        definition="Atelectasis is lung that has lost its air and shrunk.",
+        appearance="It shows as a dense line or band, most often at the lung bases, with a raised hemidiaphragm or a "
+        "shift of fissures and mediastinum towards it.",
+    ),
+    "cardiomegaly": Disease(
+        name="cardiomegaly", one="cardiomegaly",
+        definition="Cardiomegaly is a heart that is larger than normal.",
+        appearance="The cardiac silhouette is wider than half of the thorax; look at both heart borders above the "
+        "diaphragm.",
+    ),
+    "consolidation": Disease(
+        name="consolidation", one="consolidation",
+        definition="Consolidation is lung whose air spaces are filled with fluid, pus or cells.",
+        appearance="It shows as a cloudy white area with blurred borders in any lung zone, which hides vessels and may "
+        "hold air-filled bronchi.",
+    ),
+    "edema": Disease(
+        name="pulmonary edema", one="pulmonary edema",
+        definition="Pulmonary edema is fluid that has leaked from the vessels into the tissue and air of the lungs.",
+        appearance="It shows as haze around both hila, blurred vessels and short horizontal lines at the lower chest "
+        "wall.",
+    ),
+    "effusion": Disease(
+        name="pleural effusion", one="a pleural effusion",
+        definition="A pleural effusion is fluid between the lung and the chest wall.",
+        appearance="It blunts the costophrenic angle; larger ones hide the hemidiaphragm and end in a curve that rises "
+        "along the chest wall.",
+    ),
+    "hernia": Disease(
+        name="hiatal hernia", one="a hiatal hernia",
+        definition="A hiatal hernia is a part of the stomach that has slipped through the diaphragm into the chest.",
+        appearance="It shows as a round shadow behind the heart, often with an air-fluid level.",
+    ),
+    "nodule": Disease(
+        name="pulmonary nodule", one="a pulmonary nodule",
+        definition="A pulmonary nodule is a rounded lesion of the lung of at most three centimetres.",
+        appearance="It shows as a round white spot with a visible border in any lung zone; compare both sides so as "
+        "not to take a nipple for one.",
+    ),
+    "pneumothorax": Disease(
+        name="pneumothorax", one="a pneumothorax",
+        definition="A pneumothorax is free air between the lung and the chest wall.",
+        appearance="It shows as a thin white pleural line, most often at the apex, with no lung markings beyond it.",
+    ),
+}  # fmt: skip
+
+
+def source_text(sections: Mapping[str, str]) -> str:
+    """The text that spans count in: the report's sections in alphabetical order, a line break between them."""
+    return "\n".join(sections[name] for name in sorted(sections))
+
+
+def observe(
+    disease: str, exist: Exist, *, position: str = "", degree: str = "", span: tuple[int, int] | None = None
+) -> Observation:
+    """An observation of one disease of the table, with its question and answer.
+
+    The question is the same whatever was found: a position in it would give the answer away.
+    """
+    known = DISEASES[disease]
+    place = f", {position}" if position else ""
+    answer = {
+        "yes": f"Yes, {degree} {known.name}{place}." if degree else f"Yes, {known.name}{place}.",
+        "no": f"No, there is no {known.name}.",
+        "unsure": f"Possibly {known.name}{place}.",
+    }[exist]
+    return Observation(
+        entity=known.name, position=position, exist=exist, question=f"Is there {known.one}?", answer=answer, span=span
+    )
+
+
+def verdict_of(observations: Sequence[Observation]) -> Verdict:
+    """What observations of one disease add up to: present if seen anywhere, uncertain if doubted or contradicted.
+
+    Yes and no contradict each other at the same position, or where one of them names none.
+    """
+    seen = {observation.position for observation in observations if observation.exist == "yes"}
+    denied = {observation.position for observation in observations if observation.exist == "no"}
+    if seen and denied and ("" in seen | denied or seen & denied):
+        return "uncertain"
+    if seen:
+        return "present"
+    return "uncertain" if any(observation.exist == "unsure" for observation in observations) else "absent"
+
+
+def verdict_text(disease: str, verdict: Verdict) -> str:
+    """The closing statement on a disease of the table."""
+    name = DISEASES[disease].name
+    return f"Verdict: {name} {verdict}."
+
+
+def make_item(disease: str, observations: Sequence[Observation]) -> Item:
+    """An item of the tables' words with the verdict that follows from the observations; without any, absent."""
+    known, verdict = DISEASES[disease], verdict_of(observations)
+    return Item(
+        disease=disease, definition=known.definition, appearance=known.appearance, observations=list(observations),
+        verdict=verdict, verdict_text=verdict_text(disease, verdict),
+    )  # fmt: skip
+
+
+def checked(report: StructuredReport, text: str) -> StructuredReport:
+    """The report with every verdict that its observations do not bear out made uncertain. `text`: see `source_text`.
+
+    Raises DataError naming disease and observation when a span lies outside of `text` or holds no word.
+    """
+    items = []
+    for item in report.items:
+        for number, observation in enumerate(item.observations):
+            if observation.span is None:
+                continue
+            first, last = observation.span
+            if last > len(text) or not any(character.isalnum() for character in text[first:last]):
+                raise DataError(
+                    f"structured report {report.study}: span [{first}, {last}) of observation {number} of "
+                    f"{item.disease!r} is no part of the report of {len(text)} characters; give offsets in its "
+                    "sections joined in alphabetical order"
+                )
+        if item.verdict not in (verdict_of(item.observations), "uncertain"):
+            # Of a disease outside of the table the statement can only be put in general words.
+            known = item.disease in DISEASES
+            words = verdict_text(item.disease, "uncertain") if known else f"Verdict: {item.disease} uncertain."
+            item = item.model_copy(update={"verdict": "uncertain", "verdict_text": words})
+        items.append(item)
+    return StructuredReport(study=report.study, items=items)
+
+
+def answers(item: Item) -> list[str]:
+    """What was observed, in words, without the questions."""
+    return [observation.answer for observation in item.observations]
+
+
+def finding_key(report: StructuredReport) -> int:
+    """Equal for equal sets of (disease, verdict), whatever is absent; "no finding" is one key."""
+    found = sorted(f"{item.disease}={item.verdict}" for item in report.items if item.verdict != "absent")
+    return keyed.text_key("; ".join(found) or "no finding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What of a structured report a training step reads."""
+
+    diseases: int = 3  # at most; one place is kept for an absent disease
+    definition_drop: float = 0.3  # chance, for every disease alike
+
+    def __post_init__(self) -> None:
+        if self.diseases < 2:
+            raise ConfigError(f"diseases={self.diseases}: use 2 or more, since one place goes to an absent disease")
+        if not 0.0 <= self.definition_drop <= 1.0:
+            raise ConfigError(f"definition_drop={self.definition_drop} is no probability; use 0 to 1")
+
+
+def serialise(report: StructuredReport, config: Config, key: tuple[int, int, int] | None = None) -> list[Part]:
+    """Sections of up to `diseases` diseases in reading order: definition, appearance, observation, verdict of each.
+
+    `key` (seed, epoch, sample id) draws which diseases, their order, and which definitions are dropped; None, for
+    evaluation, takes the first in the record's order and drops none. Present and uncertain diseases come before absent
+    ones in the choice, but an absent one is always among them if there is any, and a definition is dropped with the
+    same chance whatever the verdict: what the text is about must not tell what was found.
+    """
+    order = list(range(len(report.items)))
+    reading = order
+    kept = [True] * len(order)
+    if key is not None:
+        seed, epoch, sample_id = key
+        order = keyed.permutation(len(order), seed, "report/choice", epoch, sample_id).tolist()
+        # Another one: by the first, which takes what comes early, the absent would stand before the found.
+        reading = keyed.permutation(len(order), seed, "report/order", epoch, sample_id).tolist()
+        chance = keyed.uniform(seed, "report/definition", epoch, sample_id, draws=len(order))
+        kept = (chance >= config.definition_drop).tolist()
+    found = [place for place in order if report.items[place].verdict != "absent"]
+    absent = [place for place in order if report.items[place].verdict == "absent"]
+    chosen = found[: config.diseases - bool(absent)]
+    chosen += absent[: config.diseases - len(chosen)]
+    parts: list[Part] = []
+    for place in sorted(chosen, key=reading.index):
+        item = report.items[place]
+        if kept[place]:
+            parts.append((DEFINITION, item.definition))
+        parts.append((APPEARANCE, item.appearance))
+        observed = " ".join(f"{observation.question} {observation.answer}" for observation in item.observations)
+        if observed:
+            parts.append((OBSERVATION, observed))
+        parts.append((VERDICT, item.verdict_text))
+    return parts
