@@ -71,8 +71,13 @@ class TaskConfig(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """`prompts`: label -> {"positive": sentences, "negative": sentences}, for zero-shot classification."""
+    """What is evaluated every `trainer.evaluate_every` steps beside the validation loss.
 
+    `protocols`: `uncertainty` costs no more encoding than the other two, and corrupts nothing (evaluate.py does).
+    `prompts`: label -> {"positive": sentences, "negative": sentences}, for zero-shot classification.
+    """
+
+    protocols: tuple[Literal["zero_shot", "retrieval", "uncertainty"], ...] = ("zero_shot", "retrieval")
     prompts: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
 
 

@@ -79,8 +79,8 @@ class Source(Protocol):
     def start(self, step: int) -> Run: ...
 
 
-# Yields (`<protocol>/<name>`, value); all ranks run it together and see the same values.
-Evaluator = Callable[[TrainState], Iterator[tuple[str, float]]]
+# Yields (`<protocol>/<name>`, value), or a picture [3, H, W] in [0, 1]; all ranks run it together and see the same.
+Evaluator = Callable[[TrainState], Iterator[tuple[str, float | torch.Tensor]]]
 
 
 class EvaluationStoppedError(Exception):
@@ -299,14 +299,20 @@ def _evaluate(
 ) -> tuple[dict[str, float] | None, int]:
     """(figures, 0), or (None, exit code) when a stop was requested on the way; then nothing of it is kept."""
     figures: dict[str, float] = {}
+    pictures: dict[str, torch.Tensor] = {}
     try:
         for evaluator in evaluators:
             for name, value in evaluator(state):
-                figures[f"eval/{name}"] = value
+                if isinstance(value, torch.Tensor):
+                    pictures[f"eval/{name}"] = value
+                else:
+                    figures[f"eval/{name}"] = value
     except EvaluationStoppedError as stopped:
         progress.say("evaluation left unfinished: a stop was requested; the next start begins with it")
         return None, stopped.code
     metrics.scalars(state.step, figures)
+    for name, image in pictures.items():
+        metrics.picture(state.step, name, image)
     shown = [name for name in figures if name.rsplit("/", 1)[-1] in SHOWN_FIGURES]
     if shown:
         progress.say("  ".join(f"{name.removeprefix('eval/')} {figures[name]:.4f}" for name in shown))

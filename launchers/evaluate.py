@@ -1,7 +1,7 @@
-"""Scores of a run's checkpoint on held-out patients: zero-shot AUC, retrieval, linear probe, each with its interval.
+"""Scores of a run's checkpoint on held-out patients: zero-shot AUC, retrieval, linear probe, uncertainty, intervals.
 
-Parses, embeds each split once, calls the evaluators, prints tables, writes `eval/<protocol>.json` and TensorBoard
-scalars into the run directory.
+Parses, embeds each split once, calls the evaluators, prints tables, writes `eval/<protocol>.json`, TensorBoard scalars
+and pictures into the run directory.
 """
 
 from __future__ import annotations
@@ -24,22 +24,43 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
 from configs.prompts import NIH_PROMPTS, PHANTOM_PROMPTS
-from core.evaluation.embed import EmbeddedSplit, embed_split
+from core.evaluation.corruption import Words
+from core.evaluation.embed import EmbeddedSplit, GaussianTask, embed_split, parts_of_uncertainty
 from core.evaluation.probe import LinearProbe
 from core.evaluation.retrieval import Retrieval
+from core.evaluation.uncertainty import Uncertainty
 from core.evaluation.zero_shot import Prompts, ZeroShot, check_prompts
 from core.metrics import Metrics
 from core.world import World
 from launchers.past_run import PastRun, open_run
+from shards.batch import Batch
 from shards.collate import Collator
 from shards.dataset import DataSet
-from shards.errors import ConfigError, RoentgenError
+from shards.errors import ConfigError, NonFiniteError, RoentgenError
 from shards.loader import as_mixture, evaluation_batches
 from shards.store import open_store
+from shards.tokenizer import Tokenizer
 
-PROTOCOLS = (ZeroShot.protocol, Retrieval.protocol, LinearProbe.protocol)
+PROTOCOLS = (ZeroShot.protocol, Retrieval.protocol, LinearProbe.protocol, Uncertainty.protocol)
+COVERAGES = (1.0, 0.9, 0.7, 0.5)  # of retrieval with abstention
+EPILOG = """\
+protocols:
+  zero_shot     AUC of each label: is the image nearer to sentences that state it than to those that deny it?
+  retrieval     recall of the right report among all, and the other way; also over the queries it is surest of
+  linear_probe  AUC of a logistic regression on frozen image features
+  uncertainty   does the model know when it is wrong? Calibration error and Brier score of zero-shot probabilities;
+                risk over coverage when it leaves the least sure studies to a person, by log-variance, by maximum
+                probability and by norm (area_*: lower is better; gain: what log-variance saves over maximum
+                probability, good above 0); AUC of log-variance, degraded above clean images, where the data say
+                which; rank correlation of log-variance with blur, noise, crop and masked words made on the fly.
+                A task without log-variance gets the baselines. A constant log-variance is reported as FAILED.
+                Definitions: core/evaluation/uncertainty.py. Curves: TensorBoard, eval/uncertainty/risk_coverage.
+
+exit codes: 0 done, 2 bad arguments or configuration, 3 bad data or damaged checkpoint, 4 embeddings not finite
+"""
 BUILT_IN_PROMPTS: dict[str, dict[str, list[str]]] = {**NIH_PROMPTS, **PHANTOM_PROMPTS}
 
 
@@ -53,6 +74,7 @@ class Options:
     prompts: Prompts | None = None
     limit: int | None = None
     probe_studies: int = 20_000  # of the training split; the probe gains little from more
+    corruption_studies: int = 256  # first ones, encoded anew for every level of every corruption
     batch_size: int = 96
     threads: int = 0  # of the decoder; 0: all cores
     replicates: int = 1000
@@ -61,10 +83,14 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """`reports`: protocol -> what its evaluator says, ready for JSON; `figures`: TensorBoard name -> value."""
+    """`reports`: protocol -> what its evaluator says, ready for JSON; `figures`: TensorBoard name -> value.
+
+    `pictures`: TensorBoard name -> image [3, H, W] in [0, 1].
+    """
 
     reports: dict[str, dict[str, Any]]
     figures: dict[str, float]
+    pictures: dict[str, Tensor]
 
 
 class Splits:
@@ -97,12 +123,22 @@ class Splits:
             self._sets[split] = DataSet(url, split, store=self._config.store)
         return self._sets[split]
 
-    def embed(self, split: str, parts: set[str], limit: int | None = None) -> EmbeddedSplit:
-        """Studies without a usable report are left out only if `parts` has `text_embeds`."""
+    def embed(
+        self,
+        split: str,
+        parts: set[str],
+        limit: int | None = None,
+        *,
+        change: Callable[[Batch], Batch] | None = None,
+        what: str | None = None,
+    ) -> EmbeddedSplit:
+        """Studies without a usable report are left out only if `parts` has something of the text.
+
+        `change` is made to every batch before it is encoded. `what` is done, for who watches.
+        """
         run, data = self._run, self.open(split)
-        collate = Collator(
-            self._config, run.tokenizer if "text_embeds" in parts else None, self.labels, run.config.seed
-        )
+        reads_text = bool(parts & {"text_embeds", "text_logvar"})
+        collate = Collator(self._config, run.tokenizer if reads_text else None, self.labels, run.config.seed)
         limits = [value for value in (limit, self._options.limit) if value is not None]
         total = min([data.table.total, *limits])
         batches = evaluation_batches(
@@ -113,10 +149,15 @@ class Splits:
         def advance(studies: int) -> None:
             nonlocal done
             done += studies
-            self._progress(f"{split}: {' '.join(sorted(parts))}", done, total)
+            self._progress(f"{split}: {what or ' '.join(sorted(parts))}", done, total)
 
         return embed_split(
-            run.encoders, batches, run.device, parts=sorted(parts), autocast=run.autocast, on_batch=advance
+            run.encoders,
+            batches if change is None else map(change, batches),
+            run.device,
+            parts=sorted(parts),
+            autocast=run.autocast,
+            on_batch=advance,
         )
 
     def _note(self, event: Mapping[str, Any]) -> None:
@@ -139,51 +180,75 @@ def evaluate(
     if LinearProbe.protocol in options.protocols:  # a split that is not there is said before minutes of embedding
         splits.open(splits.train_split)
     common: dict[str, Any] = {"seed": options.seed, "replicates": options.replicates}
-    parts = {
-        part
-        for protocol, part in ((ZeroShot.protocol, "image_embeds"), (LinearProbe.protocol, "features"))
-        if protocol in options.protocols
-    }
-    zero_shot = None
-    if ZeroShot.protocol in options.protocols:  # wrong prompts are said before minutes of embedding
+    wanted = set(options.protocols)
+    measures_uncertainty = Uncertainty.protocol in wanted
+    gaussian = isinstance(run.encoders, GaussianTask)
+    parts = {"image_embeds"} if wanted & {ZeroShot.protocol, Uncertainty.protocol} else set()
+    parts |= {"features"} if LinearProbe.protocol in wanted else set()
+    parts |= parts_of_uncertainty(run.encoders) if measures_uncertainty else set()
+    text_parts = {"image_embeds", "text_embeds"} | ({"image_logvar", "text_logvar"} if gaussian else set())
+    prompts, source = None, ""
+    if wanted & {ZeroShot.protocol, Uncertainty.protocol}:  # wrong prompts are said before minutes of embedding
         prompts, source = choose_prompts(run, options.prompts, splits.labels)
-        zero_shot = ZeroShot(prompts, ZeroShot.Config(text_length=run.text_length, **common))
+        check_prompts(prompts)
     test: EmbeddedSplit | None = None
     with_text: EmbeddedSplit | None = None
-    if Retrieval.protocol in options.protocols:
-        with_text = splits.embed(options.split, {"image_embeds", "text_embeds"} | parts)
+    if Retrieval.protocol in wanted or (measures_uncertainty and gaussian):
+        with_text = splits.embed(options.split, text_parts | parts)
         test = with_text if not splits.skipped["empty report"] else None
     skipped_with_text = dict(splits.skipped)
     if test is None and parts:
         splits.skipped.clear()
         test = splits.embed(options.split, parts)
     skipped = dict(splits.skipped)
+    held_out: str | None = run.config.data.validation_split
+    if held_out not in splits.manifest.splits or held_out == options.split:
+        held_out = None
 
     reports: dict[str, dict[str, Any]] = {}
     figures: dict[str, float] = {}
+    pictures: dict[str, Tensor] = {}
 
-    def take(evaluator: ZeroShot | Retrieval | LinearProbe, found: Iterator[tuple[str, float]]) -> dict[str, Any]:
+    def take(
+        evaluator: ZeroShot | Retrieval | LinearProbe | Uncertainty, found: Iterator[tuple[str, float]]
+    ) -> dict[str, Any]:
         figures.update({f"eval/{evaluator.protocol}/{name}": value for name, value in found})
         reports[evaluator.protocol] = evaluator.report()
         return reports[evaluator.protocol]
 
-    if zero_shot is not None and test is not None:
-        found = zero_shot.run(run.encoders, run.tokenizer, test, splits.labels, run.device, run.autocast)
-        take(zero_shot, found)["prompts_from"] = source
-    if with_text is not None:
-        retrieval = Retrieval(Retrieval.Config(**common))
+    if ZeroShot.protocol in wanted and prompts is not None and test is not None:
+        zero_shot = ZeroShot(prompts, ZeroShot.Config(text_length=run.text_length, **common))
+        scores = zero_shot.run(run.encoders, run.tokenizer, test, splits.labels, run.device, run.autocast)
+        take(zero_shot, scores)["prompts_from"] = source
+    if Retrieval.protocol in wanted and with_text is not None:
+        retrieval = Retrieval(Retrieval.Config(coverages=COVERAGES, **common))
         take(retrieval, retrieval.run(with_text))
-    if LinearProbe.protocol in options.protocols and test is not None:
+    if LinearProbe.protocol in wanted and test is not None:
         probe = LinearProbe(LinearProbe.Config(**common))
         train = splits.embed(splits.train_split, {"features"}, limit=options.probe_studies)
-        held_out = run.config.data.validation_split
-        validation = None
-        if held_out in splits.manifest.splits and held_out != options.split:
-            validation = splits.embed(held_out, {"features"})
         fits = probe.run(
-            train, validation, test, splits.labels, lambda done, total: progress("probe: fits", done, total)
-        )
+            train, splits.embed(held_out, {"features"}) if held_out else None, test, splits.labels,
+            lambda done, total: progress("probe: fits", done, total),
+        )  # fmt: skip
         take(probe, fits)
+    if measures_uncertainty and prompts is not None and test is not None:
+        uncertainty = Uncertainty(prompts, Uncertainty.Config(text_length=run.text_length, **common))
+        passes = 0
+
+        def again(change: Callable[[Batch], Batch], changed_parts: set[str]) -> EmbeddedSplit:
+            nonlocal passes
+            passes += 1
+            return splits.embed(
+                options.split, changed_parts, options.corruption_studies, change=change, what=f"changed {passes}"
+            )
+
+        found = uncertainty.run(
+            run.encoders, run.tokenizer, test, splits.labels, run.device, run.autocast,
+            validation=splits.embed(held_out, {"image_embeds"}) if held_out else None,
+            with_text=with_text, embed=again, words=words_of(run.tokenizer),
+        )  # fmt: skip
+        take(uncertainty, found)["prompts_from"] = source
+        pictures = {f"eval/{Uncertainty.protocol}/{name}": image for name, image in uncertainty.pictures().items()}
     for protocol, report in reports.items():
         report |= {
             "step": run.step,
@@ -194,7 +259,22 @@ def evaluate(
             "skipped": skipped_with_text if protocol == Retrieval.protocol else skipped,
             "seed": options.seed,
         }
-    return Evaluation(reports=reports, figures=figures)
+    return Evaluation(reports=reports, figures=figures, pictures=pictures)
+
+
+def words_of(tokenizer: Tokenizer) -> Words | None:
+    """How a vocabulary marks words: a sign before what begins one (`Ġ`, `▁`), else before what goes on (`##`).
+
+    None where it has no mask token.
+    """
+    if tokenizer.mask_id is None:
+        return None
+    spelled = tokenizer.tokens(range(tokenizer.vocab_size))
+    openings = tuple(sign for sign in ("Ġ", "▁") if sum(token.startswith(sign) for token in spelled) > 1)
+    continues = [
+        not token.startswith(openings) if openings else token.startswith("##") and len(token) > 2 for token in spelled
+    ]
+    return Words(mask_id=tokenizer.mask_id, special_ids=tokenizer.special_ids, continues=torch.tensor(continues))
 
 
 def choose_prompts(run: PastRun, given: Prompts | None, labels: Sequence[str]) -> tuple[Prompts, str]:
@@ -235,6 +315,8 @@ def write(run_dir: str, evaluation: Evaluation, step: int) -> list[str]:
             store.put(names[-1], json.dumps(report, indent=1).encode() + b"\n")
         metrics = Metrics(Path(scratch), World(), first_step=0)
         metrics.scalars(step, evaluation.figures)
+        for name, image in evaluation.pictures.items():
+            metrics.picture(step, name, image)
         metrics.close()
         for file in sorted((Path(scratch) / "tb").iterdir()):
             store.put(f"eval/tb/{file.name}", file)
@@ -261,6 +343,16 @@ def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
                     table.add_row("median rank", *(f"{one[name]:g}" for one in found))
                 else:
                     table.add_row(f"R@{name.removeprefix('r')}", *(_interval(one[name]) for one in found))
+            for by, percent, name in _abstentions(report["abstention"]):
+                found = [report["abstention"][direction].get(by) for direction in report["directions"]]
+                shown = ("" if one is None else _interval(one[percent][name]) for one in found)
+                table.add_row(f"R@{name.removeprefix('r')}, surest {percent} % by {by}", *shown)
+        elif "figures" in report:
+            table = Table(title=f"{protocol}: {report['studies']} studies, {where}")
+            table.add_column("")
+            table.add_column("", justify="right")
+            for name, estimate in report["figures"].items():
+                table.add_row(name.replace("_", " "), _interval(estimate, undefined="not defined"))
         else:
             table = Table(title=f"{protocol}: AUC, {where}")
             for name, justify in (("label", "left"), ("AUC", "right"), ("present", "right"), ("absent", "right")):
@@ -272,9 +364,22 @@ def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
         yield table
 
 
-def _interval(estimate: Mapping[str, Any]) -> str:
+def _abstentions(report: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """(confidence, coverage in percent, `r<k>`) of all directions, the best cut-off of recall only."""
+    return list(
+        dict.fromkeys(
+            (by, percent, next(iter(of)))
+            for kinds in report.values()
+            for by, coverages in kinds.items()
+            for percent, of in coverages.items()
+            if percent != "100"
+        )
+    )
+
+
+def _interval(estimate: Mapping[str, Any], undefined: str = "one class only") -> str:
     if estimate["value"] is None:
-        return "one class only"
+        return undefined
     bounds = "" if estimate["low"] is None else f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
     return f"{estimate['value']:.3f}{bounds}"
 
@@ -303,7 +408,8 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog="evaluate.py",
         description="Evaluate a run's checkpoint on held-out patients, with bootstrap intervals by patient.",
-        epilog="exit codes: 0 done, 2 bad arguments or configuration, 3 bad data or damaged checkpoint",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
     add("--run-dir", required=True, metavar="DIR", help="run directory, folder or s3://")
@@ -313,6 +419,13 @@ def parser() -> argparse.ArgumentParser:
     add("--split", default="test")
     add("--prompts", metavar="FILE", help="TOML: a table for each label with lists `positive` and `negative`")
     add("--limit", type=_positive, metavar="N", help="first N studies of each split only")
+    add(
+        "--corruption-studies",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="uncertainty: first N studies, encoded anew for every level of every corruption; default: 256",
+    )
     add("--batch-size", type=_positive, default=96, metavar="N")
     add("--replicates", type=_positive, default=1000, metavar="N", help="of the bootstrap")
     add("--seed", type=int, default=0, help="of the bootstrap")
@@ -339,6 +452,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             split=arguments.split,
             prompts=read_prompts(arguments.prompts) if arguments.prompts else None,
             limit=arguments.limit,
+            corruption_studies=arguments.corruption_studies,
             batch_size=arguments.batch_size,
             replicates=arguments.replicates,
             seed=arguments.seed,
@@ -351,6 +465,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for table in tables(evaluation.reports):
             console.print(table)
         for protocol, report in evaluation.reports.items():
+            for note in report.get("notes", ()):
+                console.print(f"{protocol}: {note}", soft_wrap=True)
             if report["skipped"]:
                 causes = ", ".join(f"{count} {cause}" for cause, count in sorted(report["skipped"].items()))
                 console.print(f"{protocol}: studies left out: {causes}", soft_wrap=True)
@@ -360,6 +476,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RoentgenError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NonFiniteError.exit_code
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}; free space or choose another place", file=sys.stderr)
         return ConfigError.exit_code

@@ -31,8 +31,9 @@ from core.checkpoint import Checkpoints, TrainState, local_folder
 from core.checkpoint_files import write_atomically
 from core.collectives import raise_together
 from core.engine import Engine, join_world, leave_world
-from core.evaluation.embed import Encoders, embed_split
+from core.evaluation.embed import Encoders, GaussianTask, embed_split, parts_of_uncertainty
 from core.evaluation.retrieval import Retrieval
+from core.evaluation.uncertainty import Uncertainty
 from core.evaluation.zero_shot import ZeroShot
 from core.metrics import Events, Metrics, Uploader
 from core.trainer import Evaluator, StopRequest, TooManySkipsError, train, validation_loss
@@ -313,7 +314,7 @@ def _has_validation(config: TrainConfig, loader: Loader) -> bool:
 def _evaluators(
     config: TrainConfig, engine: Engine, loader: Loader, world: World, stop: StopRequest
 ) -> list[Evaluator]:
-    """Validation loss always; zero-shot and retrieval on the held-out split where the task embeds both sides."""
+    """Validation loss always; the recipe's protocols on the held-out split where the task embeds both sides."""
     batches = partial(loader.evaluate, batch_size=config.global_batch_size)
     limit = config.trainer.validation_batches
     studies = None if limit is None else limit * config.global_batch_size
@@ -324,8 +325,13 @@ def _evaluators(
         return found
     known: dict[str, Any] = {**prompts.NIH_PROMPTS, **prompts.PHANTOM_PROMPTS, **config.evaluation.prompts}
     chosen = {label: known[label] for label in loader.labels if label in known}
+    protocols = config.evaluation.protocols
+    parts = {"image_embeds", "text_embeds"}
+    if Uncertainty.protocol in protocols:
+        parts |= parts_of_uncertainty(task) | ({"text_logvar"} if isinstance(task, GaussianTask) else set())
+    common: dict[str, Any] = {"text_length": config.data.text_length, "replicates": 1}  # curves need no intervals
 
-    def held_out(_state: TrainState) -> Iterator[tuple[str, float]]:
+    def held_out(_state: TrainState) -> Iterator[tuple[str, float | torch.Tensor]]:
         limited = partial(loader.evaluate, batch_size=config.global_batch_size, limit=EVALUATION_LIMIT)
         with engine.evaluating() as evaluated:
             model = cast(Encoders, evaluated)
@@ -333,15 +339,26 @@ def _evaluators(
                 model,
                 limited(),
                 world.device,
-                parts=("image_embeds", "text_embeds"),
+                parts=sorted(parts),
                 on_batch=lambda studies: stop.leave_evaluation(world.device),
             )
-            for name, value in Retrieval(Retrieval.Config(replicates=1)).run(split):
-                yield f"retrieval/{name}", value
-            if chosen:
-                zero_shot = ZeroShot(chosen, ZeroShot.Config(text_length=config.data.text_length, replicates=1))
-                for name, value in zero_shot.run(model, tokenizer, split, loader.labels, world.device):
-                    yield f"zero_shot/{name}", value
+            labels, device = loader.labels, world.device
+            measured: dict[str, Iterator[tuple[str, float]]] = {}
+            if Retrieval.protocol in protocols:
+                measured[Retrieval.protocol] = Retrieval(Retrieval.Config(replicates=1)).run(split)
+            if ZeroShot.protocol in protocols and chosen:
+                zero_shot = ZeroShot(chosen, ZeroShot.Config(**common))
+                measured[ZeroShot.protocol] = zero_shot.run(model, tokenizer, split, labels, device)
+            uncertainty = Uncertainty(chosen, Uncertainty.Config(**common))
+            if Uncertainty.protocol in protocols and chosen:
+                measured[Uncertainty.protocol] = uncertainty.run(
+                    model, tokenizer, split, labels, device, with_text=split
+                )
+            for protocol, figures in measured.items():
+                for name, value in figures:
+                    yield f"{protocol}/{name}", value
+            for name, image in uncertainty.pictures().items():
+                yield f"{Uncertainty.protocol}/{name}", image
 
     return [*found, held_out]
 

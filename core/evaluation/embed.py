@@ -56,6 +56,12 @@ class GaussianTask(Protocol):
         """One row a text."""
 
 
+def parts_of_uncertainty(task: object) -> set[str]:
+    """What of an image says how sure the task is of it, as far as the task can say."""
+    gaussian = {"image_mean", "image_logvar"} if isinstance(task, GaussianTask) else set()
+    return gaussian | ({NORM_PART} if callable(getattr(task, "image_norms", None)) else set())
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedSplit:
     """The valid studies of a split, in its order, on the CPU. n = studies, K = labels.

@@ -4,12 +4,17 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace as Gaussian
 
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from core.tasks.clip import CLIP
 from launchers import evaluate
 from shards.manifest import Manifest
 from shards.store import open_store
+from shards.tokenizer import train_wordpiece
 from tests.launchers.past_runs import STEP, make_run, pack
 
 
@@ -28,12 +33,13 @@ def test_all_protocols_are_printed_and_written(
 ) -> None:
     reports = tmp_path / "all.json"
     options = ["--batch-size", "16", "--replicates", "50", "--device", "cpu", "--json", str(reports)]
+    options += ["--corruption-studies", "8"]
     assert evaluate.main(["--run-dir", str(run_dir), *options]) == 0
     shown = capsys.readouterr()
     assert "macro" in shown.out and "R@10" in shown.out and "test: features" in shown.err
     assert "1 empty report" in shown.out
     found = json.loads(reports.read_text())
-    assert set(found) == {"zero_shot", "retrieval", "linear_probe"}
+    assert set(found) == {"zero_shot", "retrieval", "linear_probe", "uncertainty"}
     for protocol in found:
         assert json.loads((run_dir / "eval" / f"{protocol}.json").read_text()) == found[protocol]
         assert found[protocol]["step"] == STEP and found[protocol]["split"] == "test"
@@ -46,6 +52,58 @@ def test_all_protocols_are_printed_and_written(
     assert probe["labels"]["effusion"]["value"] > 0.9  # half of the image is brighter
     assert probe["studies"] == {"train": 60, "validation": 24, "test": 40}
     assert probe["labels_not_fitted"] == ["nodule"]
+    # A task without distributions: the baselines, and a word about it.
+    uncertainty = found["uncertainty"]
+    assert {"area_max_probability", "area_norm", "calibration_error"} <= set(uncertainty["figures"])
+    assert "uncertainty: task CLIP has no log-variance: baselines only" in shown.out
+    assert uncertainty["labels_decided"] == ["effusion"] and 1 < uncertainty["logit_scale"] < 100
+    assert set(found["retrieval"]["abstention"]["image_to_text"]) == {"margin"}
+    assert "R@1, surest 50 % by margin" in shown.out and "area max probability" in shown.out
+
+
+def test_a_task_with_log_variance_is_measured_in_full(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        return (x.float().flatten(1).std(dim=1) - 4.0)[:, None].expand(-1, 16)
+
+    # One image a study here, so rows of images are rows of studies.
+    of_images = lambda task, batch: Gaussian(mean=task.embed_images(batch), logvar=spread(batch["pixel_values"]))  # noqa: E731
+    of_texts = lambda task, ids, mask: Gaussian(mean=task.embed_texts(ids, mask), logvar=spread(ids))  # noqa: E731
+    monkeypatch.setattr(CLIP, "distribution_of_images", of_images, raising=False)
+    monkeypatch.setattr(CLIP, "distribution_of_texts", of_texts, raising=False)
+    run_dir = make_run(tmp_path / "run", manifest)
+    options = ["--protocol", "uncertainty", "retrieval", "--replicates", "10", "--device", "cpu"]
+    assert evaluate.main(["--run-dir", str(run_dir), *options, "--corruption-studies", "6", "--limit", "30"]) == 0
+    report = json.loads((run_dir / "eval" / "uncertainty.json").read_text())
+    expected = {"gain", "area_logvar", "corruption_blur", "corruption_noise_within", "masked_words", "logvar_spread"}
+    assert expected | {"sampled_minus_mean", "vague_auc"} <= set(report["figures"])
+    assert report["studies"] == 30 and report["curves"]["logvar"]["coverage"][-1] == 1.0
+    assert [note for note in report["notes"] if "degraded_auc" in note] == report["notes"]
+    retrieval = json.loads((run_dir / "eval" / "retrieval.json").read_text())
+    assert set(retrieval["abstention"]["text_to_image"]) == {"logvar", "margin"}
+    events = EventAccumulator(str(run_dir / "eval" / "tb"), size_guidance={"images": 0})
+    events.Reload()
+    assert "eval/uncertainty/gain" in events.Tags()["scalars"]
+    assert "eval/retrieval/text_to_image_r1_at_50_by_logvar" in events.Tags()["scalars"]
+    (drawn,) = events.Images("eval/uncertainty/risk_coverage")
+    assert (drawn.width, drawn.height) == (640, 440)
+
+    nan = lambda task, batch: Gaussian(mean=task.embed_images(batch), logvar=spread(batch["pixel_values"]) * torch.nan)  # noqa: E731
+    monkeypatch.setattr(CLIP, "distribution_of_images", nan)
+    capsys.readouterr()
+    assert evaluate.main(["--run-dir", str(run_dir), *options[:2], "--limit", "8"]) == 4
+    assert "error: image_logvar of sample 0 is nan" in capsys.readouterr().err
+
+
+def test_words_of_a_vocabulary() -> None:
+    tokenizer = train_wordpiece(["Left pleural effusion.", "The heart is normal."] * 3, 96)
+    words = evaluate.words_of(tokenizer)
+    assert words is not None and words.mask_id == tokenizer.mask_id and words.special_ids == tokenizer.special_ids
+    spelled = tokenizer.tokens(range(tokenizer.vocab_size))
+    assert [token for token, on in zip(spelled, words.continues, strict=True) if on] == [
+        token for token in spelled if token.startswith("##")
+    ]
 
 
 def test_probe_is_fitted_on_the_training_manifest_when_validation_has_its_own(manifest: Path, tmp_path: Path) -> None:

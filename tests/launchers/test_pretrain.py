@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import schema
 from core.checkpoint_files import find_weights, steps_in
@@ -48,8 +49,9 @@ def events(run_dir: Path) -> list[dict[str, object]]:
 
 
 def test_two_ranks_under_the_runner_then_one_process_goes_on(tmp_path: Path, manifest: Path) -> None:
+    protocols = 'evaluation.protocols=["zero_shot", "retrieval", "uncertainty"]'
     done = subprocess.run(
-        command(2, tmp_path, manifest, "trainer.steps=4", "trainer.save_every=2"),
+        command(2, tmp_path, manifest, "trainer.steps=4", "trainer.save_every=2", protocols),
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -63,7 +65,10 @@ def test_two_ranks_under_the_runner_then_one_process_goes_on(tmp_path: Path, man
     assert steps_in(tmp_path) == [2, 4]
     assert find_weights(tmp_path, "best").is_file()
     assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
-    assert list((tmp_path / "tb").glob("events.out.tfevents.*"))
+    curves = EventAccumulator(str(tmp_path / "tb"))
+    curves.Reload()
+    assert {"eval/retrieval/image_to_text_r1", "eval/uncertainty/area_norm"} <= set(curves.Tags()["scalars"])
+    assert curves.Tags()["images"] == ["eval/uncertainty/risk_coverage"]
     kinds = [event["event"] for event in events(tmp_path)]
     assert kinds[0] == "start"
     assert kinds[-1] == "end"
