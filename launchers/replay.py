@@ -119,6 +119,8 @@ def replay(run_dir: str, step: int) -> Replay:
     }
     if "input_ids" in batch:
         hashes["tokens"] = _tensor_hash(batch["input_ids"])
+    for name in sorted({"text_mask", "patch_mask"} & batch.keys()):
+        hashes[name.replace("_", " ")] = _tensor_hash(batch[name])
     void = {
         f"{event['shard']}/{event['key']}": str(event["cause"])
         for event in events
@@ -223,7 +225,7 @@ def show(result: Replay, console: Console, *, every_row: bool) -> None:
         console.print(f"... and {len(result.rows) - len(shown)} more; --all shows them")
     console.print(f"void slots: {len(valid) - sum(valid)}")
     for name, value in result.hashes.items():
-        console.print(f"{name:8} {value}")
+        console.print(f"{name:10} {value}")
     if result.matches is None:
         steps = result.recorded.steps_with_hash
         known = f"; it recorded {', '.join(map(str, steps[:8]))}{', ...' if len(steps) > 8 else ''}" if steps else ""

@@ -122,38 +122,40 @@ class Tokenizer:
         separator = self.sep_id
         if separator is None:
             raise ConfigError("text in parts needs a tokenizer with a separator token; this one names none")
-        texts = [text for parts in rows for _, text in parts]
-        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))  # the fast call tells no words
+        # Definitions and questions stand in many rows: each text is encoded once. (The fast call tells no words.)
+        texts = list(dict.fromkeys(text for parts in rows for _, text in parts))
+        found = self._backend.encode_batch(texts, add_special_tokens=False)
+        encodings = {text: (one.ids, one.word_ids) for text, one in zip(texts, found, strict=True)}
         tokens: list[list[int]] = []
         sections: list[int] = []  # of the tokens of all rows that belong to one
         words: list[list[int]] = []
         for parts in rows:
-            encoded = [next(encodings) for _ in parts]
             lengths = _shortened(
-                [len(encoding.ids) for encoding in encoded],
+                [len(encodings[text][0]) for _, text in parts],
                 [section for section, _ in parts],
                 room - max(0, len(parts) - 1),
             )
             row, row_words, first_word = list(self.prefix), [-1] * len(self.prefix), 0
-            for (section, _), encoding, length in zip(parts, encoded, lengths, strict=True):
+            for (section, text), length in zip(parts, lengths, strict=True):
                 if not length:
                     continue
+                ids, word_ids = encodings[text]
                 if first_word:
                     row.append(separator)
                     row_words.append(-1)
-                row += encoding.ids[:length]
+                row += ids[:length]
                 sections += [section] * length
-                row_words += [first_word + (word or 0) for word in encoding.word_ids[:length]]
+                row_words += [first_word + (word or 0) for word in word_ids[:length]]
                 first_word = row_words[-1] + 1
             tokens.append([*row, *self.suffix])
             words.append(row_words + [-1] * len(self.suffix))
-        ids, mask = _padded(tokens, self.pad_id)
-        word_ids, _ = _padded(words, -1)
-        section_ids = np.zeros_like(word_ids)
-        section_ids[word_ids >= 0] = sections
+        input_ids, mask = _padded(tokens, self.pad_id)
+        numbers, _ = _padded(words, -1)
+        section_ids = np.zeros_like(numbers)
+        section_ids[numbers >= 0] = sections
         return PartTokens(
-            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), section_ids=section_ids,
-            words=word_ids,
+            input_ids=torch.from_numpy(input_ids), attention_mask=torch.from_numpy(mask), section_ids=section_ids,
+            words=numbers,
         )  # fmt: skip
 
     def _room(self, max_length: int) -> int:
@@ -302,11 +304,16 @@ def _shortened(lengths: Sequence[int], sections: Sequence[int], room: int) -> li
     """Lengths that add up to at most `room`: sections lose in ascending order, the longest parts of one first."""
     result = list(lengths)
     for section in sorted(set(sections)):
-        excess = sum(result) - room
         members = [place for place, of in enumerate(sections) if of == section]
-        for _ in range(max(0, excess)):
-            longest = max(members, key=lambda place: result[place])
-            result[longest] -= result[longest] > 0
+        own = [result[place] for place in members]
+        budget = max(0, room - sum(result) + sum(own))
+        cap = max(own)
+        while sum(min(length, cap) for length in own) > budget:
+            cap -= 1
+        spare = budget - sum(min(length, cap) for length in own)
+        for place in members:
+            extra = int(result[place] > cap and spare > 0)
+            result[place], spare = min(result[place], cap + extra), spare - extra
     return result
 
 

@@ -125,6 +125,7 @@ def test_verify_of_a_newer_manifest(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--output", "o"], "--source is missing"),
         (["--source", "phantom", "--output", "o", "--samples", "many"], "--samples many: write one count"),
         (["--source", "phantom", "--output", "o", "--difficulty", "hard"], "this phantom has easy"),
+        (["--source", "phantom", "--output", "o", "--degraded", "2"], "degraded=2.0 is no share"),
         (["--source", "phantom", "--output", "o", "--fractions", "train"], "--fractions train: write e.g."),
         (["--source", "phantom", "--output", "o", "--workers", "0"], "--workers 0: needs at least 1"),
         (["--source", "phantom", "--output", "ftp://x", "--samples", "1"], "unknown kind of store"),
@@ -184,11 +185,12 @@ def test_adopt_with_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_phantoms_in_worker_processes(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "launchers" / "pack.py"), "--source", "phantom", "--samples", "6,2,2"]
-    command += ["--size", "32", "--workers", "2", "--output", str(tmp_path / "a")]
+    options = ["--source", "phantom", "--samples", "6,2,2", "--size", "32", "--degraded", "0.5", "--structured"]
+    command = [sys.executable, str(ROOT / "launchers" / "pack.py"), *options]
+    command += ["--workers", "2", "--output", str(tmp_path / "a")]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    options = ("--source", "phantom", "--samples", "6,2,2", "--size", 32, "--workers", 1, "--output", tmp_path / "b")
-    assert run(*options) == 0
+    assert run(*options, "--workers", 1, "--output", tmp_path / "b") == 0
+    assert Manifest.from_bytes((tmp_path / "b" / "manifest.json").read_bytes()).fields["structured_report"] == 10
     names = sorted(path.name for path in (tmp_path / "a").iterdir() if path.is_file())
     assert {name.partition("-")[0] for name in names if name.endswith(".tar")} == {"train", "validation", "test"}
     for name in names:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from core.tasks.clip import CLIP
 from launchers import past_run, replay
 from launchers.past_run import open_run
 from shards.batch import Batch, batch_hash
@@ -145,3 +146,19 @@ def test_bad_arguments_are_one_line(
     assert replay.main(["--run-dir", str(run_dir), *options]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_masks_of_an_objective_are_replayed_too(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = ("section_ids", "text_mask", "patch_mask", "finding_key", "draw_key")
+    monkeypatch.setattr(CLIP, "fields", (*CLIP.fields, *masks))
+    sheet, tensors = tmp_path / "sheet.png", tmp_path / "batch.safetensors"
+    assert replay.main(["--run-dir", str(run_dir), "--step", "3", "--save", str(sheet)]) == 0
+    first = capsys.readouterr().out
+    assert replay.main(["--run-dir", str(run_dir), "--step", "3", "--save", str(tensors)]) == 0
+    assert sheet.stat().st_size > 0
+    assert set(masks) <= set(load_file(tensors))
+    hashes = [line for line in first.splitlines() if line.startswith(("text mask", "patch mask"))]
+    assert len(hashes) == 2
+    assert set(hashes) <= set(capsys.readouterr().out.splitlines())

@@ -238,7 +238,7 @@ def test_parts_of_text_shorten_in_order_of_their_sections(tokenizer: Tokenizer, 
     assert again.tokens(whole.input_ids[0].tolist())[:6] == ["[CLS]", "the", "heart", "is", "normal", "[SEP]"]
     assert whole.words[0].tolist() == [-1, 0, 1, 2, 3, -1, 4, 5, -1, 6, 7, 8, 9, 10, 11, -1]
     assert tight.input_ids.shape == (2, 9)
-    assert tight.section_ids[0].tolist() == [0, 1, 0, 4, 4, 0, 1, 1, 0]
+    assert tight.section_ids[0].tolist() == [0, 1, 1, 0, 4, 4, 0, 1, 0]
     assert tight.section_ids[1].tolist() == [0] * 9
     assert again.tokens(tight.input_ids[1].tolist())[:3] == ["[CLS]", "[SEP]", "[PAD]"]
     single = again.encode_parts([[(3, text)] for text in ("no effusion", "the lungs are clear")], 5)
