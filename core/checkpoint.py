@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from core.checkpoint_files import (
     BEST,
     ENGINE,
+    EVALUATED,
     LATEST,
     STATE,
     SUMS,
@@ -65,7 +66,8 @@ MOST_FAILED_SAVES = 3  # in a row; then the run stops rather than compute what i
 class TrainState:
     """All that must survive a restart besides the engine.
 
-    `evaluation_due`: a stop came before the evaluation of this step was done; the next start begins with it.
+    `evaluation_due`: saved before the evaluation of this step; unless `mark_evaluated` came, the next start begins with
+    it.
     """
 
     step: int
@@ -470,25 +472,34 @@ class Checkpoints:
 
     def mark_best(self, state: TrainState, metric: str, value: float) -> None:
         """Point `best` at the checkpoint of this step."""
-        if self.world.is_first:
-            content = {"checkpoint": f"step-{state.step}", "step": state.step, "metric": metric, "value": value}
-            write_atomically(self.folder / BEST, json.dumps(content).encode() + b"\n")
-            if self._mirror is not None:
-                self._mirror.push_file(BEST)
+        self._mark(BEST, {"checkpoint": f"step-{state.step}", "step": state.step, "metric": metric, "value": value})
 
     def best(self) -> dict[str, Any] | None:
         """What `mark_best` wrote last, also before a restart. Collective: all ranks see what rank 0 does."""
+        return self._ask_first(lambda: self._marked(BEST))
 
-        def find() -> dict[str, Any] | None:
-            if self._mirror is not None and not (self.folder / BEST).is_file():
-                self._mirror.fetch_file(BEST)
-            return self._best_here()
+    def mark_evaluated(self, state: TrainState) -> None:
+        """The evaluation that the checkpoint of this step calls due is done."""
+        self._mark(EVALUATED, {"step": state.step})
 
-        return self._ask_first(find)
+    def is_evaluated(self, state: TrainState) -> bool:
+        """Whether `mark_evaluated` was last called for this step, also before a restart. Collective."""
+        return (self._ask_first(lambda: self._marked(EVALUATED)) or {}).get("step") == state.step
 
-    def _best_here(self) -> dict[str, Any] | None:
+    def _mark(self, name: str, content: dict[str, Any]) -> None:
+        if self.world.is_first:
+            write_atomically(self.folder / name, json.dumps(content).encode() + b"\n")
+            if self._mirror is not None:
+                self._mirror.push_file(name)
+
+    def _marked(self, name: str) -> dict[str, Any] | None:
+        if self._mirror is not None and not (self.folder / name).is_file():
+            self._mirror.fetch_file(name)
+        return self._marked_here(name)
+
+    def _marked_here(self, name: str) -> dict[str, Any] | None:
         try:
-            content = json.loads((self.folder / BEST).read_text())
+            content = json.loads((self.folder / name).read_text())
         except (OSError, ValueError):
             return None
         return content if isinstance(content, dict) else None
@@ -532,7 +543,7 @@ class Checkpoints:
         kept = set(sorted(steps)[-self.config.keep_last :])
         if self.config.keep_every:
             kept |= {step for step in steps if step % self.config.keep_every == 0}
-        best = self._best_here()
+        best = self._marked_here(BEST)
         if best is not None:
             kept.add(int(best["step"]))
         # After going back to an older `latest`, newer steps of the abandoned branch may still lie here.

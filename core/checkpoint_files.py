@@ -16,6 +16,7 @@ STATE = "state.json"
 ENGINE = "engine"
 LATEST = "latest"
 BEST = "best"
+EVALUATED = "evaluated"
 
 STEP_NAME = re.compile(r"step-(\d+)")
 

@@ -204,14 +204,15 @@ def train(
     meter = _Meter(engine, world, global_batch_size)
     best = checkpoints.best()
     saved_step = state.step if state.step else None
-    if state.evaluation_due:
+    if state.evaluation_due and not checkpoints.is_evaluated(state):
         evaluated, code = _evaluate(evaluators, state, metrics, progress)
         if evaluated is None:
             on_event({"event": "stopped", "step": state.step, "code": code})
             return code
         if _is_better(config, evaluated, best):
             best = _mark_best(config, checkpoints, state, evaluated)
-        state = replace(state, evaluation_due=False)
+        checkpoints.mark_evaluated(state)
+    state = replace(state, evaluation_due=False)
     if state.step >= config.steps:
         progress.say(f"nothing to do: step {state.step} of {config.steps} is reached")
         return 0
@@ -249,19 +250,25 @@ def train(
 
             # All ranks saw the same sums, so all leave here together.
             code = _agreed_code(output.sums["stop"], output.sums["wants_stop"])
-            evaluated = {}
-            if _due(config.evaluate_every, state.step, last):
-                evaluated = None
-                if not code:
-                    evaluated, code = _evaluate(evaluators, state, metrics, progress)
-                    meter.restart()
-            better = evaluated is not None and _is_better(config, evaluated, best)
-            if better or code or _due(config.save_every, state.step, last):
-                saved = replace(state, evaluation_due=evaluated is None)
-                if checkpoints.save(engine, saved, final=last or bool(code)):
-                    saved_step = state.step
-                    if better and evaluated is not None:
+            evaluation_due = _due(config.evaluate_every, state.step, last)
+            tried = bool(code) or _due(config.save_every, state.step, last)
+            # Before the evaluation: a store that falls silent in there must not cost the steps.
+            if tried and checkpoints.save(
+                engine, replace(state, evaluation_due=evaluation_due), final=last or bool(code)
+            ):
+                saved_step = state.step
+            if evaluation_due and not code:
+                evaluated, code = _evaluate(evaluators, state, metrics, progress)
+                better = evaluated is not None and _is_better(config, evaluated, best)
+                if saved_step != state.step and (code or (better and not tried)):
+                    saved = replace(state, evaluation_due=evaluated is None)
+                    if checkpoints.save(engine, saved, final=bool(code)):
+                        saved_step = state.step
+                if evaluated is not None and saved_step == state.step:
+                    if better:
                         best = _mark_best(config, checkpoints, state, evaluated)
+                    checkpoints.mark_evaluated(state)
+            if tried or evaluation_due:
                 metrics.flush()
                 meter.restart()
             if code:

@@ -25,7 +25,7 @@ from core.tasks import Task
 from core.trainer import StopRequest, train, validation_loss
 from core.world import World
 from shards.batch import Batch
-from shards.errors import RoentgenError
+from shards.errors import RoentgenError, StoreUnreachableError
 from tests.distributed import PRELOAD, free_port
 
 VOCABULARY = 60
@@ -55,6 +55,7 @@ class Options:
     kill_rank: int | None = None  # None: all ranks
     stop_at: int | None = None  # SIGTERM itself at this step, on `kill_rank`
     stop_in_evaluation: bool = False  # SIGTERM itself while validating on batches without end, on `kill_rank`
+    fail_in_evaluation: bool = False  # as when the store does not answer
     nan_at: int | None = None  # NaN pixels at this step, on the last rank
     void_from: int | None = None  # all rows void from this step on
     keep_last: int = 2
@@ -157,6 +158,8 @@ class Run(Iterator[Batch]):
 def held_out_batches(options: Options, world: World) -> Iterator[Batch]:
     batch = own_rows(global_batch(999), world)
     yield batch
+    if options.fail_in_evaluation:
+        raise StoreUnreachableError("the store does not answer")
     while options.stop_in_evaluation:
         if options.kill_rank in (None, world.rank):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,21 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from core.checkpoint import TrainState
 from core.checkpoint_files import steps_in
-from core.metrics import NAMES, contact_sheet, peak_flops
-from core.trainer import SkipRate, StopRequest, TooManySkipsError, TrainerConfig, _has_ended, _is_better
+from core.metrics import NAMES, Metrics, contact_sheet, peak_flops
+from core.trainer import (
+    SkipRate,
+    StopRequest,
+    TooManySkipsError,
+    TrainerConfig,
+    _evaluate,
+    _has_ended,
+    _is_better,
+    _Progress,
+)
+from core.world import World
+from shards.errors import DataError
 from tests.core.runs import Options, run
 
 
@@ -71,6 +84,34 @@ def test_a_stop_with_an_evaluation_due_leaves_it_to_the_next_start(tmp_path: Pat
     for _ in range(2):
         assert run(1, replace(options, stop_at=None)) == [0]
     assert set(validated(tmp_path)) == {4} and json.loads((tmp_path / "best").read_text())["step"] == 4
+
+
+def test_a_failing_evaluation_costs_no_step_and_is_done_once_by_the_next_start(tmp_path: Path) -> None:
+    options = Options(run_dir=str(tmp_path), steps=4, save_every=4, validate=True, fail_in_evaluation=True)
+    assert run(1, options) == [DataError.exit_code]
+    assert steps_in(tmp_path) == [4] and not validated(tmp_path)
+    for _ in range(2):
+        assert run(1, replace(options, fail_in_evaluation=False)) == [0]
+        assert validated(tmp_path) == [4] and json.loads((tmp_path / "best").read_text())["step"] == 4
+
+
+def test_pictures_of_an_evaluation_are_drawn_beside_its_figures(tmp_path: Path) -> None:
+    def evaluator(_state: TrainState) -> Iterator[tuple[str, float | torch.Tensor]]:
+        yield "uncertainty/gain", 0.25
+        yield "uncertainty/risk_coverage", torch.rand(3, 20, 30)
+
+    world = World()
+    metrics = Metrics(tmp_path, world, first_step=0)
+    config = TrainerConfig(steps=3)
+    found = _evaluate(
+        [evaluator], TrainState(step=2, samples_seen=0, seed=0, recipe_hash=""), metrics, _Progress(config, world, 1, 0)
+    )
+    metrics.close()
+    assert found == ({"eval/uncertainty/gain": 0.25}, 0)
+    drawn = curves(tmp_path)
+    assert drawn.Tags()["scalars"] == ["eval/uncertainty/gain"]
+    (image,) = drawn.Images("eval/uncertainty/risk_coverage")
+    assert (image.step, image.height, image.width) == (2, 20, 30)
 
 
 def test_names_of_curves_and_no_doubling_after_a_kill(tmp_path: Path) -> None:
