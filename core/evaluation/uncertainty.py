@@ -56,7 +56,7 @@ class Uncertainty:
     **Confidence** of a study, from the highest: `max_probability`, the mean over labels of max(p, 1 - p) with the
     model's own p = sigmoid(logit scale x score); `fitted_probability`, the mean probability that the decision is right
     after a logistic regression on validation scores, the strongest rule if the fit holds; `logvar`, less uncertainty;
-    `norm`, length of the embedding before it is normalised. The first two and the last ask no distribution of a model.
+    `norm`, length of the embedding, or mean, before it is normalised, where it is not 1 by construction. The first two and the last ask no distribution of a model.
 
     **Figures.** `area_<confidence>`: area under the risk-coverage curve, lower is better; `excess_<confidence>`: less
     the area of an oracle that leaves out the worst first; `gain` and `gain_over_fitted`: area of `max_probability`, or
@@ -425,8 +425,11 @@ def _confidences(own: np.ndarray, chosen: _Decided, split: EmbeddedSplit) -> dic
         found = {"max_probability": sure.mean(axis=1), "fitted_probability": right.mean(axis=1)}
     if split.image_logvar is not None:
         found["logvar"] = -of_study(split.image_logvar)
-    if split.image_norm is not None:
-        found["norm"] = split.image_norm.double().numpy()
+    norm = split.image_norm
+    if norm is None and split.image_mean is not None:
+        norm = split.image_mean.norm(dim=1)
+    if norm is not None and float(norm.std(correction=0)) > 1e-5 * float(norm.mean()):  # not of unit-norm means
+        found["norm"] = norm.double().numpy()
     return found
 
 

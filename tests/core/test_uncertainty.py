@@ -388,6 +388,13 @@ def test_a_task_without_distributions_has_its_baselines() -> None:
     assert evaluator.pictures()
 
 
+def test_norms_of_means_that_are_not_normalised_are_a_control() -> None:
+    split = a_split()
+    longer = split.need("image_mean") * (2.0 - split.degradation_grade)[:, None]  # type: ignore[operator]
+    assert "degraded_auc_norm" not in measure(split)[0]
+    assert measure(replace(split, image_mean=longer))[0]["degraded_auc_norm"] > 0.99
+
+
 def test_labels_of_one_class_and_unknown_grades_leave_the_rest() -> None:
     split = a_split()
     absent = torch.zeros(400, 3, dtype=torch.int8)
