@@ -56,7 +56,8 @@ class Uncertainty:
     **Confidence** of a study, from the highest: `max_probability`, the mean over labels of max(p, 1 - p) with the
     model's own p = sigmoid(logit scale x score); `fitted_probability`, the mean probability that the decision is right
     after a logistic regression on validation scores, the strongest rule if the fit holds; `logvar`, less uncertainty;
-    `norm`, length of the embedding, or mean, before it is normalised, where it is not 1 by construction. The first two and the last ask no distribution of a model.
+    `norm`, length of the embedding, or mean, before it is normalised, where it is not 1 by construction. All but
+    `logvar` ask no distribution of a model.
 
     **Figures.** `area_<confidence>`: area under the risk-coverage curve, lower is better; `excess_<confidence>`: less
     the area of an oracle that leaves out the worst first; `gain` and `gain_over_fitted`: area of `max_probability`, or
