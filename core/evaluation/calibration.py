@@ -19,13 +19,14 @@ class Calibration:
     Expected calibration error (Naeini et al. 2015) with equal-mass bins (Nguyen and O'Connor 2015): borders are the
     quantiles of the probabilities, equal probabilities share a bin, and the error is the mean over studies of
     |mean probability - share present| of their bin. Equal-width bins, as in torchmetrics, would leave most bins empty,
-    since zero-shot probabilities crowd together. Its value is above 0 even for a perfect model: about sqrt(b / n) / 3.
+    since zero-shot probabilities crowd together. Few studies make it large even for a perfect model: see `noise`.
     """
 
     def __init__(self, probability: np.ndarray, truth: np.ndarray, bins: int) -> None:
         borders = np.quantile(probability, np.linspace(0.0, 1.0, bins + 1)[1:-1])
         self._bin = np.searchsorted(np.unique(borders), probability)  # a border belongs to the bin below it
         self._excess = probability - truth
+        self._variance = probability * (1.0 - probability)
         self._member = self._bin[:, None] == np.arange(self._bin.max() + 1)  # [n, b]
 
     def error(self, weights: np.ndarray) -> np.ndarray:
@@ -33,6 +34,11 @@ class Calibration:
         apart = self._member.T.astype(np.float64) @ (self._excess[:, None] * weights)  # [b, r]
         total: np.ndarray = np.abs(apart).sum(axis=0) / weights.sum(axis=0, dtype=np.float64)
         return total
+
+    def noise(self) -> float:
+        """Error to expect if every probability were right: mean absolute deviation of the bins' binomial counts."""
+        deviation = np.sqrt(2.0 / np.pi * (self._member.T @ self._variance))  # [b], of normal approximations
+        return float(deviation.sum() / len(self._bin))
 
     def brier(self, weights: np.ndarray) -> np.ndarray:
         """[n, r] -> [r]: mean squared difference of probability and truth."""
@@ -73,9 +79,9 @@ class Decisions:
         """[K] bool: labels that can be decided."""
         return np.isfinite(self.slope)
 
-    def present(self, scores: np.ndarray) -> np.ndarray:
-        """[n, K] bool."""
-        return scores >= self.threshold
+    def margin(self, scores: np.ndarray) -> np.ndarray:
+        """[n, K]: how far a score lies above its threshold; called present from 0 on."""
+        return scores - self.threshold
 
     def probability(self, scores: np.ndarray) -> np.ndarray:
         """[n, K], of being present."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -53,16 +53,20 @@ class Uncertainty:
     patients; the risk of a study is the share of wrong decisions among its labels annotated 0 or 1. Where there is no
     validation split, each half of the patients is decided by what the other half chose.
 
-    **Confidence** of a study, from the highest: `max_probability`, the mean over labels of max(p, 1 - p) with the
-    model's own p = sigmoid(logit scale x score); `fitted_probability`, the mean probability that the decision is right
-    after a logistic regression on validation scores, the strongest rule if the fit holds; `logvar`, less uncertainty;
+    **Confidence** of a study, from the highest: `max_probability`, the mean over labels of max(q, 1 - q) with
+    q = sigmoid(logit scale x (score - threshold)), so that it is least where the decision is on the brink (without the
+    threshold it is worse than chance wherever a label's scores are not centred on 0); `fitted_probability`, the mean
+    probability that the decision is right after a logistic regression on validation scores, the strongest rule if the
+    fit holds; `logvar`, less uncertainty;
     `norm`, length of the embedding, or mean, before it is normalised, where it is not 1 by construction. All but
     `logvar` ask no distribution of a model.
 
     **Figures.** `area_<confidence>`: area under the risk-coverage curve, lower is better; `excess_<confidence>`: less
     the area of an oracle that leaves out the worst first; `gain` and `gain_over_fitted`: area of `max_probability`, or
     `fitted_probability`, less that of `logvar`, above 0 where the log-variance says more.
-    `calibration_error`, `brier`: macro over labels, of p; `_fitted`: of the fitted probability.
+    `calibration_error`, `brier`: macro over labels, of the model's own p = sigmoid(logit scale x score); `_fitted`: of
+    the fitted probability. The first has no interval, since the noise in bins of resampled studies only ever adds to
+    it; `calibration_error_noise` is what a perfect model of such probabilities would show.
     `degraded_auc[_<confidence>][_normal|_abnormal]`: chance that a study known to be degraded is the less sure one;
     `grade_correlation`: rank correlation of image log-variance and grade of degradation; `corruption_<kind>`: of image
     log-variance and level of a corruption made here from studies not known to be degraded, over all studies and levels;
@@ -135,14 +139,14 @@ class Uncertainty:
         else:
             on_validation = scores_of(validation.need("image_embeds"), directions)
             fitted = Decisions.fit(on_validation, validation.labels[:, columns].numpy())
-            chosen = _Decided(fitted.present(scores), fitted.probability(scores), fitted.known)
+            chosen = _Decided(fitted.margin(scores), fitted.probability(scores), fitted.known)
         scale = logit_scale(task)
         if scale is None:
             notes.append(f"task {type(task).__name__} has no logit scale: its probabilities are the fitted ones")
         own = chosen.probability if scale is None else expit(scale * scores)
 
         calibrated = self._calibrate({"": own, "_fitted": chosen.probability}, truth, split, names, chosen.known, notes)
-        confidences = _confidences(own, chosen, split)
+        confidences = _confidences(scale, chosen, split)
         decided = self._abstain(confidences, chosen, truth, split, notes)
         self._degraded(confidences, truth, split, notes)
         if gaussian:
@@ -222,6 +226,10 @@ class Uncertainty:
 
             figures = (f"calibration_error{suffix}", f"brier{suffix}")
             self._resample(figures, statistics, split.patient_key.numpy())
+            biased = self._found[figures[0]]
+            self._found[figures[0]] = replace(biased, low=math.nan, high=math.nan)
+            noise = float(np.mean([one.noise() for _, one in of_labels]))
+            self._found[f"calibration_error_noise{suffix}"] = Estimate(value=noise, low=math.nan, high=math.nan)
             for k, (rows, one) in zip(measured, of_labels, strict=True):
                 once = np.ones((int(rows.sum()), 1), dtype=np.float32)
                 found[names[k]] |= dict(
@@ -398,11 +406,16 @@ class Uncertainty:
 
 @dataclass(frozen=True)
 class _Decided:
-    """`present [n, K]` bool, `probability [n, K]` fitted, `known [K]` bool: labels that could be decided."""
+    """`margin [n, K]` above the threshold, `probability [n, K]` fitted, `known [K]` bool: which could be decided."""
 
-    present: np.ndarray
+    margin: np.ndarray
     probability: np.ndarray
     known: np.ndarray
+
+    @property
+    def present(self) -> np.ndarray:
+        """[n, K] bool."""
+        return self.margin >= 0
 
 
 def of_study(logvar: Tensor) -> np.ndarray:
@@ -417,10 +430,11 @@ def logit_scale(task: object) -> float | None:
     return float(scale()) if callable(scale) else None
 
 
-def _confidences(own: np.ndarray, chosen: _Decided, split: EmbeddedSplit) -> dict[str, np.ndarray]:
+def _confidences(scale: float | None, chosen: _Decided, split: EmbeddedSplit) -> dict[str, np.ndarray]:
     """Name -> confidence [n], higher is surer."""
     found = {}
     if chosen.known.any():
+        own = chosen.probability if scale is None else expit(scale * chosen.margin)
         sure = np.maximum(own, 1.0 - own)[:, chosen.known]
         right = np.where(chosen.present, chosen.probability, 1.0 - chosen.probability)[:, chosen.known]
         found = {"max_probability": sure.mean(axis=1), "fitted_probability": right.mean(axis=1)}
@@ -437,14 +451,14 @@ def _confidences(own: np.ndarray, chosen: _Decided, split: EmbeddedSplit) -> dic
 def _fit_on_other_half(scores: np.ndarray, truth: np.ndarray, patient_key: np.ndarray, seed: int) -> _Decided:
     """Every study decided by a threshold and a fit of patients of the other half."""
     first = keyed.uniform(seed, "uncertainty: half of the patients", patient_key)[:, 0] < 0.5
-    present, probability = np.zeros(scores.shape, dtype=bool), np.full(scores.shape, np.nan)
+    margin, probability = np.full(scores.shape, np.nan), np.full(scores.shape, np.nan)
     known = np.ones(scores.shape[1], dtype=bool)
     for half in (first, ~first):
         if half.any():
             fitted = Decisions.fit(scores[~half], truth[~half])
-            present[half], probability[half] = fitted.present(scores[half]), fitted.probability(scores[half])
+            margin[half], probability[half] = fitted.margin(scores[half]), fitted.probability(scores[half])
             known &= fitted.known
-    return _Decided(present, probability, known)
+    return _Decided(margin, probability, known)
 
 
 def _check_finite(split: EmbeddedSplit) -> None:

@@ -159,6 +159,13 @@ def test_calibration_error_and_brier_score_equal_scikit_learn() -> None:
     assert constant.error(once(500))[0] == pytest.approx(abs(0.25 - truth.mean()))
 
 
+def test_noise_is_the_calibration_error_of_a_perfect_model() -> None:
+    random = np.random.default_rng(5)
+    probability = random.beta(0.7, 1.5, 300)
+    errors = [Calibration(probability, random.uniform(size=300) < probability, 15) for _ in range(200)]
+    assert np.mean([one.error(once(300))[0] for one in errors]) == pytest.approx(errors[0].noise(), rel=0.05)
+
+
 def test_decisions_are_chosen_where_both_classes_are() -> None:
     random = np.random.default_rng(2)
     truth = random.integers(0, 2, (400, 3))
@@ -169,7 +176,7 @@ def test_decisions_are_chosen_where_both_classes_are() -> None:
     found = Decisions.fit(scores, truth)
     assert found.known.tolist() == [True, False, True]
     best = max(balanced_accuracy_score(truth[:, 2], scores[:, 2] >= cut) for cut in scores[:, 2])
-    assert balanced_accuracy_score(truth[:, 2], found.present(scores)[:, 2]) == pytest.approx(best)
+    assert balanced_accuracy_score(truth[:, 2], found.margin(scores)[:, 2] >= 0) == pytest.approx(best)
     fitted = Calibration(found.probability(scores)[:, 2], truth[:, 2] == 1, bins=5)
     assert (
         fitted.error(once(400))[0] < 0.06 < Calibration(np.abs(scores[:, 2]), truth[:, 2] == 1, 5).error(once(400))[0]
@@ -352,6 +359,7 @@ def test_a_log_variance_that_knows_is_found_to_know(with_validation: bool) -> No
     assert found["degraded_auc_max_probability"] == pytest.approx(0.5, abs=0.1)
     assert found["area_oracle"] <= found["area_logvar"] < found["area_fitted_probability"]
     assert found["gain"] == pytest.approx(found["area_max_probability"] - found["area_logvar"])
+    assert found["calibration_error"] > found["calibration_error_noise"] > 0
     assert found["gain_over_fitted"] > 0.02 and report["figures"]["gain_over_fitted"]["low"] > 0
     assert found["excess_logvar"] == pytest.approx(found["area_logvar"] - found["area_oracle"])
     assert 0.1 < found["risk"] < 0.3 and report["studies_decided"] == 400
