@@ -20,12 +20,14 @@ from typing import Any, Literal, Protocol
 import psutil
 import torch
 from rich.console import Console
+from torch import nn
 
 from core import metrics as measures
 from core.checkpoint import Checkpoints, TrainState
 from core.collectives import sum_over_ranks
 from core.engine import Engine
 from core.metrics import Metrics
+from core.models.heads import LogitScale
 from core.world import World
 from shards.batch import Batch, batch_hash
 from shards.errors import ConfigError, DataError
@@ -33,6 +35,7 @@ from shards.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 SKIP_WINDOW_SLOTS = 10_000
+SCALE_AT_BOUND_STEPS = 100
 EVALUATION_METRIC = "eval/validation/loss"
 SHOWN_FIGURES = ("loss", "macro", "image_to_text_r1", "text_to_image_r1")  # on the screen; TensorBoard has all
 
@@ -178,6 +181,33 @@ class SkipRate:
             )
 
 
+class ScaleWatch:
+    """Says once of each logit scale that it has stayed at a bound for `SCALE_AT_BOUND_STEPS` steps since the start."""
+
+    def __init__(self, task: nn.Module, on_event: Callable[[dict[str, Any]], None]) -> None:
+        self._scales = {
+            f"optim/{name.rsplit('.', 1)[-1]}": module
+            for name, module in task.named_modules()
+            if isinstance(module, LogitScale)
+        }
+        self._steps_at_bound = dict.fromkeys(self._scales, 0)
+        self._on_event = on_event
+
+    def look(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`metrics` of the step that led to `step`."""
+        for name in self._scales.keys() & metrics.keys():
+            bound = self._scales[name].bound_near(metrics[name])
+            self._steps_at_bound[name] = 0 if bound is None else self._steps_at_bound[name] + 1
+            if self._steps_at_bound[name] == SCALE_AT_BOUND_STEPS:
+                del self._scales[name]
+                log.warning(
+                    "%s has been at its bound %g for %d steps: it learns no more, and similarities cannot be told "
+                    "apart any better; look for duplicates with different keys, or change the bound in the recipe",
+                    name, bound, SCALE_AT_BOUND_STEPS,
+                )  # fmt: skip
+                self._on_event({"event": "scale_at_bound", "step": step, "metric": name, "bound": bound})
+
+
 def train(
     config: TrainerConfig,
     engine: Engine,
@@ -202,6 +232,7 @@ def train(
     progress = _Progress(config, world, global_batch_size, state.step)
     skip_rate = SkipRate(max_skip_rate, global_batch_size)
     meter = _Meter(engine, world, global_batch_size)
+    scales = ScaleWatch(engine.task, on_event)
     best = checkpoints.best()
     saved_step = state.step if state.step else None
     if state.evaluation_due and not checkpoints.is_evaluated(state):
@@ -237,6 +268,7 @@ def train(
             on_event({"event": "batch", "step": state.step, "batch_hash": round(output.sums["batch_hash"])})
             state = state.advance(samples=global_batch_size)
             skip_rate.add(round(output.sums["void"]))
+            scales.look(state.step, output.metrics)
             meter.add(output.sums["wait_s"] / world.world_size)
 
             last = state.step >= config.steps

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NEAR_BOUND = 0.01
+
 
 def soft_bound(x: Tensor, low: float, high: float) -> Tensor:
     """x kept inside (low, high) by two softplus shoulders: about x between them, with a gradient everywhere."""
@@ -24,7 +26,10 @@ def soft_bound_inverse(y: float, low: float, high: float) -> float:
 
 
 class LogitScale(nn.Module):
-    """Factor on cosines, learned as its logarithm and bounded smoothly to (1, maximum)."""
+    """Factor on cosines, learned as its logarithm and bounded smoothly to (1, maximum).
+
+    A task reports one that it calls `x` as the metric `optim/x`, which the trainer watches for its bounds.
+    """
 
     def __init__(self, initial: float, maximum: float) -> None:
         super().__init__()
@@ -35,6 +40,11 @@ class LogitScale(nn.Module):
     def forward(self) -> Tensor:
         """[] fp32."""
         return soft_bound(self.log_scale.float(), 0.0, self.high).exp().squeeze(0)
+
+    def bound_near(self, value: float) -> float | None:
+        """The bound that a `value` of this scale is within 1 % of: it is never reached, yet learning ends there."""
+        bounds = (1.0, math.exp(self.high))
+        return next((bound for bound in bounds if abs(value / bound - 1) <= NEAR_BOUND), None)
 
 
 class LogitBias(nn.Module):

@@ -214,7 +214,8 @@ def test_weights_of_the_objective_at_zero_3() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_micro_batches_at_every_zero_stage(stage: int) -> None:
-    assert_equal(in_ranks(2, partial(of_stage, stage=stage, steps=10, tasks=("toy", "clip")))[0])
+    steps = 10 if stage < 3 else 3  # every pass of stage 3 gathers every weight of every module
+    assert_equal(in_ranks(2, partial(of_stage, stage=stage, steps=steps, tasks=("toy", "clip")))[0])
 
 
 class _Kept:

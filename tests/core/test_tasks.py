@@ -141,6 +141,8 @@ def test_bounds_are_smooth_and_start_exact() -> None:
         scale.log_scale.fill_(9.0)
     scale().backward()
     assert 95 < scale().item() <= 100.001 and scale.log_scale.grad is not None and scale.log_scale.grad.item() > 0
+    assert scale.bound_near(98.9) is None and scale.bound_near(99.1) == pytest.approx(100)
+    assert scale.bound_near(1.02) is None and scale.bound_near(1.005) == 1
     assert LogitBias(-10.0, 40.0)().item() == pytest.approx(-10.0, rel=1e-5)
 
 

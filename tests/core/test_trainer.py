@@ -7,18 +7,23 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock, patch
 
 import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from core import trainer
 from core.checkpoint import TrainState
 from core.checkpoint_files import steps_in
 from core.metrics import NAMES, Metrics, contact_sheet, peak_flops
+from core.models.heads import LogitScale
 from core.trainer import (
+    ScaleWatch,
     SkipRate,
     StopRequest,
     TooManySkipsError,
@@ -30,7 +35,7 @@ from core.trainer import (
 )
 from core.world import World
 from shards.errors import DataError
-from tests.core.runs import Options, run
+from tests.core.runs import Options, Source, build, in_ranks, run
 
 
 def curves(run_dir: Path) -> EventAccumulator:
@@ -140,6 +145,46 @@ def test_nan_loss_ends_with_code_4_and_the_checkpoint_stays(tmp_path: Path) -> N
     assert message.startswith("step 3: loss=nan; no weight was moved")
     assert message == (tmp_path / "error-1.txt").read_text()
     assert run(2, replace(options, nan_at=None)) == [0, 0]
+
+
+def test_a_scale_at_its_bound_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    task = torch.nn.ModuleDict({"logit_scale": LogitScale(10.0, 100.0), "towers": torch.nn.Linear(2, 2)})
+    said: list[dict[str, object]] = []
+    watch = ScaleWatch(task, said.append)
+    values = [99.5] * 99 + [50.0] + [99.5] * 99  # never a hundred in a row
+    for step, value in enumerate(values, 1):
+        watch.look(step, {"optim/logit_scale": value, "loss/total": 1.0})
+    assert not said and not caplog.records
+    for step in range(200, 500):
+        watch.look(step, {"optim/logit_scale": 99.5})
+    (event,) = said
+    assert event == {"event": "scale_at_bound", "step": 200, "metric": "optim/logit_scale", "bound": pytest.approx(100)}
+    assert len(caplog.records) == 1 and "at its bound 100 for 100 steps" in caplog.text
+
+
+def scale_events(world: World) -> list[dict[str, object]]:
+    """Of a run whose scale starts beyond any slope, with 3 steps in place of 100."""
+    options = Options(run_dir="", zero_stage=0, steps=5, learning_rate=1e-6)
+    config, task, engine = build(options, world)
+    with torch.no_grad():
+        task.logit_scale.log_scale.fill_(50.0)  # type: ignore[union-attr, operator]
+    written: list[dict[str, object]] = []
+    checkpoints = MagicMock(lag_s=0.0, **{"best.return_value": None})
+    state = TrainState(step=0, samples_seen=0, seed=0, recipe_hash="")
+    with (
+        patch.object(trainer, "SCALE_AT_BOUND_STEPS", 3),
+        closing(Metrics(Path(), World(rank=1), first_step=0)) as drawn,
+    ):
+        trainer.train(
+            config.trainer, engine, Source(options, world), checkpoints, state, world=world,
+            metrics=drawn, global_batch_size=12, max_skip_rate=1.0, on_event=written.append,
+        )  # fmt: skip
+    return [event for event in written if event["event"] != "batch"]
+
+
+def test_the_loop_watches_the_scale_of_its_task() -> None:
+    (events_written,) = in_ranks(1, scale_events)
+    assert [(event["event"], event["step"]) for event in events_written] == [("scale_at_bound", 3)]
 
 
 def add_many(rate: SkipRate, void: int, batches: int) -> None:
