@@ -180,7 +180,8 @@ class Uncertainty:
         """Name -> image [3, H, W] in [0, 1]; none where nothing could be decided."""
         if not self._curves:
             return {}
-        return {PICTURE: picture(self._curves, title="abstaining from the least sure studies", risk=f"risk: {RISK}")}
+        title = "the model answers the studies it is surest of"
+        return {PICTURE: picture(self._curves, title=title, risk="risk: wrong label decisions")}
 
     # ---- the parts ----
 
