@@ -130,11 +130,11 @@ class Splits:
         limit: int | None = None,
         *,
         change: Callable[[Batch], Batch] | None = None,
-        what: str | None = None,
+        quiet: bool = False,
     ) -> EmbeddedSplit:
         """Studies without a usable report are left out only if `parts` has something of the text.
 
-        `change` is made to every batch before it is encoded. `what` is done, for who watches.
+        `change` is made to every batch before it is encoded. `quiet`: no progress is shown.
         """
         run, data = self._run, self.open(split)
         reads_text = bool(parts & {"text_embeds", "text_logvar"})
@@ -149,7 +149,8 @@ class Splits:
         def advance(studies: int) -> None:
             nonlocal done
             done += studies
-            self._progress(f"{split}: {what or ' '.join(sorted(parts))}", done, total)
+            if not quiet:
+                self._progress(f"{split}: {' '.join(sorted(parts))}", done, total)
 
         return embed_split(
             run.encoders,
@@ -237,10 +238,10 @@ def evaluate(
 
         def again(change: Callable[[Batch], Batch], changed_parts: set[str]) -> EmbeddedSplit:
             nonlocal passes
+            found = splits.embed(options.split, changed_parts, options.corruption_studies, change=change, quiet=True)
             passes += 1
-            return splits.embed(
-                options.split, changed_parts, options.corruption_studies, change=change, what=f"changed {passes}"
-            )
+            progress(f"{options.split}: corrupted and masked", passes, uncertainty.passes)
+            return found
 
         found = uncertainty.run(
             run.encoders, run.tokenizer, test, splits.labels, run.device, run.autocast,

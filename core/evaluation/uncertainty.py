@@ -139,10 +139,10 @@ class Uncertainty:
         else:
             on_validation = scores_of(validation.need("image_embeds"), directions)
             fitted = Decisions.fit(on_validation, validation.labels[:, columns].numpy())
-            chosen = _Decided(fitted.margin(scores), fitted.probability(scores), fitted.known)
+            chosen = _Decided(fitted.margin(scores), fitted.slope, fitted.probability(scores), fitted.known)
         scale = logit_scale(task)
         if scale is None:
-            notes.append(f"task {type(task).__name__} has no logit scale: its probabilities are the fitted ones")
+            notes.append(f"task {type(task).__name__} has no logit scale: the fitted one takes its place")
         own = chosen.probability if scale is None else expit(scale * scores)
 
         calibrated = self._calibrate({"": own, "_fitted": chosen.probability}, truth, split, names, chosen.known, notes)
@@ -171,6 +171,11 @@ class Uncertainty:
             "notes": notes,
         }
         yield from ((name, found.value) for name, found in self._found.items() if math.isfinite(found.value))
+
+    @property
+    def passes(self) -> int:
+        """How often at most `run` calls `embed`."""
+        return len(KINDS) * (1 + len(self.config.levels)) + 1 + len(self.config.shares)
 
     def report(self) -> dict[str, Any]:
         """What the last run found, ready for JSON: figures with intervals, curves, and notes on what was left out."""
@@ -407,9 +412,13 @@ class Uncertainty:
 
 @dataclass(frozen=True)
 class _Decided:
-    """`margin [n, K]` above the threshold, `probability [n, K]` fitted, `known [K]` bool: which could be decided."""
+    """`margin [n, K]` above the threshold; of the fit `slope`, [K] or [n, K], and `probability [n, K]`.
+
+    `known [K]` bool: which labels could be decided.
+    """
 
     margin: np.ndarray
+    slope: np.ndarray
     probability: np.ndarray
     known: np.ndarray
 
@@ -435,10 +444,9 @@ def _confidences(scale: float | None, chosen: _Decided, split: EmbeddedSplit) ->
     """Name -> confidence [n], higher is surer."""
     found = {}
     if chosen.known.any():
-        own = chosen.probability if scale is None else expit(scale * chosen.margin)
-        sure = np.maximum(own, 1.0 - own)[:, chosen.known]
+        odds = np.abs((chosen.slope if scale is None else scale) * chosen.margin)[:, chosen.known]
         right = np.where(chosen.present, chosen.probability, 1.0 - chosen.probability)[:, chosen.known]
-        found = {"max_probability": sure.mean(axis=1), "fitted_probability": right.mean(axis=1)}
+        found = {"max_probability": expit(odds).mean(axis=1), "fitted_probability": right.mean(axis=1)}
     if split.image_logvar is not None:
         found["logvar"] = -of_study(split.image_logvar)
     norm = split.image_norm
@@ -452,14 +460,15 @@ def _confidences(scale: float | None, chosen: _Decided, split: EmbeddedSplit) ->
 def _fit_on_other_half(scores: np.ndarray, truth: np.ndarray, patient_key: np.ndarray, seed: int) -> _Decided:
     """Every study decided by a threshold and a fit of patients of the other half."""
     first = keyed.uniform(seed, "uncertainty: half of the patients", patient_key)[:, 0] < 0.5
-    margin, probability = np.full(scores.shape, np.nan), np.full(scores.shape, np.nan)
+    margin, slope, probability = (np.full(scores.shape, np.nan) for _ in range(3))
     known = np.ones(scores.shape[1], dtype=bool)
     for half in (first, ~first):
         if half.any():
             fitted = Decisions.fit(scores[~half], truth[~half])
-            margin[half], probability[half] = fitted.margin(scores[half]), fitted.probability(scores[half])
+            margin[half], slope[half] = fitted.margin(scores[half]), fitted.slope
+            probability[half] = fitted.probability(scores[half])
             known &= fitted.known
-    return _Decided(margin, probability, known)
+    return _Decided(margin, slope, probability, known)
 
 
 def _check_finite(split: EmbeddedSplit) -> None:
