@@ -26,24 +26,24 @@ def soft_bound_inverse(y: float, low: float, high: float) -> float:
 
 
 class LogitScale(nn.Module):
-    """Factor on cosines, learned as its logarithm and bounded smoothly to (1, maximum).
+    """Factor on similarities, learned as its logarithm and bounded smoothly to (minimum, maximum).
 
     A task reports one that it calls `x` as the metric `optim/x`, which the trainer watches for its bounds.
     """
 
-    def __init__(self, initial: float, maximum: float) -> None:
+    def __init__(self, initial: float, maximum: float, minimum: float = 1.0) -> None:
         super().__init__()
-        self.high = math.log(maximum)
-        self.initial = soft_bound_inverse(math.log(initial), 0.0, self.high)
+        self.low, self.high = math.log(minimum), math.log(maximum)
+        self.initial = soft_bound_inverse(math.log(initial), self.low, self.high)
         self.log_scale = nn.Parameter(torch.tensor([self.initial]))  # DeepSpeed takes no scalars
 
     def forward(self) -> Tensor:
         """[] fp32."""
-        return soft_bound(self.log_scale.float(), 0.0, self.high).exp().squeeze(0)
+        return soft_bound(self.log_scale.float(), self.low, self.high).exp().squeeze(0)
 
     def bound_near(self, value: float) -> float | None:
         """The bound that a `value` of this scale is within 1 % of: it is never reached, yet learning ends there."""
-        bounds = (1.0, math.exp(self.high))
+        bounds = (math.exp(self.low), math.exp(self.high))
         return next((bound for bound in bounds if abs(value / bound - 1) <= NEAR_BOUND), None)
 
 

@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from core.models.fusion import CrossStack
 from core.models.heads import LogitBias, LogitScale, Projection
 from core.models.text import TextEncoder
-from core.models.transformer import Block, LayerScale, Linear
+from core.models.transformer import Block, LayerScale, Linear, Transformer
 from core.models.vision import VisionEncoder, resize_positions
 from shards.errors import ConfigError
 
@@ -53,13 +54,12 @@ def draw_weights(module: nn.Module, seed: int) -> None:
                 digest = hashlib.sha256(f"{seed}:{full_name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
                 _draw(part, name, parameter, generator)
-        for encoder in module.modules():
-            if isinstance(encoder, VisionEncoder | TextEncoder):
-                shrink = (2 * len(encoder.transformer.blocks)) ** -0.5
-                for block in encoder.transformer.blocks:
+        for stack in module.modules():
+            if isinstance(stack, Transformer | CrossStack):
+                for block in stack.blocks:
                     assert isinstance(block, Block)
-                    block.attention_out.weight.mul_(shrink)
-                    block.mlp_out.weight.mul_(shrink)
+                    for layer in block.branch_ends():
+                        layer.weight.mul_((len(block.branch_ends()) * len(stack.blocks)) ** -0.5)
 
 
 def _draw(part: nn.Module, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
@@ -68,9 +68,10 @@ def _draw(part: nn.Module, name: str, parameter: nn.Parameter, generator: torch.
     elif isinstance(part, nn.LayerNorm):
         parameter.fill_(1.0 if name == "weight" else 0.0)
     elif name == "bias":
-        parameter.zero_()
+        parameter.fill_(part.first_bias if isinstance(part, Linear) else 0.0)
     elif isinstance(part, Linear):
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(part.fan_in))
+        values = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(values / math.sqrt(part.fan_in) if part.std is None else values * part.std)
     elif isinstance(part, nn.Linear | Projection):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1]))
     else:

@@ -30,6 +30,11 @@ class TextOutput:
     pooled: Tensor
 
 
+def never_empty(mask: Tensor) -> Tensor:
+    """`mask [S, L]` bool with every first token on: attention over no key at all has no value."""
+    return torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
+
+
 class TextEncoder(nn.Module):
     """Own text encoder. Weights of BERT and open_clip key names load through `initialise`."""
 
@@ -81,10 +86,18 @@ class TextEncoder(nn.Module):
         )
         self.norm: nn.Module = nn.Identity() if post else LayerNorm(width, eps=config.norm_epsilon)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> TextOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        *,
+        hidden: tuple[Tensor, Tensor] | None = None,
+    ) -> TextOutput:
         """`input_ids [S, L]` int64, `attention_mask [S, L]` bool, real tokens first; both may be all-padding rows.
 
-        An empty row (a void slot) is encoded as its one first token: finite, and its owner masks it.
+        An empty row (a void slot) is encoded as its one first token: finite, and its owner masks it. `hidden`: which
+        words are masked, `[S, L]` bool, and the vector `[1, D]` that stands in their place.
         """
         config = self.config
         sequences, length = input_ids.shape
@@ -92,9 +105,7 @@ class TextEncoder(nn.Module):
             raise ConfigError(
                 f"reports of {length} tokens, but text.max_length={config.max_length}; lower data.text_length"
             )
-        mask = attention_mask.bool()
-        if length:
-            mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
+        mask = never_empty(attention_mask.bool())
         packed = PackedLayout.from_mask(mask, causal=config.causal)
         if config.unpadded:
             place = packed.token_index
@@ -103,6 +114,8 @@ class TextEncoder(nn.Module):
             place = torch.arange(sequences * length, device=input_ids.device)
             layout = DenseLayout(sequences, length, causal=config.causal, key_mask=None if config.causal else mask)
         x = self.words(input_ids.flatten()[place])  # [T, D]
+        if hidden is not None:
+            x = torch.where(hidden[0].flatten()[place][:, None], hidden[1].to(x.dtype), x)
         # F.embedding, not indexing: its backward adds rows of equal position in one pass.
         x = x + F.embedding(place % max(1, length), self.positions)
         if self.token_types is not None:

@@ -13,17 +13,43 @@ from core.models.vision import VisionEncoder
 from shards.batch import Batch
 
 
-class TwoTowers(nn.Module):
-    """Image and text encoder, each with a projection to `embed_dim`. V = images, B = studies, E = embed_dim."""
+class Encoders(nn.Module):
+    """Image and text encoder. V = images, B = studies, N = patches, L = text tokens, D = width of the encoder."""
 
     def __init__(
-        self, vision: VisionEncoder.Config, text: TextEncoder.Config, embed_dim: int, *, vocab_size: int | None = None
+        self, vision: VisionEncoder.Config, text: TextEncoder.Config, *, vocab_size: int | None = None
     ) -> None:
         super().__init__()
         if vocab_size is not None:
             text = replace(text, vocab_size=vocab_size)
         self.vision = VisionEncoder(vision)
         self.text = TextEncoder(text)
+
+    def image_tokens(self, pixel_values: Tensor, keep: Tensor | None = None) -> Tensor:
+        """`[V, 1 + M, D]`: the pooled image as its first, global token, then the patches of `keep [V, M]`, else all."""
+        out = self.vision(pixel_values, keep)
+        return torch.cat([out.pooled[:, None].to(out.tokens.dtype), out.tokens], dim=1)
+
+    def text_tokens(
+        self, input_ids: Tensor, attention_mask: Tensor, *, hidden: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """`[B, L, D]`, the pooled report in its first token's place; `hidden` as the encoder takes it."""
+        out = self.text(input_ids, attention_mask, hidden=hidden)
+        return torch.cat([out.pooled[:, None].to(out.tokens.dtype), out.tokens[:, 1:]], dim=1)
+
+    def image_features(self, batch: Batch) -> Tensor:
+        """Pooled features, mean over views, `[B, D]` fp32: what probes are trained on."""
+        pooled = self.vision(batch["pixel_values"]).pooled.float()
+        return mean_over_views(pooled, batch["study_index"], batch["valid"].shape[0])
+
+
+class TwoTowers(Encoders):
+    """The encoders, each with a projection to `embed_dim`. E = embed_dim."""
+
+    def __init__(
+        self, vision: VisionEncoder.Config, text: TextEncoder.Config, embed_dim: int, *, vocab_size: int | None = None
+    ) -> None:
+        super().__init__(vision, text, vocab_size=vocab_size)
         self.vision_projection = Projection(vision.width, embed_dim)
         self.text_projection = Projection(text.width, embed_dim)
 
@@ -39,11 +65,6 @@ class TwoTowers(nn.Module):
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Unit-norm `[n, E]` fp32."""
         return unit_norm(self.text_projection(self.text(input_ids, attention_mask).pooled))
-
-    def image_features(self, batch: Batch) -> Tensor:
-        """Pooled features before the projection, mean over views, `[B, D]` fp32: what probes are trained on."""
-        pooled = self.vision(batch["pixel_values"]).pooled.float()
-        return mean_over_views(pooled, batch["study_index"], batch["valid"].shape[0])
 
 
 def mean_over_views(x: Tensor, study_index: Tensor, studies: int) -> Tensor:

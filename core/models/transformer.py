@@ -66,17 +66,22 @@ class Linear(nn.Module):
     """`[T, in]` -> `[T, out]`. The weight is `[in, out]` where out > in (`wide`), else `[out, in]`.
 
     That order, the smaller side first, is the one in which its gradient is cheap to form: see `_CpuLinear`.
+    `std` and `first_bias` are first values that differ from the usual 1 / sqrt(in) and 0.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool = True, std: float | None = None, first_bias: float = 0.0
+    ) -> None:
         super().__init__()
         self.wide = outputs > inputs
-        self.fan_in = inputs
+        self.fan_in, self.outputs = inputs, outputs
+        self.std, self.first_bias = std, first_bias
         self.weight = nn.Parameter(torch.zeros((inputs, outputs) if self.wide else (outputs, inputs)))
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        bias = x.new_zeros(self.outputs) if self.bias is None else self.bias.to(x.dtype)
         if x.device.type == "cpu" and x.dtype is torch.bfloat16:
             product: Tensor = _CpuLinear.apply(x, weight, bias, self.wide)
             return product
@@ -150,6 +155,10 @@ class Block(nn.Module):
         scaled = config.layer_scale
         self.scale1: nn.Module = nn.Identity() if scaled is None else LayerScale(width, scaled)
         self.scale2: nn.Module = nn.Identity() if scaled is None else LayerScale(width, scaled)
+
+    def branch_ends(self) -> tuple[Linear, ...]:
+        """The layer that ends each residual branch."""
+        return self.attention_out, self.mlp_out
 
     def attend(self, x: Tensor, layout: Layout) -> Tensor:
         """`[T, D]` -> `[T, D]`."""

@@ -54,8 +54,9 @@ def batch_of(studies: int, views: list[int], *, void: tuple[int, ...] = ()) -> B
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     """The part of a batch that a rank owning studies [start, stop) is given."""
     images = (batch["study_index"] >= start) & (batch["study_index"] < stop)
-    part = {name: value[start:stop] for name, value in batch.items() if name not in ("pixel_values", "study_index")}
-    return part | {"pixel_values": batch["pixel_values"][images], "study_index": batch["study_index"][images] - start}
+    per_image = ("pixel_values", "study_index", "patch_mask")
+    part = {name: value[images] if name in per_image else value[start:stop] for name, value in batch.items()}
+    return part | {"study_index": part["study_index"] - start}
 
 
 def loss_of(task: Task, batch: Batch) -> Any:
