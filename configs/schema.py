@@ -123,6 +123,12 @@ class TrainConfig:
             raise ConfigError(
                 f"task.vision.image_size={task_image} but data.decode.image_size={data_image}; set both to one value"
             )
+        if "patch_mask" in task_class(self.task).fields:
+            masked, encoded = self.data.masking.patch_size, self.task.vision.patch_size
+            if masked != encoded:
+                raise ConfigError(
+                    f"data.masking.patch_size={masked} but task.vision.patch_size={encoded}; set both to one value"
+                )
         text = getattr(self.task, "text", None)
         if text is not None and self.data.text_length > text.max_length:
             raise ConfigError(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from configs import chest
 from configs.schema import TrainConfig
 from core.checkpoint import CheckpointConfig
+from core.models.fusion import Fusion
 from core.models.text import TextEncoder, text_tiny
 from core.models.vision import VisionEncoder, vit_tiny
 
@@ -41,3 +42,10 @@ def clip() -> TrainConfig:
 def siglip() -> TrainConfig:
     """chest:siglip_tiny, smaller still."""
     return _shrunk(chest.siglip_tiny())
+
+
+def dmlm() -> TrainConfig:
+    """chest:dmlm_tiny, smaller still."""
+    shrunk = _shrunk(chest.dmlm_tiny())
+    task = replace(shrunk.task, fusion=Fusion.Config(width=16, depth=1, heads=2), match_group=4)
+    return replace(shrunk, task=task)

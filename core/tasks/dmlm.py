@@ -14,6 +14,7 @@ An image and its study's report are a pair, so there are V pairs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -262,6 +263,11 @@ class DMLM(Task):
                 logits = image.mean.new_zeros(len(text.mean), len(image.mean))
         keys = batch[f"{self.config.positives}_key"]
         group = self.config.match_group
+        if len(keys) % group:
+            raise ConfigError(
+                f"{len(keys)} studies are encoded at a time, which task.match_group={group} does not divide; set it to "
+                f"{math.gcd(len(keys), group)}, or engine.micro_batch or the number of ranks to fit"
+            )
         return draw_negatives(logits, keys=keys, valid=batch["valid"], draw_key=batch["draw_key"], group=group)
 
     def objective(self, gathered: Gathered, local: dict[str, Tensor]) -> LossOutput:

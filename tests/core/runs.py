@@ -17,7 +17,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from configs import tiny
-from configs.schema import TrainConfig
+from configs.schema import TrainConfig, apply_overrides
 from core.checkpoint import Checkpoints, InitConfig
 from core.engine import Engine, _import_deepspeed, join_world, leave_world
 from core.metrics import Events, Metrics, Uploader
@@ -41,6 +41,8 @@ class Options:
     """One start of a run. `kill_at`: SIGKILL itself when it asks for the batch of this step."""
 
     run_dir: str
+    recipe: str = "clip"  # of configs/tiny.py
+    overrides: tuple[str, ...] = ()
     zero_stage: int = 1
     precision: str = "fp32"
     micro_batch: int | None = None
@@ -70,7 +72,7 @@ class Options:
 
 
 def config_of(options: Options) -> TrainConfig:
-    config = tiny.clip()
+    config = apply_overrides(getattr(tiny, options.recipe)(), options.overrides)
     return replace(
         config,
         seed=options.seed,
@@ -101,7 +103,7 @@ def config_of(options: Options) -> TrainConfig:
 
 
 def global_batch(step: int, seed: int = 0, rows: int = GLOBAL_BATCH) -> Batch:
-    """[B] studies of one or two images; row 3 is void, rows 1 and 2 have equal reports."""
+    """[B] studies of one or two images with all fields that a task reads; row 3 is void, rows 1 and 2 equal reports."""
     generator = torch.Generator().manual_seed(1000 * seed + step)
     views = torch.arange(rows) % 2 + 1
     study_index = torch.repeat_interleave(torch.arange(rows), views)
@@ -121,6 +123,12 @@ def global_batch(step: int, seed: int = 0, rows: int = GLOBAL_BATCH) -> Batch:
     }
     batch["report_key"][2] = batch["report_key"][1]
     batch["pixel_values"][study_index == 3] = 0
+    real = batch["attention_mask"] & batch["valid"][:, None]
+    batch["finding_key"] = batch["report_key"].clone()
+    batch["draw_key"] = batch["sample_id"] * 7919 + seed
+    batch["text_mask"] = real & (torch.rand(rows, length, generator=generator) < 0.4) & (torch.arange(length) > 0)
+    hidden = torch.rand(len(study_index), 16, generator=generator).argsort(dim=1) < 10
+    batch["patch_mask"] = hidden & batch["valid"][study_index][:, None]
     return batch
 
 
