@@ -393,7 +393,8 @@ class Engine:
                 **{f"local/{name}": leaf for name, leaf in leaves.local.items() if leaf.requires_grad},
             }
             own = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
-            grads = torch.autograd.grad(output.loss, [*wanted.values(), *own.values()], allow_unused=True)
+            with torch.autocast(self.world.device.type, enabled=False):  # of a loss in fp32, so is this
+                grads = torch.autograd.grad(output.loss, [*wanted.values(), *own.values()], allow_unused=True)
             of_leaves = {name: grad for name, grad in zip(wanted, grads, strict=False) if grad is not None}
             of_parameters = [
                 (name, grad) for name, grad in zip(own, grads[len(wanted) :], strict=True) if grad is not None

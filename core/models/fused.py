@@ -108,10 +108,11 @@ class FusedGaussians(nn.Module):
         text, mask = self.fusion.embed_text(tokens.text), never_empty(batch["attention_mask"])
         image = self.fusion.embed_image(tokens.image)
         full = None
-        if self.match_head is not None or self.divergence is not None:
-            # Without matching it is a target only.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.match_head is not None):
-                full = self.fusion(image, text[study], mask[study])
+        if self.match_head is not None:
+            full = self.fusion(image, text[study], mask[study])
+        elif self.divergence is not None:  # a target only
+            with torch.no_grad():
+                full = self.fusion(image.detach(), text[study].detach(), mask[study])
         view = torch.arange(len(study), device=study.device) - torch.searchsorted(study, study)
         keys = hash_keys("view", batch["draw_key"][study], view)
         pairs = Pairs(image=image, text=text[study], mask=mask[study], study=study, keys=keys, full=full)
@@ -153,8 +154,8 @@ class FusedGaussians(nn.Module):
         if self.patch_head is not None:
             drawn = sample(patches, self.samples, hash_keys("place", pairs.keys[pair], place), "patch")
             predicted = self.patch_head(drawn).unflatten(1, split.hidden.shape)  # [K, V, M, P]
-            wanted = pixels.gather(1, split.hidden[:, :, None].expand(-1, -1, pixels.shape[2]))
-            out.add("mim", patch_loss(predicted, normalise_patches(wanted)), pairs.study)
+            wanted = normalise_patches(pixels).gather(1, split.hidden[:, :, None].expand(-1, -1, pixels.shape[2]))
+            out.add("mim", patch_loss(predicted, wanted), pairs.study)
 
     def _read(
         self,
@@ -178,7 +179,7 @@ class FusedGaussians(nn.Module):
         if self.divergence is not None:
             assert target is not None
             with torch.no_grad():
-                full = encoder(target, rows, key_mask=mask)
+                full = encoder(target.detach(), rows, key_mask=mask)
             out.add("kl", divergence(self.divergence, gaussian, full, unit_norm=False), study)
         self._levels(out, gaussian, study)
         return Gaussian(mean=gaussian.mean[len(first) :], logvar=gaussian.logvar[len(first) :])

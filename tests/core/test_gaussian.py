@@ -170,7 +170,7 @@ def test_log_variances_beyond_the_range_are_bounded_and_counted() -> None:
 def test_encoder_refuses_what_does_not_fit() -> None:
     with pytest.raises(ConfigError, match="heads=3 must be even"):
         GaussianEncoder.Config(heads=3)
-    with pytest.raises(ConfigError, match="width 20 .* 2 \\* heads = 8"):
+    with pytest.raises(ConfigError, match=r"width 20 .* 2 \* heads = 8"):
         encoder(width=20)
     with pytest.raises(ConfigError, match=r"logvar_init=12.0 must lie in \[-10, 10\)"):
         GaussianEncoder.Config(logvar_init=12.0)
@@ -302,11 +302,11 @@ def test_negatives_are_drawn_in_proportion_to_the_softmax() -> None:
     logits = torch.tensor([[9.0, 0.0, 1.0, 2.0]]).expand(4, 4)
     keys, valid = torch.tensor([0, 1, 2, 3]), torch.ones(4, dtype=torch.bool)
     counts = torch.zeros(4)
-    for trial in range(4000):
+    for trial in range(1500):
         study, _ = draw_negatives(logits, keys=keys, valid=valid, draw_key=torch.arange(4) + 10 * trial, group=4)
         counts[study[0]] += 1
     expected = F.softmax(torch.tensor([-torch.inf, 0.0, 1.0, 2.0]), dim=0)
-    torch.testing.assert_close(counts / 4000, expected, atol=0.03, rtol=0)
+    torch.testing.assert_close(counts / 1500, expected, atol=0.04, rtol=0)
 
 
 def test_match_loss_is_the_mean_cross_entropy() -> None:
