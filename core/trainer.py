@@ -186,7 +186,7 @@ class ScaleWatch:
 
     def __init__(self, task: nn.Module, on_event: Callable[[dict[str, Any]], None]) -> None:
         self._scales = {
-            f"optim/{name.rsplit('.', 1)[-1]}": module
+            f"optim/{name.replace('.', '_')}": module
             for name, module in task.named_modules()
             if isinstance(module, LogitScale)
         }

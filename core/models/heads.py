@@ -28,7 +28,7 @@ def soft_bound_inverse(y: float, low: float, high: float) -> float:
 class LogitScale(nn.Module):
     """Factor on similarities, learned as its logarithm and bounded smoothly to (minimum, maximum).
 
-    A task reports one that it calls `x` as the metric `optim/x`, which the trainer watches for its bounds.
+    A task reports one that it calls `a.x` as the metric `optim/a_x`, which the trainer watches for its bounds.
     """
 
     def __init__(self, initial: float, maximum: float, minimum: float = 1.0) -> None:

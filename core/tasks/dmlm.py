@@ -277,7 +277,7 @@ class DMLM(Task):
         for name, contrast in (("contrast", self.contrast), ("variance", self.variance)):
             if contrast is not None:
                 losses[name] = contrast(gathered, key, detach_means=name == "variance")
-                metrics[f"optim/{name}_scale"] = share_of_constant(contrast.logit_scale(), gathered)
+                metrics[f"optim/{name}_logit_scale"] = share_of_constant(contrast.logit_scale(), gathered)
         for name, values in local.items():
             share = values.sum() / count
             if name in weights:

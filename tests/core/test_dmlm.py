@@ -21,6 +21,7 @@ from core.engine import split
 from core.evaluation.embed import GaussianTask
 from core.models.fusion import cross_attention
 from core.tasks.dmlm import DMLM
+from core.trainer import ScaleWatch
 from core.world import World
 from shards.batch import FIELDS, Batch
 from shards.errors import ConfigError
@@ -66,6 +67,8 @@ def test_a_step_reaches_every_weight() -> None:
     assert {f"loss/{part}" for part in parts} <= set(out.metrics)
     logged = {"image_logvar", "text_logvar", "fused_logvar", "pair_w2", "pair_kl", "image_out_of_range"}
     assert {f"uncertainty/{name}" for name in logged} <= set(out.metrics)
+    watched = ScaleWatch(task, lambda event: None)._scales
+    assert set(watched) == {"optim/contrast_logit_scale", "optim/variance_logit_scale"} <= set(out.metrics)
     weights = task.config.weights
     total = sum(getattr(weights, part) * out.metrics[f"loss/{part}"] for part in parts)
     torch.testing.assert_close(out.loss.detach(), torch.as_tensor(total))
