@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from configs.schema import TrainConfig
+from configs.schema import EvaluationConfig, TrainConfig
 from core.checkpoint import CheckpointConfig
 from core.engine import EngineConfig
 from core.models.fusion import Fusion
@@ -85,6 +85,7 @@ def dmlm_b16() -> TrainConfig:
         engine=EngineConfig(zero_stage=1, precision="bf16", micro_batch=32),
         trainer=TrainerConfig(steps=30_000, log_every=20, evaluate_every=1000, save_every=1000, picture_every=5000),
         checkpoint=CheckpointConfig(keep_last=2, keep_every=10_000),
+        evaluation=EvaluationConfig(protocols=("zero_shot", "retrieval", "uncertainty")),
     )
 
 
@@ -100,4 +101,5 @@ def dmlm_tiny() -> TrainConfig:
         fused=GaussianEncoder.Config(heads=2, logvar_init=0.0),
         match_group=8,  # divides the share of 1, 2, 3, 4, 6 and 12 ranks
     )
-    return replace(base, task=task, data=replace(base.data, masking=masking.Config(patch_size=8)))
+    data = replace(base.data, masking=masking.Config(patch_size=8))
+    return replace(base, task=task, data=data, evaluation=dmlm_b16().evaluation)

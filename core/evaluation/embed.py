@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from core.collectives import all_gather_rows
+from core.models.gaussian import Gaussian
 from shards.batch import Batch
 from shards.errors import DataError
 
@@ -36,23 +37,14 @@ class Encoders(Protocol):
         """[b, D], pooled tokens before the projection, one row a study."""
 
 
-class Distribution(Protocol):
-    """A diagonal Gaussian a row."""
-
-    @property
-    def mean(self) -> Tensor: ...  # [n, E]
-    @property
-    def logvar(self) -> Tensor: ...  # [n, E], log-variance
-
-
 @runtime_checkable
 class GaussianTask(Protocol):
     """A task that says how sure it is of an embedding."""
 
-    def distribution_of_images(self, batch: Batch) -> Distribution:
+    def distribution_of_images(self, batch: Batch) -> Gaussian:
         """One row a study."""
 
-    def distribution_of_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Distribution:
+    def distribution_of_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Gaussian:
         """One row a text."""
 
 

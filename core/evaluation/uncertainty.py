@@ -436,8 +436,8 @@ def of_study(logvar: Tensor) -> np.ndarray:
 
 def logit_scale(task: object) -> float | None:
     """Factor from a difference of cosines to log-odds, as the task was trained with; None where it has none."""
-    scale = getattr(task, "logit_scale", None)
-    return float(scale()) if callable(scale) else None
+    scale = task.logit_scale() if callable(getattr(task, "logit_scale", None)) else None  # type: ignore[attr-defined]
+    return None if scale is None else float(scale)
 
 
 def _confidences(scale: float | None, chosen: _Decided, split: EmbeddedSplit) -> dict[str, np.ndarray]:

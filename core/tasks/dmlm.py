@@ -179,6 +179,15 @@ class DMLM(Task):
         """Unit-norm means `[n, E]`."""
         return unit_norm(self.distribution_of_texts(input_ids, attention_mask).mean)
 
+    def logit_scale(self) -> Tensor | None:
+        """Factor from a difference of cosines to log-odds, []; None where no contrast teaches the means.
+
+        Of unit-norm means a squared distance is 2 - 2 cos.
+        """
+        if self.contrast is None:
+            return None
+        return self.contrast.logit_scale() * (1.0 if self.contrast.config.similarity == "cosine" else 2.0)
+
     def image_features(self, batch: Batch) -> Tensor:
         """Pooled, before any Gaussian, `[b, D]`."""
         return self.towers.image_features(batch)

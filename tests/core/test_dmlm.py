@@ -20,6 +20,7 @@ from core import collectives
 from core.engine import split
 from core.evaluation.embed import GaussianTask
 from core.models.fusion import cross_attention
+from core.models.gaussian import Gaussian
 from core.tasks.dmlm import DMLM
 from core.trainer import ScaleWatch
 from core.world import World
@@ -134,6 +135,22 @@ def test_embeddings_for_evaluation() -> None:
     torch.testing.assert_close(texts.norm(dim=1), torch.ones(12))
     assert task.image_features(batch).shape == (12, 32)
     assert not torch.allclose(task_of("task.unit_norm=false").distribution_of_images(batch).mean, of_images.mean)
+
+
+@pytest.mark.parametrize("similarity", ["wasserstein", "sampled", "cosine"])
+def test_logit_scale_turns_differences_of_cosines_into_log_odds(similarity: str) -> None:
+    task, batch = task_of(f"task.contrast.similarity={similarity}"), global_batch(4)
+    images = task.distribution_of_images(batch)
+    texts = task.distribution_of_texts(batch["input_ids"][:2], batch["attention_mask"][:2])
+    texts = Gaussian(mean=texts.mean, logvar=texts.logvar[:1].expand(2, -1))  # as sure of one text as of the other
+    assert task.contrast is not None
+    logits = task.contrast.logits(images, texts)
+    cosines = images.mean @ texts.mean.T
+    torch.testing.assert_close(
+        logits[:, 0] - logits[:, 1], task.logit_scale() * (cosines[:, 0] - cosines[:, 1]), rtol=1e-4, atol=1e-4
+    )
+    only_variance = task_of("task.weights.contrast=0.0", "task.weights.variance=1.0")
+    assert only_variance.logit_scale() is None
 
 
 # ---- one batch, however it is cut ----

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
@@ -22,6 +22,7 @@ from core.evaluation.embed import EmbeddedSplit, embed_split
 from core.evaluation.retrieval import Retrieval, margins
 from core.evaluation.statistics import RankCorrelation, resampled
 from core.evaluation.uncertainty import Uncertainty
+from core.models.gaussian import Gaussian
 from shards.batch import NOT_ANNOTATED, UNCERTAIN, Batch
 from tests.core.test_evaluation import CPU, ToyTask, WordTokenizer, split_of, unit
 from tests.distributed import run_distributed
@@ -296,27 +297,21 @@ def test_retrieval_abstains_by_log_variance_and_by_margin() -> None:
 # --- the protocol ---
 
 
-@dataclass(frozen=True)
-class ToyGaussian:
-    mean: Tensor
-    logvar: Tensor
-
-
 class ToyGaussianTask(ToyTask):
     """Sure of images with much detail and of texts with few masked words."""
 
     spread = 1.0
 
-    def distribution_of_images(self, batch: Batch) -> ToyGaussian:
+    def distribution_of_images(self, batch: Batch) -> Gaussian:
         detail = batch["pixel_values"].diff(dim=-1).flatten(1).std(dim=1)
         studies = torch.zeros(len(batch["valid"])).index_add(0, batch["study_index"], detail)
         mean = self.embed_images(batch)
-        return ToyGaussian(mean, (-4.0 - self.spread * studies)[:, None].expand_as(mean))
+        return Gaussian(mean=mean, logvar=(-4.0 - self.spread * studies)[:, None].expand_as(mean))
 
-    def distribution_of_texts(self, input_ids: Tensor, attention_mask: Tensor) -> ToyGaussian:
+    def distribution_of_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Gaussian:
         mean = self.embed_texts(input_ids, attention_mask)
         masked = ((input_ids == 3) & attention_mask).float().mean(dim=1)
-        return ToyGaussian(mean, (-6.0 + self.spread * masked)[:, None].expand_as(mean))
+        return Gaussian(mean=mean, logvar=(-6.0 + self.spread * masked)[:, None].expand_as(mean))
 
     def logit_scale(self) -> Tensor:
         return torch.tensor(10.0)

@@ -4,12 +4,12 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace as Gaussian
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from core.models.gaussian import Gaussian
 from core.tasks.clip import CLIP
 from launchers import evaluate
 from shards.manifest import Manifest
