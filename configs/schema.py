@@ -46,6 +46,8 @@ NEUTRAL = (
     "trainer.best_is",
     "engine.micro_batch",
     "engine.exchange",
+    "engine.attention",
+    "engine.kernel",
     "engine.activation_checkpointing",
     "data.train",
     "data.validation",

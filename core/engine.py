@@ -29,10 +29,12 @@ import torch.distributed
 from torch import Tensor, nn
 
 from core import collectives
+from core.models import attention
 from core.optim import OptimConfig, schedule_factor
 from core.optim import build as build_optimizer
 from core.tasks import Encoded, Exchange, LossOutput, Task
 from core.world import World
+from kernels.gaussian_similarity import sweep
 from shards.batch import FIELDS, Batch
 from shards.errors import ConfigError, NonFiniteError
 
@@ -71,6 +73,8 @@ class EngineConfig:
     master weights in the optimizer (needs ZeRO).
     `exchange`: how a loss over all pairs reaches the rows of other ranks. `gather`: every rank holds all columns.
     `ring`: one rank's columns at a time, which travel from rank to rank; for batches whose columns do not fit.
+    `attention`: `sdpa` and `matmul` are torch's own and the plain form; `auto`: the fastest for device and length.
+    `kernel`: of losses over all pairs; `pytorch` takes no Triton on a GPU. Both hold for the whole process.
     `deepspeed`: any other DeepSpeed option, merged last.
     """
 
@@ -78,6 +82,8 @@ class EngineConfig:
     precision: Literal["fp32", "bf16", "bf16_master"] = "bf16"
     micro_batch: int | None = None
     exchange: Exchange = "gather"
+    attention: Literal["auto", "sdpa", "matmul"] = "auto"
+    kernel: Literal["auto", "pytorch"] = "auto"
     gradient_clipping: float = 1.0
     activation_checkpointing: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +97,10 @@ class EngineConfig:
             raise ConfigError("engine.precision='bf16_master' keeps its fp32 weights in ZeRO; set engine.zero_stage=1")
         if self.exchange not in ("gather", "ring"):
             raise ConfigError(f"engine.exchange={self.exchange!r} is unknown; use gather or ring")
+        if self.attention not in ("auto", "sdpa", "matmul"):
+            raise ConfigError(f"engine.attention={self.attention!r} is unknown; use auto, sdpa or matmul")
+        if self.kernel not in ("auto", "pytorch"):
+            raise ConfigError(f"engine.kernel={self.kernel!r} is unknown; use auto or pytorch")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ConfigError(f"engine.micro_batch={self.micro_batch} must be at least 1; None encodes in one pass")
         if not self.gradient_clipping >= 0:
@@ -303,6 +313,8 @@ class Engine:
         assert not scalars, f"DeepSpeed cannot send parameters without dimensions: give {scalars} the shape [1]"
         if config.activation_checkpointing:
             checkpoint_activations(task)
+        attention.take_only(None if config.attention == "auto" else config.attention)
+        sweep.take_only_pytorch(config.kernel == "pytorch")
         self._deepspeed = _import_deepspeed()
         options = deepspeed_options(config, world, load_universal=load_universal)
         task.to(world.device)

@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,7 @@ from rich.logging import RichHandler
 
 from configs import prompts, schema
 from configs.schema import TrainConfig
+from core import self_proof
 from core.checkpoint import Checkpoints, TrainState, local_folder
 from core.checkpoint_files import write_atomically
 from core.collectives import raise_together
@@ -40,6 +42,8 @@ from core.trainer import Evaluator, StopRequest, TooManySkipsError, train, valid
 from core.world import World
 from launchers import past_run
 from shards.dataset import DataSet
+from shards.decode import Decoder
+from shards.decode_check import levels_apart
 from shards.errors import ConfigError, NonFiniteError, RoentgenError, StoreFullError
 from shards.loader import Loader, as_mixture, corpus, find_tokenizer
 from shards.store import open_store
@@ -182,6 +186,8 @@ def _train(
     events: Events,
     stop: StopRequest,
 ) -> int:
+    if world.device.type == "cuda":
+        self_proof.prove(_parts_to_prove(config, world.device), world)
     tokenizer = _tokenizer(config, run_dir, folder, world)
     loader = Loader(
         config.data,
@@ -245,6 +251,26 @@ def _train(
         raise
     checkpoints.close()
     return code
+
+
+def _parts_to_prove(config: TrainConfig, device: torch.device) -> list[self_proof.Part]:
+    """The fast paths that this run would take."""
+    parts = []
+    if config.engine.kernel == "auto":
+        parts.append(self_proof.kernel_part(device, getattr(config.task, "embed_dim", 512)))
+    if config.engine.attention == "auto":
+        parts.append(self_proof.attention_part(device, half_precision=config.engine.precision != "fp32"))
+    decode = config.data.decode
+    if decode.device == "mixed":
+
+        def compare() -> Iterator[self_proof.Difference]:
+            apart = levels_apart(Decoder(decode), Decoder(replace(decode, device="cpu")))
+            yield from (self_proof.Difference(f"{kind}, grey levels", levels, 2.0) for kind, levels in apart.items())
+
+        parts.append(
+            self_proof.Part(name="decoding on the GPU", switch="--set data.decode.device=cpu", compare=compare)
+        )
+    return parts
 
 
 def _tokenizer(config: TrainConfig, run_dir: str, folder: Path, world: World) -> Tokenizer | None:

@@ -36,11 +36,23 @@ def flash_attention_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
+_only: Implementation | None = None
+
+
+def take_only(implementation: Implementation | None) -> None:
+    """Have the whole process take one implementation from now on; None: what is fastest."""
+    global _only  # noqa: PLW0603  (a property of the process, as the device is)
+    _only = implementation
+    choose.cache_clear()
+
+
 @cache
 def choose(device_type: str, length: int, half_precision: bool) -> Implementation:
     """Implementation for one (device, padded length, dtype class); each that is chosen on a device is logged once."""
     chosen: Implementation
-    if device_type == "cuda" and half_precision and flash_attention_installed():
+    if _only is not None:
+        chosen = _only
+    elif device_type == "cuda" and half_precision and flash_attention_installed():
         chosen = "flash"
     elif device_type == "cpu" and length <= CPU_MATMUL_MAX_LENGTH:
         chosen = "matmul"

@@ -72,8 +72,17 @@ def density_gradients(name: densities.Name, gaussians: densities.Gaussians, upst
     return densities.gradients(name, gaussians, upstream)
 
 
+_only_pytorch = False
+
+
+def take_only_pytorch(only: bool) -> None:
+    """Have the whole process sweep in PyTorch on every device from now on, or no more: a GPU without its kernel."""
+    global _only_pytorch  # noqa: PLW0603  (a property of the process, as the device is)
+    _only_pytorch = only
+
+
 def _path(problem: Problem) -> ModuleType:
-    if problem.rows.device.type != "cpu":
+    if problem.rows.device.type != "cpu" and not _only_pytorch:
         raise ValueError(f"rows are on {problem.rows.device}; this version sweeps on the CPU")
     log_once("blocked PyTorch on the CPU")
     return blocked

@@ -13,11 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import schema
+from core import self_proof
 from core.checkpoint_files import find_weights, steps_in
+from core.world import World
 from launchers import pretrain
+from shards.errors import ConfigError
 from tests.distributed import free_port
 from tests.launchers.past_runs import pack
 
@@ -177,3 +181,28 @@ def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         pretrain.main(["--help"])
     assert "chest:siglip_b16" in capsys.readouterr().out
+
+
+def test_a_run_proves_the_fast_paths_that_it_would_take() -> None:
+    config = schema.load_recipe("tiny:clip")
+    cpu = torch.device("cpu")
+
+    def names(*overrides: str) -> list[str]:
+        return [part.name for part in pretrain._parts_to_prove(schema.apply_overrides(config, overrides), cpu)]
+
+    assert names("data.decode.device=mixed") == [
+        "the kernel of Gaussian similarities",
+        "fused attention",
+        "decoding on the GPU",
+    ]
+    # What a refusal tells users to set leaves the part out, and but for the pixels is no other run.
+    assert names("engine.kernel=pytorch", "engine.attention=sdpa") == []
+    changed = schema.apply_overrides(config, ["engine.kernel=pytorch", "engine.attention=matmul"])
+    assert changed.identity() == config.identity()
+    # Without a GPU the decoder cannot be made: that, too, refuses to train and names the switch.
+    (decoding,) = pretrain._parts_to_prove(
+        schema.apply_overrides(config, ["engine.kernel=pytorch", "engine.attention=sdpa", "data.decode.device=mixed"]),
+        cpu,
+    )
+    with pytest.raises(ConfigError, match=r"decoding on the GPU fails .*--set data\.decode\.device=cpu"):
+        self_proof.prove([decoding], World())

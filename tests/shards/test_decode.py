@@ -1,6 +1,7 @@
 import io
 import struct
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from shards.decode import Decoder
+from shards.decode_check import levels_apart
 from shards.errors import ConfigError
 from shards.image_header import read_header
 from shards.transforms import augment
@@ -76,6 +78,16 @@ def test_host_and_graph_agree(fit):
     assert difference.mean(dim=1).max() <= 0.5 / 255
     assert torch.equal(on_host[bits == 16], in_graph[bits == 16])
     assert not torch.equal(on_host, in_graph)  # two ways indeed
+
+
+def test_two_decoders_are_compared_in_grey_levels():
+    config = Decoder.Config(image_size=64)
+    apart = levels_apart(Decoder(config, whole_graph=True), Decoder(config))
+    assert len(apart) == 6 and 0 < max(apart.values()) < 0.5
+    darker = Decoder(replace(config, fit="pad"))
+    assert min(levels_apart(darker, Decoder(config)).values()) > 5
+    refuses = Decoder(replace(config, max_pixels=1000))
+    assert set(levels_apart(refuses, Decoder(config)).values()) == {np.inf}
 
 
 def test_sixteen_bits_keep_their_depth():

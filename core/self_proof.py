@@ -1,0 +1,167 @@
+"""A run on a GPU proves its fast paths before it trains: most changes to them are made on machines that have none.
+
+Each part is computed twice on small random inputs, by the path that the run would take and by its plain twin, and the
+two must agree within a stated bound. A part that does not agree, or does not run, refuses to train and says how it is
+switched off. The device is an argument: on the CPU the same comparisons hold between the CPU's own paths.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from core import collectives
+from core.models.attention import DenseLayout, Layout, PackedLayout, dense_attention
+from core.world import World
+from kernels.gaussian_similarity import expansion, op, reference
+from kernels.gaussian_similarity.expansion import Precision
+from shards.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Relative errors (Frobenius norms) that rounding explains, with room; a wrong part is off by a tenth and more.
+KERNEL_BOUND: dict[Precision, float] = {"fp32": 1e-4, "bf16": 1e-2}
+ATTENTION_BOUND = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+KERNEL_ROWS, KERNEL_COLUMNS = 203, 331  # no multiple of any tile
+ATTENTION_LENGTHS = (7, 130, 64, 1, 45, 197)
+
+
+class Difference(NamedTuple):
+    """`error` of a quantity between two paths, and what it may be."""
+
+    what: str
+    error: float
+    bound: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Something that a run can do without. `switch`: what a user does to take the plain path."""
+
+    name: str
+    switch: str
+    compare: Callable[[], Iterator[Difference]]
+
+
+def prove(parts: Sequence[Part], world: World) -> None:
+    """Compare all parts and log each. Collective.
+
+    Raises:
+        ConfigError: on all ranks, where a part differs by more than its bound or fails, on any rank.
+    """
+    problems = [problem for part in parts if (problem := _problem(part)) is not None]
+    own = ConfigError("; ".join(problems)) if problems else None
+    stand_in = ConfigError("another rank's device computes something wrong; its message says what to switch off")
+    collectives.raise_together(own, stand_in, device=world.device)
+
+
+def _problem(part: Part) -> str | None:
+    started = time.perf_counter()
+    try:
+        found = list(part.compare())
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"{part.name} fails on this device ({type(error).__name__}: {error}); switch it off with {part.switch}"
+    worst = max(found, key=lambda each: each.error / each.bound)
+    agrees = all(each.error <= each.bound for each in found)  # NaN does not
+    log.info(
+        "self-proof: %s %s after %.1f s: %d comparisons, worst %.1e of %.0e (%s)",
+        part.name, "agrees" if agrees else "DIFFERS", time.perf_counter() - started, len(found), worst.error,
+        worst.bound, worst.what,
+    )  # fmt: skip
+    if agrees:
+        return None
+    wrong = next(each for each in found if not each.error <= each.bound)
+    return (
+        f"{part.name} computes something wrong on this device: {wrong.what} is off by {wrong.error:.1e}, "
+        f"{wrong.bound:.0e} is rounding; switch it off with {part.switch}"
+    )
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected, in fp64 on the host."""
+    exact = expected.detach().double().cpu()
+    difference = found.detach().double().cpu() - exact
+    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(exact).clamp_min(1e-30))
+
+
+def kernel_part(device: torch.device, dimensions: int) -> Part:
+    """The all-pairs losses of Gaussians in `dimensions`, tile by tile, against the stored formulas in fp64."""
+
+    def compare() -> Iterator[Difference]:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(rows: int, spread: float) -> Tensor:
+            return spread * torch.randn(rows, dimensions, generator=generator, dtype=torch.float64)
+
+        # Distances of about 2, so that logits have the spread of those in training.
+        width = dimensions**-0.5
+        exact = [draw(KERNEL_ROWS, width), draw(KERNEL_ROWS, 0.5) - 4]
+        exact += [draw(KERNEL_COLUMNS, width), draw(KERNEL_COLUMNS, 0.5) - 4]
+        exact += [torch.tensor(value, dtype=torch.float64) for value in (3.0, -1.0)]
+        keys = torch.arange(KERNEL_ROWS) % 150, torch.arange(KERNEL_COLUMNS) % 150
+
+        *four, scale, bias = leaves = [value.requires_grad_() for value in exact]
+        logits = scale * expansion.squared_wasserstein(*four, precision="fp32").similarity()
+        wanted = _with_gradients(
+            reference.info_nce(logits, *keys), reference.pairwise_sigmoid(logits + bias, *keys), leaves
+        )
+        for precision, bound in KERNEL_BOUND.items():
+            *four, scale, bias = leaves = [value.detach().float().to(device).requires_grad_() for value in exact]
+            pairs = expansion.squared_wasserstein(*four, precision=precision)
+            own = [each.to(device) for each in keys]
+            found = _with_gradients(
+                op.info_nce(pairs, scale, *own, stored=False),
+                op.pairwise_sigmoid(pairs, scale, bias, *own, stored=False),
+                leaves,
+            )
+            for name, value in wanted.items():
+                yield Difference(f"{name} in {precision}", relative(found[name], value), bound)
+
+    return Part(name="the kernel of Gaussian similarities", switch="--set engine.kernel=pytorch", compare=compare)
+
+
+def _with_gradients(info_nce: Tensor, sigmoid: Tensor, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Both losses and their gradients by name; the bias has none in the first."""
+    of = ("row mean", "row logvar", "column mean", "column logvar", "scale", "bias")
+    found = {}
+    for name, loss, inputs in (("InfoNCE", info_nce, leaves[:-1]), ("pairwise sigmoid", sigmoid, leaves)):
+        gradients = torch.autograd.grad(loss, inputs, retain_graph=True)
+        found[name] = loss.detach()
+        found |= {f"{name}, gradient of {each}": gradient for each, gradient in zip(of, gradients, strict=False)}
+    return found
+
+
+def attention_part(device: torch.device, *, half_precision: bool, heads: int = 3, size: int = 64) -> Part:
+    """The attention that a run takes, dense and packed, forward and backward, against SDPA in fp32."""
+    dtype = torch.bfloat16 if half_precision else torch.float32
+
+    def compare() -> Iterator[Difference]:
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.tensor(ATTENTION_LENGTHS)
+        length = int(lengths.max())
+        mask = (torch.arange(length)[None] < lengths[:, None]).to(device)
+        layouts: dict[str, tuple[Layout, Tensor | None]] = {
+            "dense": (DenseLayout(len(lengths), length), None),
+            "packed": (PackedLayout.from_mask(mask), mask),
+        }
+        for name, (layout, seen) in layouts.items():
+            qkv = torch.randn(len(lengths), length, 3, heads, size, generator=generator).to(dtype)
+            weight = torch.randn(len(lengths) * length, heads * size, generator=generator).to(device)
+            plain, fast = qkv.float().to(device).requires_grad_(), qkv.to(device).requires_grad_()
+            expected = dense_attention(plain, key_mask=seen, implementation="sdpa").flatten(0, 1)
+            rows = fast.flatten(0, 1)
+            if isinstance(layout, PackedLayout):
+                rows, expected, weight = (each[layout.token_index] for each in (rows, expected, weight))
+            found = layout.attend(rows)
+            (ours,) = torch.autograd.grad((found.float() * weight).sum(), fast)
+            (theirs,) = torch.autograd.grad((expected * weight).sum(), plain)
+            yield Difference(f"{name} attention", relative(found, expected), ATTENTION_BOUND[dtype])
+            yield Difference(f"gradient of {name} attention", relative(ours, theirs), ATTENTION_BOUND[dtype])
+
+    return Part(name="fused attention", switch="--set engine.attention=sdpa, or =matmul", compare=compare)
