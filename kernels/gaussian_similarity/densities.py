@@ -25,7 +25,7 @@ FORMULAS: dict[Name, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 TILE_ROWS = TILE_COLUMNS = 32  # times D elements stay in a core's second-level cache
 
 
-def values(name: Name, gaussians: Gaussians) -> Tensor:
+def density(name: Name, gaussians: Gaussians) -> Tensor:
     """Similarity [N, M] of every pair."""
     n, m = len(gaussians[0]), len(gaussians[2])
     found = gaussians[0].new_empty(n, m)
@@ -34,8 +34,8 @@ def values(name: Name, gaussians: Gaussians) -> Tensor:
     return found
 
 
-def gradients(name: Name, gaussians: Gaussians, upstream: Tensor) -> Gaussians:
-    """Of `sum(upstream * values)` by the four, upstream [N, M]; each tile is computed again."""
+def density_gradients(name: Name, gaussians: Gaussians, upstream: Tensor) -> Gaussians:
+    """Of `sum(upstream * density)` by the four, upstream [N, M]; each tile is computed again."""
     mean_a, logvar_a, mean_b, logvar_b = (torch.zeros_like(each) for each in gaussians)
     totals = (mean_a, logvar_a, mean_b, logvar_b)
     for i, j in _tiles(*upstream.shape):

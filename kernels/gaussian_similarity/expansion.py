@@ -92,8 +92,8 @@ def sampled_distance(
 
 def kl_divergence(mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar_b: Tensor) -> Expansion:
     """Minus KL(a_i || b_j), K = 2D; fp32 only: its terms are far larger than their sum."""
-    precise_b = torch.exp(-logvar_b)
     sources = named_gaussians(mean_a, logvar_a, mean_b, logvar_b)
+    precise_b = torch.exp(-logvar_b)
     return Expansion(
         rows=torch.cat([logvar_a.exp() + mean_a**2, mean_a], dim=1),
         columns=torch.cat([-0.5 * precise_b, mean_b * precise_b], dim=1),
@@ -107,7 +107,6 @@ def jeffreys_divergence(mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar
     """Minus KL(a_i || b_j) + KL(b_j || a_i), K = 4D; fp32 only."""
     sources = named_gaussians(mean_a, logvar_a, mean_b, logvar_b)
     precise_a, precise_b = torch.exp(-logvar_a), torch.exp(-logvar_b)
-    sources = named_gaussians(mean_a, logvar_a, mean_b, logvar_b)
     return Expansion(
         rows=torch.cat([logvar_a.exp() + mean_a**2, precise_a, mean_a, mean_a * precise_a], dim=1),
         columns=torch.cat([-0.5 * precise_b, -0.5 * (logvar_b.exp() + mean_b**2), mean_b * precise_b, mean_b], dim=1),
@@ -179,7 +178,7 @@ class _Centred(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, centre: Tensor, factor: float, precision: Precision) -> tuple[Tensor, Tensor]:
-        value = _rounded(x - centre, precision).mul_(factor)
+        value = rounded(x - centre, precision).mul_(factor)
         ctx.save_for_backward(value)
         ctx.factor = factor
         return value, torch.linalg.vecdot(value, value).mul_(-(factor**-2))
@@ -193,10 +192,10 @@ class _Centred(torch.autograd.Function):
 
 def _straight_through(x: Tensor, precision: Precision) -> Tensor:
     """`x` rounded; the gradient passes as if it was not."""
-    return x if precision == "fp32" else x + (_rounded(x.detach(), precision) - x.detach())
+    return x if precision == "fp32" else x + (rounded(x.detach(), precision) - x.detach())
 
 
-def _rounded(value: Tensor, precision: Precision) -> Tensor:
+def rounded(value: Tensor, precision: Precision) -> Tensor:
     """The values that enter the product, in the dtype of `value`, which has no gradient."""
     if precision == "fp32":
         return value

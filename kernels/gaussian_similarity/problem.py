@@ -130,12 +130,20 @@ def positives(
     own_keys: Tensor, other_keys: Tensor, own_groups: Tensor | None = None, other_groups: Tensor | None = None
 ) -> Tensor:
     """How many of `other_keys`, of the same group, equal each of `own_keys` [N], int64."""
+    ids = joint_ids(own_keys, other_keys, own_groups, other_groups)
+    own, other = ids[: len(own_keys)], ids[len(own_keys) :]
+    return torch.bincount(other, minlength=len(ids))[own]
+
+
+def joint_ids(
+    own_keys: Tensor, other_keys: Tensor, own_groups: Tensor | None = None, other_groups: Tensor | None = None
+) -> Tensor:
+    """Small numbers [N + M], int64: equal where both key and group are, below N + M."""
     unique, place = torch.unique(torch.cat([own_keys, other_keys]), return_inverse=True)
     if own_groups is not None and other_groups is not None:
         _, group = torch.unique(torch.cat([own_groups, other_groups]), return_inverse=True)
-        unique, place = torch.unique(group * len(unique) + place, return_inverse=True)
-    counts = torch.bincount(place[len(own_keys) :], minlength=len(unique))
-    return counts[place[: len(own_keys)]]
+        _, place = torch.unique(group * len(unique) + place, return_inverse=True)
+    return place
 
 
 def weights(count: Tensor, groups: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:

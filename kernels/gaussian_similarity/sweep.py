@@ -14,6 +14,7 @@ import logging
 from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from kernels.gaussian_similarity import blocked, densities
@@ -24,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 
 def statistics(problem: Problem, *, teacher: Teacher | None = None) -> Statistics:
     """Maximum, sum of exponentials and sum over positives of every row and column, in one walk over tiles."""
-    return _path(problem).statistics(problem, teacher=teacher)  # type: ignore[no-any-return]
+    return path_of(problem.rows).statistics(problem, teacher=teacher)  # type: ignore[no-any-return]
 
 
 def gradients(
@@ -42,7 +43,7 @@ def gradients(
 
     less the teacher's two targets. A shift is log(weight) - log_sum; -inf switches a row or column off.
     """
-    return _path(problem).gradients(  # type: ignore[no-any-return]
+    return path_of(problem.rows).gradients(  # type: ignore[no-any-return]
         problem,
         row_shift=row_shift,
         column_shift=column_shift,
@@ -54,22 +55,22 @@ def gradients(
 
 def sigmoid_statistics(problem: Problem, bias: Tensor) -> Tensor:
     """`-sum(log sigmoid(y * (logit + bias)))` [], y = 1 for positives and -1 for all other pairs."""
-    return _path(problem).sigmoid_statistics(problem, bias)  # type: ignore[no-any-return]
+    return path_of(problem.rows).sigmoid_statistics(problem, bias)  # type: ignore[no-any-return]
 
 
 def sigmoid_gradients(problem: Problem, bias: Tensor) -> Gradients:
     """Gradients of `sigmoid_statistics`, `bias` among them."""
-    return _path(problem).sigmoid_gradients(problem, bias)  # type: ignore[no-any-return]
+    return path_of(problem.rows).sigmoid_gradients(problem, bias)  # type: ignore[no-any-return]
 
 
 def density(name: densities.Name, gaussians: densities.Gaussians) -> Tensor:
     """Similarity [N, M] of every pair of two sets of Gaussians, each (mean, logvar)."""
-    return densities.values(name, gaussians)
+    return _density_path(gaussians[0]).density(name, gaussians)  # type: ignore[no-any-return]
 
 
 def density_gradients(name: densities.Name, gaussians: densities.Gaussians, upstream: Tensor) -> densities.Gaussians:
     """Gradients of `sum(upstream * density)` by the four; upstream [N, M]."""
-    return densities.gradients(name, gaussians, upstream)
+    return _density_path(gaussians[0]).density_gradients(name, gaussians, upstream)  # type: ignore[no-any-return]
 
 
 _only_pytorch = False
@@ -81,11 +82,25 @@ def take_only_pytorch(only: bool) -> None:
     _only_pytorch = only
 
 
-def _path(problem: Problem) -> ModuleType:
-    if problem.rows.device.type != "cpu" and not _only_pytorch:
-        raise ValueError(f"rows are on {problem.rows.device}; this version sweeps on the CPU")
-    log_once("blocked PyTorch on the CPU")
+def path_of(values: Tensor) -> ModuleType:
+    """The module whose sweeps serve this device and dtype. Raises ValueError where there is none."""
+    device = values.device.type
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"rows are on {values.device}; there are sweeps for cpu and cuda")
+    if device == "cuda" and values.dtype == torch.float32 and not _only_pytorch:
+        try:
+            from kernels.gaussian_similarity import kernel
+        except ImportError as error:
+            raise ValueError(f"rows are on {values.device} and Triton cannot be imported: {error}") from error
+        log_once(f"Triton kernels on {torch.cuda.get_device_name(values.device)}, same bits every time")
+        return kernel
+    log_once(f"blocked PyTorch on the {device.upper()} in {values.dtype}")
     return blocked
+
+
+def _density_path(values: Tensor) -> ModuleType:
+    path = path_of(values)
+    return densities if path is blocked else path
 
 
 @cache
