@@ -67,7 +67,7 @@ def sum_to_owners(x: Tensor, counts: Sequence[int]) -> Tensor:
         return x
     # fp32 at least: a sum over many ranks in bf16 would lose the small shares.
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    if dist.get_backend() == "nccl":
+    if wide.is_cuda:
         most = max(1, *counts)
         sent = torch.cat([padded(piece, most) for piece in wide.split(list(counts))])
         own = sent.new_empty((most, *sent.shape[1:]))

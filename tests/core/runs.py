@@ -21,7 +21,7 @@ from configs.schema import TrainConfig, apply_overrides
 from core.checkpoint import Checkpoints, InitConfig
 from core.engine import Engine, _import_deepspeed, join_world, leave_world
 from core.metrics import Events, Metrics, Uploader
-from core.tasks import Task
+from core.tasks import Exchange, Task
 from core.trainer import StopRequest, train, validation_loss
 from core.world import World
 from shards.batch import Batch
@@ -46,6 +46,7 @@ class Options:
     zero_stage: int = 1
     precision: str = "fp32"
     micro_batch: int | None = None
+    exchange: Exchange = "gather"
     recompute: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
     steps: int = 6
@@ -82,6 +83,7 @@ def config_of(options: Options) -> TrainConfig:
             zero_stage=options.zero_stage,  # type: ignore[arg-type]
             precision=options.precision,  # type: ignore[arg-type]
             micro_batch=options.micro_batch,
+            exchange=options.exchange,
             activation_checkpointing=options.recompute,
             deepspeed=options.deepspeed,
         ),

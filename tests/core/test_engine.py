@@ -34,6 +34,8 @@ def losses_of_all(world: World) -> dict[str, list[float]]:
         "zero 1": losses(world, base),
         "zero 2": losses(world, replace(base, zero_stage=2)),
         "zero 3": losses(world, replace(base, zero_stage=3)),
+        "zero 2, ring": losses(world, replace(base, zero_stage=2, exchange="ring"), FEW_STEPS),
+        "zero 1, ring, cached": losses(world, replace(base, exchange="ring", micro_batch=share // 2), FEW_STEPS),
         "zero 0, cached": losses(world, replace(base, zero_stage=0, micro_batch=share // 2), FEW_STEPS),
         "zero 1, cached unevenly": losses(world, replace(base, micro_batch=share - 1), FEW_STEPS),
         "zero 2, cached": losses(world, replace(base, zero_stage=2, micro_batch=share // 3), FEW_STEPS),
@@ -161,5 +163,8 @@ def test_pass_through_is_merged_last_and_cannot_take_what_the_engine_owns() -> N
         EngineConfig(deepspeed={"zero_optimization": {"stage": 3}})
     with pytest.raises(ConfigError, match=r"gradient_accumulation_steps.*micro_batch does not"):
         EngineConfig(deepspeed={"gradient_accumulation_steps": 4})
+    for name in ("exchange", "attention", "kernel"):
+        with pytest.raises(ConfigError, match=rf"engine\.{name}='other' is unknown; use "):
+            EngineConfig(**{name: "other"})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="bf16_master"):
         EngineConfig(precision="bf16_master", zero_stage=0)
