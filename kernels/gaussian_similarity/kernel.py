@@ -51,8 +51,8 @@ SHAPES: dict[Precision, Shape] = {
     "split": Shape(rows=128, columns=64, depth=32, warps=8, stages=3),
     "fp32": Shape(rows=64, columns=64, depth=32, warps=8, stages=2),  # no tensor cores: more registers an element
 }
-# Groups keep more beside the logits of a tile, a teacher a second tile, and from sm_100 on logits come out of memory
-# of their own: narrower tiles fit into registers there.
+# Groups and the sigmoid's seeds keep more beside the logits of a tile, a teacher a second tile, and from sm_100 on
+# logits come out of memory of their own: narrower tiles fit into registers there.
 NARROW_COLUMNS, TEACHER_COLUMNS = 64, 32
 
 
@@ -452,7 +452,7 @@ def _gradients(problem: Problem, seeds: tuple[Tensor, ...], bias: Tensor | None,
         }
         nothing = problem.rows.new_zeros(())
         return Gradients(**zero, scale=nothing, bias=None if bias is None else nothing)
-    pairs = _Pairs(problem, taught=teacher is not None)
+    pairs = _Pairs(problem, taught=teacher is not None, narrow=bias is not None)
     taught, shape = _taught(pairs, teacher), pairs.shape
     blocks_across = triton.cdiv(m, shape.rows)
     width = blocks_across * shape.rows
@@ -560,13 +560,13 @@ def _density_weights(name: Name) -> tuple[float, float, float, float]:
 class _Pairs:
     """A problem as the kernels read it."""
 
-    def __init__(self, problem: Problem, *, taught: bool = False) -> None:
+    def __init__(self, problem: Problem, *, taught: bool = False, narrow: bool = False) -> None:
         if problem.rows.dtype != torch.float32:
             raise ValueError(f"rows are {problem.rows.dtype}; the kernels take float32")
         self.grouped = problem.row_groups is not None and problem.column_groups is not None
         self.shape = SHAPES[problem.precision]
         width = self.shape.columns
-        if self.grouped or _capability(problem.rows.device) >= 100:
+        if narrow or self.grouped or _capability(problem.rows.device) >= 100:
             width = min(width, NARROW_COLUMNS)
         if taught:
             width = min(width, TEACHER_COLUMNS)

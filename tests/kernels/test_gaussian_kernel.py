@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # The kernels are told what they are when they are defined, so the interpreter needs a process of its own; here

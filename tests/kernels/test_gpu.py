@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from kernels.gaussian_similarity import expansion, op, sweep
 from tests.kernels import kernel_parity
 
