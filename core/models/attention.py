@@ -138,6 +138,23 @@ def dense_attention(
         return out.transpose(1, 2).flatten(2)
 
 
+def cross_attention(q: Tensor, kv: Tensor, key_mask: Tensor | None) -> Tensor:
+    """`q [S, Q, H, K]`, `kv [S, L, 2, H, K]` -> `[S, Q, H * K]`: Q tokens ask L others. `key_mask [S, L]` as above."""
+    with torch.autocast(q.device.type, enabled=False):
+        queries = q.transpose(1, 2)  # [S, H, Q, K]
+        keys, values = kv.permute(2, 0, 3, 1, 4).unbind(0)  # each [S, H, L, K]
+        seen = None if key_mask is None else key_mask[:, None, None, :]
+        half = q.dtype in (torch.bfloat16, torch.float16)
+        if choose(q.device.type, max(q.shape[1], kv.shape[1]), half) == "matmul":
+            scores = queries @ keys.transpose(2, 3) * q.shape[-1] ** -0.5  # [S, H, Q, L]
+            if seen is not None:
+                scores = scores.masked_fill(~seen, -torch.inf)
+            mixed = torch.softmax(scores, dim=-1) @ values
+        else:
+            mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
+        return mixed.transpose(1, 2).flatten(2)
+
+
 class _ScatterRows(torch.autograd.Function):
     """`x [T, ...]` to rows `index [T]` of `[rows, ...]` zeros; backward picks the same rows."""
 

@@ -19,7 +19,7 @@ from core.losses.matching import match_loss
 from core.losses.per_study import PerStudy
 from core.losses.variance import Divergence, divergence, variance_floor
 from core.models.fusion import Fusion, MatchHead, PatchHead, Streams, WordHead
-from core.models.gaussian import Gaussian, GaussianEncoder, first_tokens, sample
+from core.models.gaussian import Gaussian, GaussianEncoder, sample
 from core.models.text import TextEncoder, never_empty
 from core.models.vision import VisionEncoder
 from shards.batch import Batch
@@ -192,7 +192,7 @@ class FusedGaussians(nn.Module):
             ("image", self.image_gaussian, streams.image, None),
             ("text", self.text_gaussian, streams.text, streams.text_mask),
         ):
-            gaussian = encoder(tokens, first_tokens(tokens), key_mask=mask)
+            gaussian = encoder(tokens, key_mask=mask)
             self._levels(out, gaussian, study)
             drawn.append(sample(gaussian, self.samples, keys, f"match {name}"))
         return match_loss(self.match_head(*drawn), matched)

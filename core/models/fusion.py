@@ -3,7 +3,7 @@
 (MAP, CVPR 2023.) The i-th row of the image stream meets the i-th row of the text stream; who is paired with whom is the
 caller's business. Blocks draw nothing at random, as in `core.models.transformer`.
 
-Letters: P = pairs, N = image tokens, L = text tokens, Q = tokens that ask, D = width, H = heads, K = D / H.
+Letters: P = pairs, N = image tokens, L = text tokens, D = width.
 """
 
 from __future__ import annotations
@@ -11,29 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.models.attention import DenseLayout, Layout, choose
+from core.models.attention import DenseLayout, Layout, cross_attention
 from core.models.transformer import Block, LayerNorm, Linear, TransformerConfig, activate
 from shards.errors import ConfigError
-
-
-def cross_attention(q: Tensor, kv: Tensor, key_mask: Tensor | None) -> Tensor:
-    """`q [P, Q, H, K]` to `kv [P, L, 2, H, K]` -> `[P, Q, H * K]`; `key_mask [P, L]` bool, False for keys to ignore."""
-    with torch.autocast(q.device.type, enabled=False):
-        queries = q.transpose(1, 2)  # [P, H, Q, K]
-        keys, values = kv.permute(2, 0, 3, 1, 4).unbind(0)  # each [P, H, L, K]
-        seen = None if key_mask is None else key_mask[:, None, None, :]
-        half = q.dtype in (torch.bfloat16, torch.float16)
-        if choose(q.device.type, max(q.shape[1], kv.shape[1]), half) == "matmul":
-            scores = queries @ keys.transpose(2, 3) * q.shape[-1] ** -0.5  # [P, H, Q, L]
-            if seen is not None:
-                scores = scores.masked_fill(~seen, -torch.inf)
-            mixed = torch.softmax(scores, dim=-1) @ values
-        else:
-            mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
-        return mixed.transpose(1, 2).flatten(2)
 
 
 class CrossBlock(Block):
@@ -51,7 +33,7 @@ class CrossBlock(Block):
         return *super().branch_ends(), self.cross_out
 
     def look_at(self, x: Tensor, other: Tensor, other_mask: Tensor | None) -> Tensor:
-        """`x [P * Q, D]`, `other [P, L, D]`, `other_mask [P, L]` -> `[P * Q, D]`."""
+        """`x [P * n, D]`, `other [P, m, D]`, `other_mask [P, m]` -> `[P * n, D]`."""
         pairs, length, _ = other.shape
         query = self.query(self.norm_cross(x)).view(pairs, len(x) // max(1, pairs), self.heads, -1)
         key_value = self.key_value(self.norm_other(other.flatten(0, 1))).view(pairs, length, 2, self.heads, -1)
@@ -59,7 +41,7 @@ class CrossBlock(Block):
         return mixed
 
     def meet(self, x: Tensor, layout: Layout, other: Tensor, other_mask: Tensor | None) -> Tensor:
-        """The whole block on `x [P * Q, D]`."""
+        """The whole block on `x [P * n, D]`."""
         x = x + self.attend(self.norm1(x), layout)
         x = x + self.look_at(x, other, other_mask)
         return x + self.mlp(self.norm2(x))

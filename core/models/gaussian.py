@@ -3,7 +3,7 @@
 (MAP's probability distribution encoder, CVPR 2023, as the D-MLM paper, arXiv 2507.21794, takes it up.) `logvar` is the
 natural logarithm of the variance everywhere, never of the standard deviation, and lies smoothly inside LOGVAR_RANGE.
 
-Letters: S = sequences, L = tokens of a sequence, C = channels, H = heads, K = C / H, R = chosen tokens.
+Letters: S = sequences, L = tokens of a sequence, C = channels, R = chosen tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from core.keyed import hash_keys, normal
-from core.models.attention import dense_attention, pick_rows
+from core.models.attention import cross_attention, dense_attention, pick_rows
 from core.models.heads import soft_bound, unit_norm
 from core.models.transformer import LayerNorm, Linear, activate
 from shards.errors import ConfigError
@@ -120,29 +120,37 @@ class GaussianEncoder(nn.Module):
         half = width // 2
         self.dense = Linear(width, width, std=WEIGHT_STD)
         self.norm = LayerNorm(width, eps=1e-6)
-        self.qkv = Linear(width, 3 * width, std=WEIGHT_STD, bias=False)
+        self.query = Linear(width, width, std=WEIGHT_STD, bias=False)
+        self.key_value = Linear(width, 2 * width, std=WEIGHT_STD, bias=False)
         self.mean_out = Linear(half, width, std=WEIGHT_STD)
         self.variance_out = Linear(half, width, std=WEIGHT_STD)
         self.mean_residual = _Residual(width, config.mlp_ratio)
         self.variance_residual = _Residual(width, config.mlp_ratio, bias=first)
 
-    def forward(self, x: Tensor, rows: Tensor, *, key_mask: Tensor | None = None) -> Gaussian:
-        """Gaussians `[R, C]` of the tokens at `rows [R]`, places in the flattened `x [S * L, C]`, none of them twice.
+    def forward(self, x: Tensor, rows: Tensor | None = None, *, key_mask: Tensor | None = None) -> Gaussian:
+        """Gaussians of chosen tokens of `x [S, L, C]`: those at `rows [R]`, places in the flattened `[S * L, C]`, none
+        of them twice, or the first of each sequence, R = S, for which less is computed.
 
         `key_mask [S, L]` bool, False for tokens that nobody attends to.
         """
-        flat = x.flatten(0, 1)
-        chosen = pick_rows(flat, rows)  # [R, C]
+        sequences, length, _ = x.shape
+        chosen = x[:, 0] if rows is None else pick_rows(x.flatten(0, 1), rows)  # [R, C]
         if self.config.kind == "linear":
-            mean, logvar = chosen.float(), self._of_variance(chosen)
+            return Gaussian(mean=chosen.float(), logvar=soft_bound(self._of_variance(chosen), *LOGVAR_RANGE))
+        y = self.norm(activate(self.dense(x.flatten(0, 1)), "gelu"))
+        heads = self.config.heads
+        key_value = self.key_value(y).view(sequences, length, 2, heads, -1)
+        if rows is None:
+            query = self.query(y.view_as(x)[:, 0]).view(sequences, 1, heads, -1)
+            mixed = cross_attention(query, key_value, key_mask)[:, 0]
         else:
-            y = self.norm(activate(self.dense(flat), "gelu"))
-            qkv = self.qkv(y).view(*x.shape[:2], 3, self.config.heads, -1)  # [S, L, 3, H, K]
-            mixed = pick_rows(dense_attention(qkv, key_mask=key_mask).flatten(0, 1), rows)
-            of_mean, of_variance = mixed.chunk(2, dim=1)  # heads in order: first half, second half
-            with torch.autocast(x.device.type, enabled=False):
-                mean = self.mean_residual(chosen.float() + self.mean_out(of_mean.float()), x.dtype)
-                logvar = self.variance_residual(self._of_variance(of_variance), x.dtype)
+            query = self.query(y).view(sequences, length, 1, heads, -1)
+            attended = dense_attention(torch.cat([query, key_value], dim=2), key_mask=key_mask)
+            mixed = pick_rows(attended.flatten(0, 1), rows)
+        of_mean, of_variance = mixed.chunk(2, dim=1)  # heads in order: first half, second half
+        with torch.autocast(x.device.type, enabled=False):
+            mean = self.mean_residual(chosen.float() + self.mean_out(of_mean.float()), x.dtype)
+            logvar = self.variance_residual(self._of_variance(of_variance), x.dtype)
         return Gaussian(mean=mean, logvar=soft_bound(logvar, *LOGVAR_RANGE))
 
     def _of_variance(self, x: Tensor) -> Tensor:
@@ -152,11 +160,6 @@ class GaussianEncoder(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             out: Tensor = self.variance_out(x.float())
             return out
-
-
-def first_tokens(x: Tensor) -> Tensor:
-    """Places of the first tokens of `x [S, L, C]` in its flattened form, `[S]` int64."""
-    return torch.arange(x.shape[0], device=x.device) * x.shape[1]
 
 
 def unit_mean(gaussian: Gaussian) -> Gaussian:

@@ -27,7 +27,7 @@ from core.losses.variance import Divergence, divergence, kl_divergence, prior_kl
 from core.models.contrast import GaussianContrast
 from core.models.fused import FusedGaussians, PatchSplit, Tokens
 from core.models.fusion import Fusion
-from core.models.gaussian import Gaussian, GaussianEncoder, first_tokens, unit_mean
+from core.models.gaussian import Gaussian, GaussianEncoder, unit_mean
 from core.models.heads import unit_norm
 from core.models.initialise import draw_weights
 from core.models.text import TextEncoder, never_empty
@@ -195,7 +195,7 @@ class DMLM(Task):
     def _of_images(self, tokens: Tensor, batch: Batch) -> Gaussian:
         """Tokens `[V, 1 + M, D]` -> `[b, E]`."""
         x = self.image_in(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1)
-        views = self.image_gaussian(x, first_tokens(x))
+        views = self.image_gaussian(x)
         studies = len(batch["valid"])
         mean, logvar = (mean_over_views(part, batch["study_index"], studies) for part in (views.mean, views.logvar))
         return self._normalised(Gaussian(mean=mean, logvar=logvar))
@@ -203,7 +203,7 @@ class DMLM(Task):
     def _of_texts(self, tokens: Tensor, attention_mask: Tensor) -> Gaussian:
         """Tokens `[b, L, D]` -> `[b, E]`."""
         x = self.text_in(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1)
-        return self._normalised(self.text_gaussian(x, first_tokens(x), key_mask=never_empty(attention_mask)))
+        return self._normalised(self.text_gaussian(x, key_mask=never_empty(attention_mask)))
 
     def _normalised(self, gaussian: Gaussian) -> Gaussian:
         return unit_mean(gaussian) if self.config.unit_norm else gaussian

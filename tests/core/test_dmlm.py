@@ -19,7 +19,7 @@ from configs.schema import apply_overrides
 from core import collectives
 from core.engine import split
 from core.evaluation.embed import GaussianTask
-from core.models.fusion import cross_attention
+from core.models.attention import cross_attention
 from core.models.gaussian import Gaussian
 from core.tasks.dmlm import DMLM
 from core.trainer import ScaleWatch

@@ -14,7 +14,7 @@ from core.losses.masked import normalise_patches, patch_loss, word_loss
 from core.losses.matching import draw_negatives, match_loss
 from core.losses.per_study import PerStudy
 from core.losses.variance import divergence, inclusion_score, kl_divergence, prior_kl, variance_floor
-from core.models.gaussian import Gaussian, GaussianEncoder, first_tokens, sample
+from core.models.gaussian import Gaussian, GaussianEncoder, sample
 from core.models.initialise import draw_weights
 from shards.errors import ConfigError
 from shards.keyed import hash_u64
@@ -96,7 +96,7 @@ def encoder(kind: str = "attention", width: int = 16, **settings: object) -> Gau
 def test_gaussian_encoder_starts_near_its_token_and_its_level(kind: str) -> None:
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
     for level, expected in ((-4.0, -4.0), (0.0, 0.0), (-10.0, -10 + math.log(2))):
-        found = encoder(kind, logvar_init=level)(x, first_tokens(x))
+        found = encoder(kind, logvar_init=level)(x)
         assert found.mean.shape == found.logvar.shape == (3, 16) and found.mean.dtype is torch.float32
         torch.testing.assert_close(found.mean, x[:, 0], atol=0.05, rtol=0)
         torch.testing.assert_close(found.logvar, torch.full((3, 16), expected), atol=0.3, rtol=0)
@@ -116,21 +116,22 @@ def test_chosen_tokens_are_those_of_all(kind: str) -> None:
     changed = x.masked_fill(~mask[:, :, None], 9.0)  # padding is seen by nobody
     torch.testing.assert_close(built(changed, rows, key_mask=mask).mean, some.mean)
     assert built(x, rows[:0]).mean.shape == (0, 16)
+    first = built(x, key_mask=mask)
+    torch.testing.assert_close(first.mean, everything.mean[::5])
+    torch.testing.assert_close(first.logvar, everything.logvar[::5])
 
 
 def test_first_half_of_heads_makes_the_mean() -> None:
-    """qkv rows are ordered q, k, v, each head by head: what heads 3 and 4 of 4 see moves the log-variance only."""
+    """Keys and values are rows head by head: what heads 3 and 4 of 4 see moves the log-variance only."""
     built, x = encoder(), torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
-    rows = first_tokens(x)
-    before = built(x, rows)
-    assert built.qkv.wide  # weight [in, out]
-    with torch.no_grad():
-        built.qkv.weight.view(16, 3, 4, 4)[:, :, 2:] *= 30
-    after = built(x, rows)
+    assert built.key_value.wide  # weight [in, out]
+    of_heads = built.key_value.weight.detach().view(16, 2, 4, 4)
+    before = built(x)
+    of_heads[:, :, 2:] *= 30
+    after = built(x)
     assert torch.equal(after.mean, before.mean) and not torch.allclose(after.logvar, before.logvar, rtol=1e-6)
-    with torch.no_grad():
-        built.qkv.weight.view(16, 3, 4, 4)[:, :, :2] *= 30
-    again = built(x, rows)
+    of_heads[:, :, :2] *= 30
+    again = built(x)
     assert torch.equal(again.logvar, after.logvar) and not torch.allclose(again.mean, after.mean, rtol=1e-6)
 
 
@@ -139,10 +140,10 @@ def test_gradient_reaches_every_weight_and_detached_variance_its_own_alone(kind:
     for detached in (False, True):
         built = encoder(kind, detach_variance=detached)
         x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        built(x, first_tokens(x)).logvar.square().sum().backward()
+        built(x).logvar.square().sum().backward()
         moved = {name for name, p in built.named_parameters() if p.grad is not None and p.grad.any()}
         own = {name for name, _ in built.named_parameters() if name.startswith("variance_")}
-        shared = {"dense.weight", "qkv.weight", "norm.weight"} if kind == "attention" else set()
+        shared = {"dense.weight", "query.weight", "key_value.weight", "norm.weight"} if kind == "attention" else set()
         assert moved >= own and (moved >= shared) is (not detached or not shared)
         assert (x.grad is not None and bool(x.grad.any())) is not detached
         if detached:
@@ -152,9 +153,9 @@ def test_gradient_reaches_every_weight_and_detached_variance_its_own_alone(kind:
 def test_encoder_output_is_fp32_under_autocast() -> None:
     x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(4))
     built = encoder()
-    plain = built(x, first_tokens(x))
+    plain = built(x)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = built(x.bfloat16(), first_tokens(x))
+        cast = built(x.bfloat16())
     assert cast.mean.dtype is cast.logvar.dtype is torch.float32
     torch.testing.assert_close(cast.logvar, plain.logvar, atol=0.02, rtol=0)
 
@@ -163,7 +164,7 @@ def test_log_variances_beyond_the_range_are_bounded_and_counted() -> None:
     built, x = encoder("linear"), torch.zeros(1, 1, 16)
     with torch.no_grad():
         built.variance_out.bias.copy_(torch.tensor([-50.0, -10.1, -9.9, 0, 9.9, 10.1, 50.0] + [1.0] * 9))
-    found = built(x, first_tokens(x))
+    found = built(x)
     assert found.logvar.min() >= -10 and found.logvar.max() <= 10 and found.out_of_range().tolist() == [4]
 
 
