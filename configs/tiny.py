@@ -10,6 +10,7 @@ from core.checkpoint import CheckpointConfig
 from core.models.fusion import Fusion
 from core.models.text import TextEncoder, text_tiny
 from core.models.vision import VisionEncoder, vit_tiny
+from core.tasks.dmlm import Weights
 
 
 def _shrunk(config: TrainConfig) -> TrainConfig:
@@ -45,7 +46,8 @@ def siglip() -> TrainConfig:
 
 
 def dmlm() -> TrainConfig:
-    """chest:dmlm_tiny, smaller still."""
+    """chest:dmlm_tiny, smaller still, with every part."""
     shrunk = _shrunk(chest.dmlm_tiny())
-    task = replace(shrunk.task, fusion=Fusion.Config(width=16, depth=1, heads=2), match_group=4)
+    fusion = Fusion.Config(width=16, depth=1, heads=2)
+    task = replace(shrunk.task, fusion=fusion, kl_at="both", match_group=4, weights=Weights())
     return replace(shrunk, task=task)
