@@ -163,9 +163,7 @@ def gather(tensors: dict[str, Tensor], *, exchange: Exchange = "gather") -> Gath
     """`Encoded.gather` of this rank -> the global batch; every rank has the same number of rows, void ones included."""
     rows = {tensor.shape[0] for tensor in tensors.values()}
     assert len(rows) == 1, f"tensors to gather differ in rows: { ({k: tuple(v.shape) for k, v in tensors.items()}) }"
-    return Gathered(
-        own=tensors, all=_Everyone(tensors), offset=rank() * rows.pop(), ranks=world_size(), exchange=exchange
-    )
+    return Gathered(own=tensors, all=_Everyone(tensors), ranks=world_size(), exchange=exchange)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

@@ -71,6 +71,9 @@ def info_nce(
         precision: of the product's inputs; None: fp32 for cosine, centred bf16 for distances.
 
     Without any valid study the loss is 0 with zero gradients. The loss must meet the same factor on all ranks.
+
+    Raises:
+        ValueError: keys that are not int64, sides of different sizes: on all ranks alike.
     """
     with torch.autocast(scale.device.type, enabled=False):
         pairs, plan = _prepare(gathered, similarity, row, column, key, precision)
@@ -139,6 +142,9 @@ def _prepare(
 ) -> tuple[Expansion, _Plan]:
     """Own rows and own columns [n, K] of the product, differentiable, and the plan that all ranks share."""
     own = gathered.own
+    if own[key].dtype != torch.int64 or own[key].shape != own["valid"].shape:
+        found, wanted = tuple(own[key].shape), tuple(own["valid"].shape)
+        raise ValueError(f"{key} is {own[key].dtype} {found}; int64 {wanted} was expected")
     kept = own["valid"].nonzero().squeeze(1)
     precision = precision or DEFAULT_PRECISION[similarity]
 
@@ -147,9 +153,10 @@ def _prepare(
         return wide if len(kept) == len(wide) else wide.index_select(0, kept)
 
     if similarity == "cosine":
-        pairs = expansion.inner_product(
-            valid_rows(f"{row}_embeds"), valid_rows(f"{column}_embeds"), precision=precision
-        )
+        a, b = valid_rows(f"{row}_embeds"), valid_rows(f"{column}_embeds")
+        if a.shape != b.shape:
+            raise ValueError(f"{row}_embeds {tuple(a.shape)} and {column}_embeds {tuple(b.shape)} must be alike")
+        pairs = expansion.inner_product(a, b, precision=precision)
     else:
         four = [valid_rows(f"{side}_{part}") for side in (row, column) for part in ("mean", "logvar")]
         with_spread = similarity == "wasserstein"

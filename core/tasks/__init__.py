@@ -29,7 +29,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """The global batch: `own` this rank's rows [b, ...], `all` everyone's [B, ...]; own = all[offset:offset + b].
+    """The global batch: `own` this rank's rows [b, ...], `all` everyone's [B, ...], in the order of ranks.
 
     A tensor of `all` travels when it is first read, so every rank must read the same ones in the same order. Losses
     over all pairs do not read it: they exchange what they need, the way that `exchange` says. `ranks`: how many.
@@ -37,7 +37,6 @@ class Gathered:
 
     own: dict[str, Tensor]
     all: Mapping[str, Tensor]
-    offset: int
     ranks: int
     exchange: Exchange = "gather"
 

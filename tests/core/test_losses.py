@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -298,3 +299,16 @@ def test_a_key_of_another_name_and_sides_of_other_names() -> None:
     same_key = collectives.gather({**gathered.own, "report_key": gathered.own["finding_key"]})
     assert torch.equal(renamed, by_report(same_key, scale=torch.tensor(8.0)).loss)
     assert not torch.equal(renamed, by_report(gathered, scale=torch.tensor(8.0)).loss)
+
+
+def test_what_cannot_be_compared_is_refused_with_its_name() -> None:
+    gathered = paired(6, 4)
+    for name, changed, said in (
+        ("report_key", torch.arange(6.0), r"report_key is torch.float32 \(6,\); int64 \(6,\) was expected"),
+        ("report_key", torch.arange(5), r"report_key is torch.int64 \(5,\)"),
+        ("text_embeds", torch.zeros(6, 5), r"image_embeds \(6, 4\) and text_embeds \(6, 5\) must be alike"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            both(replace(gathered, own={**gathered.own, name: changed}))
+    with pytest.raises(ValueError, match=r"column mean \(6, 5\)"):
+        both(replace(gathered, own={**gathered.own, "text_mean": torch.zeros(6, 5)}), "wasserstein")
