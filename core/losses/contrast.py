@@ -152,16 +152,17 @@ def _prepare(
         wide = own[name].to(torch.promote_types(own[name].dtype, torch.float32))
         return wide if len(kept) == len(wide) else wide.index_select(0, kept)
 
+    parts = ("embeds",) if similarity == "cosine" else ("mean", "logvar")
+    names = [f"{side}_{part}" for side in (row, column) for part in parts]
+    if len({own[name].shape for name in names}) > 1:
+        raise ValueError(f"{', '.join(f'{name} {tuple(own[name].shape)}' for name in names)}: must be alike")
+    rows = [valid_rows(name) for name in names]
     if similarity == "cosine":
-        a, b = valid_rows(f"{row}_embeds"), valid_rows(f"{column}_embeds")
-        if a.shape != b.shape:
-            raise ValueError(f"{row}_embeds {tuple(a.shape)} and {column}_embeds {tuple(b.shape)} must be alike")
-        pairs = expansion.inner_product(a, b, precision=precision)
+        pairs = expansion.inner_product(*rows, precision=precision)
     else:
-        four = [valid_rows(f"{side}_{part}") for side in (row, column) for part in ("mean", "logvar")]
         with_spread = similarity == "wasserstein"
         distance = expansion.squared_wasserstein if with_spread else expansion.sampled_distance
-        pairs = distance(*four, precision=precision, centre=_centre(*four, with_spread=with_spread))
+        pairs = distance(*rows, precision=precision, centre=_centre(*rows, with_spread=with_spread))
     counts = collectives.row_counts(len(kept), pairs.rows.device)
     keys = collectives.gather_rows(own[key][kept], counts)
     exchange: _Exchange = _Ring(counts) if gathered.exchange == "ring" and len(counts) > 1 else _Gather(counts)
