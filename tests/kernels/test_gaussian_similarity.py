@@ -286,6 +286,18 @@ def test_a_row_far_from_everything_stays_finite() -> None:
     assert all(bool(torch.isfinite(value).all()) for value in (loss, *gradients(loss, inputs)))
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_shift_of_all_logits_moves_the_sigmoid_alone(stored: bool) -> None:
+    (shift,) = leaves((torch.tensor(0.3, dtype=torch.float64),))
+    row_keys, column_keys = keys(60, 50, largest=9)
+    scale, bias = torch.tensor(0.2, dtype=torch.float64), torch.tensor(-1.0, dtype=torch.float64)
+    pairs = expansion.squared_wasserstein(*gaussians(60, 50, 6), precision="fp32")
+    moved = replace(pairs, row_bias=pairs.row_bias + shift)
+    (of_contrast,) = gradients(op.info_nce(moved, scale, row_keys, column_keys, stored=stored), (shift,))
+    (of_sigmoid,) = gradients(op.pairwise_sigmoid(moved, scale, bias, row_keys, column_keys, stored=stored), (shift,))
+    assert abs(float(of_contrast)) < 1e-12 and abs(float(of_sigmoid)) > 1e-3
+
+
 def test_rows_without_a_positive_are_left_out() -> None:
     row_keys, column_keys = torch.arange(700), torch.arange(700)
     four = gaussians(700, 700, 8)
