@@ -51,7 +51,7 @@ SHAPES: dict[Precision, Shape] = {
     "split": Shape(rows=128, columns=64, depth=32, warps=8, stages=3),
     "fp32": Shape(rows=64, columns=64, depth=32, warps=8, stages=2),  # no tensor cores: more registers an element
 }
-# Groups and the sigmoid's seeds keep more beside the logits of a tile, a teacher a second tile, and from sm_100 on
+# Groups and the sigmoid keep more beside the logits of a tile, a teacher a second tile, and from sm_100 on
 # logits come out of memory of their own: narrower tiles fit into registers there.
 NARROW_COLUMNS, TEACHER_COLUMNS = 64, 32
 
@@ -415,7 +415,7 @@ def sigmoid_statistics(problem: Problem, bias: Tensor) -> Tensor:
     n, m = len(problem.rows), len(problem.columns)
     if 0 in (n, m):
         return problem.rows.new_zeros(())
-    pairs = _Pairs(problem)
+    pairs = _Pairs(problem, narrow=True)
     row_blocks = triton.cdiv(n, pairs.shape.rows)
     runs, tiles_each = _runs(m, row_blocks, pairs.shape)
     parts = _empty(problem.rows, runs, row_blocks * pairs.shape.rows)
@@ -566,10 +566,13 @@ class _Pairs:
         self.grouped = problem.row_groups is not None and problem.column_groups is not None
         self.shape = SHAPES[problem.precision]
         width = self.shape.columns
-        if narrow or self.grouped or _capability(problem.rows.device) >= 100:
+        late = _capability(problem.rows.device) >= 100
+        if narrow or self.grouped or late:
             width = min(width, NARROW_COLUMNS)
         if taught:
             width = min(width, TEACHER_COLUMNS)
+        if late and self.grouped:
+            width //= 2
         self.shape = replace(self.shape, columns=width)
         n = len(problem.rows)
         (rows, rows_low), (columns, columns_low) = (
