@@ -236,9 +236,9 @@ def _check_teacher(pairs: Expansion, teacher: SoftTargets) -> None:
 
 
 def _of_inputs(found: Gradients, upstream: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of rows, columns, row_bias, column_bias and scale."""
+    """Gradients of rows, columns, row_bias, column_bias and scale, in the memory of `found`."""
     inputs = (found.rows, found.columns, found.row_bias, found.column_bias, found.scale)
-    return tuple(each * upstream for each in inputs)
+    return tuple(each.mul_(upstream) for each in inputs)
 
 
 class _InfoNCE(torch.autograd.Function):
