@@ -49,7 +49,7 @@ SHAPES: dict[Precision, Shape] = {
     "bf16": Shape(rows=128, columns=128, depth=64, warps=8, stages=3),
     "tf32": Shape(rows=128, columns=64, depth=32, warps=8, stages=3),
     "split": Shape(rows=128, columns=64, depth=32, warps=8, stages=3),
-    "fp32": Shape(rows=64, columns=64, depth=32, warps=8, stages=2),  # no tensor cores: more registers an element
+    "fp32": Shape(rows=64, columns=32, depth=16, warps=8, stages=2),  # no tensor cores: more registers an element
 }
 # Groups and the sigmoid keep more beside the logits of a tile, a teacher a second tile, and from sm_100 on
 # logits come out of memory of their own: narrower tiles fit into registers there.
@@ -481,7 +481,7 @@ def _gradients(problem: Problem, seeds: tuple[Tensor, ...], bias: Tensor | None,
         of_row.append(parts[0].sum(0)[:count])
         of_column += parts[1].sum(0)
         of_logits += parts[2].sum()
-        values = min(128, pairs.k & -pairs.k)  # columns of `found` in a tile: the power of two in K
+        values = min(shape.rows, pairs.k & -pairs.k)  # columns of `found` in a tile: the power of two in K
         for blocks, other, found, ranges, numbers, transposed in (
             (row_blocks, pairs.tensors[2:4], of_rows, pairs.column_ranges, (first, count, 0, m), False),
             (blocks_across, pairs.tensors[:2], of_columns, pairs.row_ranges, (0, m, first, count), True),
