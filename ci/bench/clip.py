@@ -8,17 +8,12 @@ user's own: pack.py, pretrain.py under the deepspeed runner, evaluate.py.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,14 +22,14 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ci.bench.figure import REPOSITORY, Figure, figure
-from ci.demo import QUICK, RANKS, RECIPE, Size, free_port
+from ci.bench.learning import Experiment, macro
+from ci.demo import QUICK, RANKS, RECIPE, Size
 from configs import schema
 from configs.schema import TrainConfig
 from core import optim
 from core.evaluation.statistics import area_under_curve
 from core.models.vision import VisionEncoder
 from shards.batch import Batch
-from shards.errors import ConfigError
 from shards.ingest.phantom_chest import generator_hash, split_seed
 from shards.ingest.phantom_chest_scene import DIFFICULTIES, ceiling
 from shards.loader import Loader
@@ -97,65 +92,18 @@ def summary(difficulty: str, seeds: tuple[int, ...], scores: list[Scores], wall_
 
 def run_seed(difficulty: str, seed: int, size: Size) -> Scores:
     """Pack, pre-train, evaluate, train the supervised twin. The seed is the phantom's, the weights' and the order's."""
-    folder = FOLDER / f"{difficulty}-{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    launch = partial(_launch, folder)
-    samples = ",".join(map(str, size.samples))
-    launch(
-        [sys.executable, "launchers/pack.py", "--source", "phantom", "--difficulty", difficulty, "--seed", str(seed),
-         "--samples", samples, "--output", str(folder / "shards"), "--workers", str(RANKS)],
-    )  # fmt: skip
-    manifest = folder / "shards" / "manifest.json"
-    overrides = [
-        f"data.train={manifest}",
-        f"seed={seed}",
-        f"trainer.steps={size.steps}",
-        f"trainer.evaluate_every={size.steps}",
-        f"optim.warmup_steps={size.warmup_steps}",
-    ]
-    started = time.perf_counter()
-    launch(
-        [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(RANKS),
-         "--master_port", str(free_port()), "launchers/pretrain.py",
-         "--recipe", RECIPE, "--run-dir", str(folder / "run"), "--set", *overrides],
-        DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    train_s = time.perf_counter() - started
-    launch(
-        [sys.executable, "launchers/evaluate.py", "--run-dir", str(folder / "run"), "--protocol", "zero_shot",
-         "linear_probe", "--json", str(folder / "scores.json")],
-    )  # fmt: skip
-    reports = json.loads((folder / "scores.json").read_text("utf-8"))
+    experiment = Experiment(folder=FOLDER / f"{difficulty}-{seed}", seed=seed, size=size)
+    shutil.rmtree(experiment.folder, ignore_errors=True)
+    experiment.pack(difficulty)
+    overrides = experiment.overrides()
+    train_s = experiment.pretrain(RECIPE, overrides)
+    reports = experiment.evaluate(["zero_shot", "linear_probe"])
     config = schema.apply_overrides(schema.load_recipe(RECIPE), overrides)
     areas = ceiling(split_seed(seed, "test"), size.samples[2], DIFFICULTIES[difficulty])
     return Scores(
-        zero_shot=_macro(reports, "zero_shot"), probe=_macro(reports, "linear_probe"), supervised=supervised(config),
+        zero_shot=macro(reports, "zero_shot"), probe=macro(reports, "linear_probe"), supervised=supervised(config),
         ceiling=float(np.nanmean(list(areas.values()))), train_s=train_s,
     )  # fmt: skip
-
-
-def _macro(reports: dict[str, dict[str, dict[str, float | None]]], protocol: str) -> float:
-    value = reports[protocol]["macro"]["value"]
-    return float("nan") if value is None else float(value)
-
-
-def _launch(folder: Path, command: list[str], **environment: str) -> None:
-    """Run one program of ours from the repository root, its output in a log. Raises ConfigError with the log's end."""
-    log = folder / "log.txt"
-    with open(log, "ab") as output:
-        done = subprocess.run(
-            command,
-            cwd=REPOSITORY,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            check=False,
-        )
-    if done.returncode:
-        end = log.read_text("utf-8", errors="replace").strip().splitlines()[-1:]
-        program = next(part for part in command if part.endswith(".py"))
-        raise ConfigError(f"{program} ended with {done.returncode}: {''.join(end)}; see {log}")
 
 
 class _Supervised(nn.Module):

@@ -45,11 +45,17 @@ _COLUMNS_TAG, _FOUND_TAG = 0, 16
 
 
 class InfoNCE(NamedTuple):
-    """This rank's shares. `loss`: half of each direction; the directions themselves, detached, are for metrics."""
+    """This rank's shares. `loss`: half of each direction; the directions themselves, detached, are for metrics.
+
+    `row_excess`, `column_excess` [n], detached: by how many nats each own valid study's cross-entropy lies above the
+    least that its keys allow, which is the logarithm of its number of positives. In order of the batch.
+    """
 
     loss: Tensor
     row_to_column: Tensor
     column_to_row: Tensor
+    row_excess: Tensor
+    column_excess: Tensor
 
 
 def info_nce(
@@ -345,7 +351,7 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, columns: Tensor, row_bias: Tensor, column_bias: Tensor, scale: Tensor, plan: _Plan
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         of_rows: Statistics | None = None
 
         def visit(block: Sequence[Tensor], where: slice) -> _ColumnStatistics:
@@ -368,9 +374,14 @@ class _InfoNCE(torch.autograd.Function):
         ctx.plan = plan
         of_row = loss_of(weight[own], row_log_sum, target[own], of_rows.row_positive)
         of_column = loss_of(weight[own], column_log_sum, target[own], column_positive)
-        directions = 2 * of_row, 2 * of_column
-        ctx.mark_non_differentiable(*directions)
-        return of_row + of_column, *directions
+        own_count = count[own].to(rows.dtype)
+        excess = (
+            log_sum - positive / own_count - own_count.log()
+            for log_sum, positive in ((row_log_sum, of_rows.row_positive), (column_log_sum, column_positive))
+        )
+        detached = (2 * of_row, 2 * of_column, *excess)
+        ctx.mark_non_differentiable(*detached)
+        return of_row + of_column, *detached
 
     @staticmethod
     @once_differentiable

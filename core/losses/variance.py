@@ -78,6 +78,15 @@ def inclusion_loss(inner: Gaussian, outer: Gaussian) -> Tensor:
     return -F.logsigmoid(INCLUSION_SHARPNESS * inclusion_score(inner, outer)).mean(dim=-1)
 
 
+def expected_excess(gaussian: Gaussian, excess: Tensor) -> Tensor:
+    """Squared error of exp(mean log-variance) as a forecast of `excess [R]`, nats of a contrast, `[R]`.
+
+    Least where a study's log-variance says how much worse than its positives allow it is told from all others: what is
+    told apart badly, because it is ambiguous or was taken badly, gets the larger variance. `excess` is a constant.
+    """
+    return (gaussian.uncertainty().exp() - excess.detach()).square()
+
+
 def variance_floor(gaussian: Gaussian, floor: float) -> Tensor:
     """How far the mean log-variance lies below `floor`, `[R]`: MAP's entropy floor, whatever D.
 

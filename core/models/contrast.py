@@ -55,8 +55,12 @@ class GaussianContrast(nn.Module):
         self.logit_scale = LogitScale(config.scale_init, config.scale_max, SCALE_MIN)
         self.logit_bias = LogitBias(config.bias_init, config.bias_bound) if config.loss == "sigmoid" else None
 
-    def forward(self, gathered: Gathered, key: str, *, detach_means: bool = False) -> Tensor:
+    def forward(
+        self, gathered: Gathered, key: str, *, detach_means: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of the loss, []; reads `<side>_mean` and `<side>_logvar` of image and text, and `key`.
+
+        With InfoNCE also what each own valid study adds beyond the least its keys allow, `[n]`, by side.
 
         `key`: which of the gathered keys makes positives. `detach_means`: only variances, scale and bias learn.
         """
@@ -68,8 +72,9 @@ class GaussianContrast(nn.Module):
         gathered = replace(gathered, own=own)  # the losses exchange what they need of it
         shared: dict[str, Any] = {"similarity": config.similarity, "key": key, "precision": config.precision}
         if self.logit_bias is not None:
-            return contrast.pairwise_sigmoid(gathered, scale=self.logit_scale(), bias=self.logit_bias(), **shared)
-        return contrast.info_nce(gathered, scale=self.logit_scale(), **shared).loss
+            return contrast.pairwise_sigmoid(gathered, scale=self.logit_scale(), bias=self.logit_bias(), **shared), {}
+        found = contrast.info_nce(gathered, scale=self.logit_scale(), **shared)
+        return found.loss, {"image": found.row_excess, "text": found.column_excess}
 
     def logits(self, rows: Gaussian, columns: Gaussian) -> Tensor:
         """`[n, m]`, stored: for the studies of a micro-batch. Without the bias."""

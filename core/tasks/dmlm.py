@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from core.losses.matching import draw_negatives
 from core.losses.per_study import PerStudy
-from core.losses.variance import Divergence, divergence, kl_divergence, prior_kl, variance_floor
+from core.losses.variance import Divergence, divergence, expected_excess, kl_divergence, prior_kl, variance_floor
 from core.models.contrast import GaussianContrast
 from core.models.fused import FusedGaussians, PatchSplit, Tokens
 from core.models.fusion import Fusion
@@ -44,12 +44,14 @@ class Weights:
     """Factors on the parts of the loss. 0 leaves a part out.
 
     `contrast`: of the embeddings. `variance`: a second contrast, on detached means, that only variances learn from.
+    `excess`: the mean log-variance forecasts how badly a study is told apart (`core.losses.variance.expected_excess`).
     `mlm`, `mim`: masked words and patches. `itm`: matching. `kl`: divergence of masked views from full ones. `floor`:
     of the mean log-variance. `vib`: KL of the embeddings to the unit Gaussian.
     """
 
     contrast: float = 1.0
     variance: float = 0.0
+    excess: float = 0.0
     mlm: float = 1.0
     mim: float = 1.0
     itm: float = 1.0
@@ -282,10 +284,11 @@ class DMLM(Task):
     def objective(self, gathered: Gathered, local: dict[str, Tensor]) -> LossOutput:
         own, count = gathered.own, gathered.all["valid"].sum().clamp(min=1)
         weights, key = asdict(self.config.weights), f"{self.config.positives}_key"
-        losses, metrics = {}, {}
+        losses, metrics, excess = {}, {}, {}
         for name, contrast in (("contrast", self.contrast), ("variance", self.variance)):
             if contrast is not None:
-                losses[name] = contrast(gathered, key, detach_means=name == "variance")
+                losses[name], found = contrast(gathered, key, detach_means=name == "variance")
+                excess = excess or found
                 metrics[f"optim/{name}_logit_scale"] = share_of_constant(contrast.logit_scale(), gathered)
         for name, values in local.items():
             share = values.sum() / count
@@ -294,8 +297,13 @@ class DMLM(Task):
             else:
                 metrics[f"uncertainty/{name}"] = share.detach()
         for name in ("image", "text"):
-            gaussian = Gaussian(mean=own[f"{name}_mean"], logvar=own[f"{name}_logvar"]).detach()
+            gaussian = Gaussian(mean=own[f"{name}_mean"], logvar=own[f"{name}_logvar"])
             void = ~own["valid"]
+            if self.config.weights.excess:
+                valid = Gaussian(mean=gaussian.mean[own["valid"]], logvar=gaussian.logvar[own["valid"]])
+                share = 0.5 * expected_excess(valid, excess[name]).sum() / count
+                losses["excess"] = losses["excess"] + share if "excess" in losses else share
+            gaussian = gaussian.detach()
             metrics[f"uncertainty/{name}_logvar"] = gaussian.uncertainty().masked_fill(void, 0.0).sum() / count
             metrics[f"uncertainty/{name}_out_of_range"] = gaussian.out_of_range().masked_fill(void, 0).sum().float()
         metrics.update({f"loss/{name}": loss.detach() for name, loss in losses.items()})

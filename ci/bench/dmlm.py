@@ -1,0 +1,185 @@
+"""Does D-MLM know when an image is bad, and at what price? Five seeds against CLIP, and a table of its variants.
+
+Phantoms of `standard` difficulty, 20 % of them degraded in graded ways with hedged reports. Every run sees the same
+images in the same order for the same number of steps; seconds are printed beside, and CLIP is given those of D-MLM
+too. A variant changes one thing of the recipe. Finished runs of the same commit are kept, so an experiment that was
+cut off goes on.
+
+By the rules for learning experiments: every run is printed, normals and abnormals apart; what does not need a
+distribution (maximum probability, a fit of it on validation labels) stands beside as the control.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ci.bench.figure import LOG_COLUMNS, REPOSITORY, Figure, commit, figure
+from ci.bench.learning import Experiment, Reports, macro
+from ci.demo import QUICK, RANKS, Size
+
+DESCRIPTION = "D-MLM against CLIP on degraded phantoms: zero-shot, degraded_auc, abstention, variants (about 2 hours)"
+
+SEEDS = (0, 1, 2, 3, 4)
+FEWER_SEEDS = (0, 1)  # of the variants
+DIFFICULTY, DEGRADED_SHARE = "standard", 0.2
+FOLDER = REPOSITORY / "runs" / "bench_dmlm"
+CLIP, DMLM, CLIP_LONGER = "clip", "dmlm", "clip, seconds of dmlm"
+NO_MASKS = ("task.weights.mlm=0", "task.weights.mim=0", "task.weights.itm=0", "task.weights.kl=0")
+# Name -> what it changes of chest:dmlm_tiny.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "variance learns from W2 alone": ("task.weights.excess=0", "task.contrast.similarity=wasserstein"),
+    "variance learns from CSD + sigmoid": ("task.weights.excess=0", "task.weights.variance=1"),
+    "contrast alone, no masks": NO_MASKS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one run showed on held-out patients. AUCs in [0, 1]; areas under risk-coverage curves, lower is better."""
+
+    variant: str
+    seed: int
+    zero_shot: float
+    degraded: float  # AUC of image log-variance, degraded above clean
+    degraded_normal: float
+    degraded_abnormal: float
+    degraded_max_probability: float  # the same by the control
+    area_logvar: float
+    area_max_probability: float
+    area_fitted_probability: float
+    area_oracle: float
+    logvar_spread: float
+    train_s: float
+
+    @property
+    def gain(self) -> float:
+        """Area saved by abstaining by log-variance instead of maximum probability."""
+        return self.area_max_probability - self.area_logvar
+
+
+def run(quick: bool) -> list[Figure]:
+    """All seeds and variants. Leaves shards and run directories under runs/bench_dmlm."""
+    started = time.perf_counter()
+    size = QUICK if quick else Size()
+    console = Console(stderr=True, highlight=False)
+    rows = []
+    for seed in SEEDS[:1] if quick else SEEDS:
+        of_seed = [run_one(CLIP, "chest:clip_tiny", (), seed, size), run_one(DMLM, "chest:dmlm_tiny", (), seed, size)]
+        if seed in FEWER_SEEDS and not quick:
+            longer = round(size.steps * of_seed[1].train_s / of_seed[0].train_s)
+            of_seed.append(run_one(CLIP_LONGER, "chest:clip_tiny", (f"trainer.steps={longer}",), seed, size))
+            of_seed += [run_one(name, "chest:dmlm_tiny", change, seed, size) for name, change in VARIANTS.items()]
+        for row in of_seed:
+            console.print(
+                f"seed {seed}, {row.variant}: zero-shot {row.zero_shot:.3f}, degraded {row.degraded:.3f}, "
+                f"gain {row.gain:.3f}, trained in {row.train_s:.0f} s"
+            )
+        rows += of_seed
+    print_rows(rows)
+    return summary(rows, time.perf_counter() - started)
+
+
+def summary(rows: Sequence[Row], wall_s: float) -> list[Figure]:
+    """The figures that are judged: of D-MLM on all seeds, beside CLIP on the same ones."""
+    ours = {row.seed: row for row in rows if row.variant == DMLM}
+    clip = {row.seed: row for row in rows if row.variant == CLIP}
+    make = partial(figure, repeats=len(ours), seeds=tuple(ours), threads=RANKS, wall_s=wall_s)
+
+    def each(values: Sequence[float]) -> str:
+        return "seeds " + ", ".join(f"{value:.3f}" for value in values)
+
+    degraded = [row.degraded for row in ours.values()]
+    apart = "; ".join(
+        f"{name} {statistics.fmean(getattr(row, f'degraded_{name}') for row in ours.values()):.3f}"
+        for name in ("normal", "abnormal")
+    )
+    control = statistics.fmean(row.degraded_max_probability for row in ours.values())
+    less = [row.zero_shot - clip[seed].zero_shot for seed, row in ours.items()]
+    gain = [row.gain for row in ours.values()]
+    over_fitted = statistics.fmean(row.area_fitted_probability - row.area_logvar for row in ours.values())
+    return [
+        make("dmlm.degraded_auc", statistics.fmean(degraded), peer=control, peer_name="by max. probability",
+             ours=statistics.fmean(degraded), note=f"{each(degraded)}; {apart}"),
+        make("dmlm.degraded_auc_worst_seed", min(degraded)),
+        make("dmlm.zero_shot_minus_clip", statistics.fmean(less), peer_name="CLIP, same images and steps",
+             ours=statistics.fmean(row.zero_shot for row in ours.values()),
+             peer=statistics.fmean(clip[seed].zero_shot for seed in ours), note=each(less)),
+        make("dmlm.risk_coverage_gain", statistics.fmean(gain), peer_name="max. probability",
+             ours=statistics.fmean(row.area_logvar for row in ours.values()),
+             peer=statistics.fmean(row.area_max_probability for row in ours.values()),
+             note=f"{each(gain)}; over a fit on validation labels {over_fitted:.3f}"),
+    ]  # fmt: skip
+
+
+def run_one(variant: str, recipe: str, change: Sequence[str], seed: int, size: Size) -> Row:
+    """Train and evaluate one run, or read what it showed when it was run on this commit."""
+    experiment = Experiment(folder=FOLDER / f"{size.steps}-steps" / str(seed), seed=seed, size=size)
+    name = variant.replace(" ", "_").replace(",", "")
+    kept = experiment.folder / name / "row.json"
+    made_by = {"commit": commit(), "recipe": recipe, "change": list(change)}
+    found = _kept(kept)
+    if found is not None and found.pop("made_by", None) == made_by and not commit().endswith("dirty"):
+        return Row(**found)
+    if not experiment.manifest.exists():
+        experiment.pack(DIFFICULTY, "--degraded", str(DEGRADED_SHARE), "--structured")
+    shutil.rmtree(experiment.folder / name, ignore_errors=True)
+    train_s = experiment.pretrain(recipe, experiment.overrides("trainer.evaluate_every=None", *change), name)
+    row = row_of(variant, seed, experiment.evaluate(["zero_shot", "uncertainty"], name), train_s)
+    kept.write_text(json.dumps({**asdict(row), "made_by": made_by}, indent=1), "utf-8")
+    return row
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def row_of(variant: str, seed: int, reports: Reports, train_s: float) -> Row:
+    """The figures of a run out of evaluate.py's reports; NaN for those that a task does not have."""
+    figures = reports["uncertainty"]["figures"]
+
+    def value(name: str) -> float:
+        found = figures.get(name, {}).get("value")
+        return math.nan if found is None else float(found)
+
+    return Row(
+        variant=variant, seed=seed, zero_shot=macro(reports, "zero_shot"), degraded=value("degraded_auc"),
+        degraded_normal=value("degraded_auc_normal"), degraded_abnormal=value("degraded_auc_abnormal"),
+        degraded_max_probability=value("degraded_auc_max_probability"), area_logvar=value("area_logvar"),
+        area_max_probability=value("area_max_probability"), area_fitted_probability=value("area_fitted_probability"),
+        area_oracle=value("area_oracle"), logvar_spread=value("logvar_spread"), train_s=train_s,
+    )  # fmt: skip
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Every run, variant by variant."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, LOG_COLUMNS)
+    table = Table(title="every run; areas: lower is better", title_justify="left", show_edge=False, pad_edge=False)
+    headings = (
+        "variant", "seed", "zero-shot", "degraded", "normal", "abnormal", "by max. p", "area logvar", "max. p",
+        "fitted p", "oracle", "spread", "seconds",
+    )  # fmt: skip
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in sorted(rows, key=lambda row: [one.variant for one in rows].index(row.variant)):
+        name, seed, *values, train_s = asdict(row).values()
+        shown = ("-" if math.isnan(value) else f"{value:.3f}" for value in values)
+        table.add_row(name, str(seed), *shown, f"{train_s:.0f}")
+    console.print(table)

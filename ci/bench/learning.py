@@ -1,0 +1,97 @@
+"""The programs of one learning experiment, run as a user runs them: pack phantoms, pre-train, evaluate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ci.bench.figure import REPOSITORY
+from ci.demo import RANKS, Size, free_port
+from shards.errors import ConfigError
+
+Reports = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything of one seed, under `folder`. The seed is the phantom's, the weights' and the order's."""
+
+    folder: Path
+    seed: int
+    size: Size
+
+    @property
+    def manifest(self) -> Path:
+        """Of the phantoms that `pack` makes."""
+        return self.folder / "shards" / "manifest.json"
+
+    def pack(self, difficulty: str, *flags: str) -> None:
+        """Phantoms of one difficulty; `flags` are further arguments of pack.py."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._launch(
+            [sys.executable, "launchers/pack.py", "--source", "phantom", "--difficulty", difficulty, *flags,
+             "--seed", str(self.seed), "--samples", ",".join(map(str, self.size.samples)),
+             "--output", str(self.manifest.parent), "--workers", str(RANKS)],
+        )  # fmt: skip
+
+    def overrides(self, *more: str) -> list[str]:
+        """What makes a recipe this experiment's run."""
+        return [
+            f"data.train={self.manifest}",
+            f"seed={self.seed}",
+            f"trainer.steps={self.size.steps}",
+            f"trainer.evaluate_every={self.size.steps}",
+            f"optim.warmup_steps={self.size.warmup_steps}",
+            *more,
+        ]
+
+    def pretrain(self, recipe: str, overrides: Sequence[str], run: str = "run") -> float:
+        """Train on RANKS processes into `folder / run`; returns wall seconds."""
+        started = time.perf_counter()
+        self._launch(
+            [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(RANKS),
+             "--master_port", str(free_port()), "launchers/pretrain.py",
+             "--recipe", recipe, "--run-dir", str(self.folder / run), "--set", *overrides],
+            DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
+        )  # fmt: skip
+        return time.perf_counter() - started
+
+    def evaluate(self, protocols: Sequence[str], run: str = "run") -> Reports:
+        """What evaluate.py says of a run on the test split: protocol -> its report."""
+        target = self.folder / run / "scores.json"
+        self._launch(
+            [sys.executable, "launchers/evaluate.py", "--run-dir", str(self.folder / run), "--protocol", *protocols,
+             "--json", str(target)],
+        )  # fmt: skip
+        reports: Reports = json.loads(target.read_text("utf-8"))
+        return reports
+
+    def _launch(self, command: list[str], **environment: str) -> None:
+        """Run one program from the repository root, its output in a log. Raises ConfigError with the log's end."""
+        log = self.folder / "log.txt"
+        with open(log, "ab") as output:
+            done = subprocess.run(
+                command,
+                cwd=REPOSITORY,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                check=False,
+            )
+        if done.returncode:
+            end = log.read_text("utf-8", errors="replace").strip().splitlines()[-1:]
+            program = next(part for part in command if part.endswith(".py"))
+            raise ConfigError(f"{program} ended with {done.returncode}: {''.join(end)}; see {log}")
+
+
+def macro(reports: Reports, protocol: str) -> float:
+    """Macro AUC of a report; NaN where no label has both classes."""
+    value = reports[protocol]["macro"]["value"]
+    return float("nan") if value is None else float(value)
