@@ -284,7 +284,9 @@ class DMLM(Task):
     def objective(self, gathered: Gathered, local: dict[str, Tensor]) -> LossOutput:
         own, count = gathered.own, gathered.all["valid"].sum().clamp(min=1)
         weights, key = asdict(self.config.weights), f"{self.config.positives}_key"
-        losses, metrics, excess = {}, {}, {}
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        excess: dict[str, Tensor] = {}
         for name, contrast in (("contrast", self.contrast), ("variance", self.variance)):
             if contrast is not None:
                 losses[name], found = contrast(gathered, key, detach_means=name == "variance")
