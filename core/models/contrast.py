@@ -55,9 +55,7 @@ class GaussianContrast(nn.Module):
         self.logit_scale = LogitScale(config.scale_init, config.scale_max, SCALE_MIN)
         self.logit_bias = LogitBias(config.bias_init, config.bias_bound) if config.loss == "sigmoid" else None
 
-    def forward(
-        self, gathered: Gathered, key: str, *, detach_means: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, gathered: Gathered, key: str, *, detach_means: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of the loss, []; reads `<side>_mean` and `<side>_logvar` of image and text, and `key`.
 
         With InfoNCE also what each own valid study adds beyond the least its keys allow, `[n]`, by side.

@@ -33,6 +33,7 @@ from tests.distributed import run_distributed
 # Every part and pass in use, all numbers fp32.
 EVERYTHING = (
     "task.weights.variance=1",
+    "task.weights.excess=1",
     "task.variance.precision=fp32",
     "task.contrast.precision=fp32",
     "task.fusion.depth=2",
@@ -212,6 +213,7 @@ SWITCHES = {
     "cosine and variances apart": (
         "task.contrast.similarity=cosine", "task.weights.variance=1", "task.embedding.detach_variance=true",
     ),
+    "variances forecast": ("task.contrast.similarity=cosine", "task.weights.excess=1"),
     "plain means": ("task.unit_norm=false", "task.contrast.scale_init=0.07"),
     "linear variance": ("task.embedding.kind=linear", "task.fused.kind=linear"),
     "mean alone": ("task.samples=0",),

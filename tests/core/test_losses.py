@@ -110,6 +110,23 @@ def test_loss_and_gradients_equal_the_dense_formula(
         assert found.item() == 0 and not any(value.any() for value in of_given.values())
 
 
+@pytest.mark.parametrize("case", ["distinct", "repeated", "all_equal", "void"])
+def test_excess_is_what_each_study_costs_above_the_least_its_keys_allow(case: str) -> None:
+    key, valid = keys_and_valid(13, case)
+    inputs = inputs_of(13, 7)
+    gathered = collectives.gather(
+        {name: value for name, value in inputs.items() if value.ndim} | {"report_key": key, "valid": valid}
+    )
+    found = contrast.info_nce(gathered, scale=inputs["scale"])
+    logits = (inputs["scale"] * inputs["image_embeds"] @ inputs["text_embeds"].T)[valid][:, valid]
+    positive = (key[valid][:, None] == key[valid]).double()
+    target = positive / positive.sum(1, keepdim=True)
+    for excess, seen in ((found.row_excess, logits), (found.column_excess, logits.T)):
+        divergence = torch.special.xlogy(target, target).sum(1) - (target * seen.log_softmax(1)).sum(1)
+        torch.testing.assert_close(excess, divergence, rtol=1e-10, atol=1e-12)
+        assert not excess.requires_grad
+
+
 # ---- over ranks: rows of the 13 studies that each rank holds; the fourth study is void ----
 
 SPLITS = {1: ((13,),), 2: ((7, 6), (13, 0)), 4: ((4, 3, 3, 3), (6, 0, 2, 5))}
