@@ -2,8 +2,8 @@
 
 Phantoms of `standard` difficulty, 20 % of them degraded in graded ways with hedged reports. Every run sees the same
 images in the same order for the same number of steps; seconds are printed beside, and CLIP is given those of D-MLM
-too. A variant changes one thing of the recipe. Finished runs of the same commit are kept, so an experiment that was
-cut off goes on.
+too. A variant changes one thing of the recipe. Finished runs of the same settings are kept, so an experiment that was
+cut off goes on: delete runs/bench_dmlm after a change of code.
 
 By the rules for learning experiments: every run is printed, normals and abnormals apart; what does not need a
 distribution (maximum probability, a fit of it on validation labels) stands beside as the control.
@@ -28,6 +28,8 @@ from rich.table import Table
 from ci.bench.figure import LOG_COLUMNS, REPOSITORY, Figure, commit, figure
 from ci.bench.learning import Experiment, Reports, macro
 from ci.demo import QUICK, RANKS, Size
+from configs import schema
+from shards.ingest.phantom_chest import generator_hash
 
 DESCRIPTION = "D-MLM against CLIP on degraded phantoms: zero-shot, degraded_auc, abstention, variants (about 2 hours)"
 
@@ -124,20 +126,23 @@ def summary(rows: Sequence[Row], wall_s: float) -> list[Figure]:
 
 
 def run_one(variant: str, recipe: str, change: Sequence[str], seed: int, size: Size) -> Row:
-    """Train and evaluate one run, or read what it showed when it was run on this commit."""
+    """Train and evaluate one run, or read what it showed when these settings were run before."""
     experiment = Experiment(folder=FOLDER / f"{size.steps}-steps" / str(seed), seed=seed, size=size)
     name = variant.replace(" ", "_").replace(",", "")
     kept = experiment.folder / name / "row.json"
-    made_by = {"commit": commit(), "recipe": recipe, "change": list(change)}
+    overrides = experiment.overrides("trainer.evaluate_every=None", *change)
+    config = schema.apply_overrides(schema.load_recipe(recipe), overrides)
+    settings = {"generator": generator_hash(), **json.loads(json.dumps(config.identity()))}
     found = _kept(kept)
-    if found is not None and found.pop("made_by", None) == made_by and not commit().endswith("dirty"):
+    if found is not None and found.pop("settings", None) == settings:
+        found.pop("commit")
         return Row(**found)
     if not experiment.manifest.exists():
         experiment.pack(DIFFICULTY, "--degraded", str(DEGRADED_SHARE), "--structured")
     shutil.rmtree(experiment.folder / name, ignore_errors=True)
-    train_s = experiment.pretrain(recipe, experiment.overrides("trainer.evaluate_every=None", *change), name)
+    train_s = experiment.pretrain(recipe, overrides, name)
     row = row_of(variant, seed, experiment.evaluate(["zero_shot", "uncertainty"], name), train_s)
-    kept.write_text(json.dumps({**asdict(row), "made_by": made_by}, indent=1), "utf-8")
+    kept.write_text(json.dumps({**asdict(row), "commit": commit(), "settings": settings}, indent=1), "utf-8")
     return row
 
 
