@@ -7,6 +7,7 @@ from dataclasses import replace
 from configs import chest
 from configs.schema import TrainConfig
 from core.checkpoint import CheckpointConfig
+from core.models.contrast import GaussianContrast
 from core.models.fusion import Fusion
 from core.models.text import TextEncoder, text_tiny
 from core.models.vision import VisionEncoder, vit_tiny
@@ -46,8 +47,16 @@ def siglip() -> TrainConfig:
 
 
 def dmlm() -> TrainConfig:
-    """chest:dmlm_tiny, smaller still, with every part."""
+    """chest:dmlm_tiny, smaller still, with every part in its first form (W2, consistency)."""
     shrunk = _shrunk(chest.dmlm_tiny())
     fusion = Fusion.Config(width=16, depth=1, heads=2)
-    task = replace(shrunk.task, fusion=fusion, kl_at="both", match_group=4, weights=Weights())
+    task = replace(
+        shrunk.task,
+        contrast=GaussianContrast.Config(),
+        fusion=fusion,
+        kl="consistency",
+        kl_at="both",
+        match_group=4,
+        weights=Weights(),
+    )
     return replace(shrunk, task=task)

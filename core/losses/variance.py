@@ -78,13 +78,14 @@ def inclusion_loss(inner: Gaussian, outer: Gaussian) -> Tensor:
     return -F.logsigmoid(INCLUSION_SHARPNESS * inclusion_score(inner, outer)).mean(dim=-1)
 
 
-def expected_excess(gaussian: Gaussian, excess: Tensor) -> Tensor:
-    """Squared error of exp(mean log-variance) as a forecast of `excess [R]`, nats of a contrast, `[R]`.
+def forecast_error(gaussian: Gaussian, excess: Tensor, level: float) -> Tensor:
+    """Squared error of exp(mean log-variance - level) as a forecast of `excess [R]`, nats of a contrast, `[R]`.
 
     Least where a study's log-variance says how much worse than its positives allow it is told from all others: what is
-    told apart badly, because it is ambiguous or was taken badly, gets the larger variance. `excess` is a constant.
+    told apart badly, because it is ambiguous or was taken badly, gets the larger variance. A mean log-variance of
+    `level` stands for one nat. `excess` is a constant. (Our own: a loss forecast, Yoo and Kweon 2019, as a variance.)
     """
-    return (gaussian.uncertainty().exp() - excess.detach()).square()
+    return (torch.exp(gaussian.uncertainty() - level) - excess.detach()).square()
 
 
 def variance_floor(gaussian: Gaussian, floor: float) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from core.losses.matching import draw_negatives
 from core.losses.per_study import PerStudy
-from core.losses.variance import Divergence, divergence, expected_excess, kl_divergence, prior_kl, variance_floor
+from core.losses.variance import Divergence, divergence, forecast_error, kl_divergence, prior_kl, variance_floor
 from core.models.contrast import GaussianContrast
 from core.models.fused import FusedGaussians, PatchSplit, Tokens
 from core.models.fusion import Fusion
@@ -44,14 +44,14 @@ class Weights:
     """Factors on the parts of the loss. 0 leaves a part out.
 
     `contrast`: of the embeddings. `variance`: a second contrast, on detached means, that only variances learn from.
-    `excess`: the mean log-variance forecasts how badly a study is told apart (`core.losses.variance.expected_excess`).
+    `excess`: the mean log-variance forecasts how badly a study is told apart (`core.losses.variance.forecast_error`).
     `mlm`, `mim`: masked words and patches. `itm`: matching. `kl`: divergence of masked views from full ones. `floor`:
     of the mean log-variance. `vib`: KL of the embeddings to the unit Gaussian.
     """
 
     contrast: float = 1.0
     variance: float = 0.0
-    excess: float = 0.0
+    excess: float = 0.1
     mlm: float = 1.0
     mim: float = 1.0
     itm: float = 1.0
@@ -116,6 +116,11 @@ class DMLM(Task):
                 raise ConfigError(
                     f"share_gaussian_encoders=True needs embed_dim={self.embed_dim} and "
                     f"fusion.width={self.fusion.width} to be equal"
+                )
+            if self.weights.excess and (not self.weights.contrast or self.contrast.loss != "info_nce"):
+                raise ConfigError(
+                    f"weights.excess={self.weights.excess} forecasts an InfoNCE: set weights.contrast=1 and "
+                    "contrast.loss=info_nce, or weights.excess=0"
                 )
             if self.variance.similarity == "cosine":
                 raise ConfigError("variance.similarity='cosine' has no variance in it; use sampled or wasserstein")
@@ -298,16 +303,19 @@ class DMLM(Task):
                 losses[name] = share
             else:
                 metrics[f"uncertainty/{name}"] = share.detach()
+        valid = own["valid"]
+        forecasts = []
         for name in ("image", "text"):
-            gaussian = Gaussian(mean=own[f"{name}_mean"], logvar=own[f"{name}_logvar"])
-            void = ~own["valid"]
-            if self.config.weights.excess:
-                valid = Gaussian(mean=gaussian.mean[own["valid"]], logvar=gaussian.logvar[own["valid"]])
-                share = 0.5 * expected_excess(valid, excess[name]).sum() / count
-                losses["excess"] = losses["excess"] + share if "excess" in losses else share
+            gaussian = Gaussian(mean=own[f"{name}_mean"][valid], logvar=own[f"{name}_logvar"][valid])
+            if weights["excess"]:
+                forecasts.append(
+                    forecast_error(gaussian, excess[name], self.config.embedding.logvar_init).sum() / count
+                )
             gaussian = gaussian.detach()
-            metrics[f"uncertainty/{name}_logvar"] = gaussian.uncertainty().masked_fill(void, 0.0).sum() / count
-            metrics[f"uncertainty/{name}_out_of_range"] = gaussian.out_of_range().masked_fill(void, 0).sum().float()
+            metrics[f"uncertainty/{name}_logvar"] = gaussian.uncertainty().sum() / count
+            metrics[f"uncertainty/{name}_out_of_range"] = gaussian.out_of_range().sum().float()
+        if forecasts:
+            losses["excess"] = torch.stack(forecasts).mean()
         metrics.update({f"loss/{name}": loss.detach() for name, loss in losses.items()})
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return LossOutput(loss=total, metrics=metrics)

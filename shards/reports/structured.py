@@ -231,8 +231,12 @@ def answers(item: Item) -> list[str]:
 
 
 def finding_key(report: StructuredReport) -> int:
-    """Equal for equal sets of (disease, verdict), whatever is absent; "no finding" is one key."""
-    found = sorted(f"{item.disease}={item.verdict}" for item in report.items if item.verdict != "absent")
+    """Equal for equal sets of diseases that are present or uncertain; "no finding" is one key.
+
+    Doubt makes no set of its own: how sure a report is says as much about the quality of the image as about what it
+    shows, and two reports of one finding are no negatives because one of them hedges.
+    """
+    found = sorted(item.disease for item in report.items if item.verdict != "absent")
     return keyed.text_key("; ".join(found) or "no finding")
 
 

@@ -65,7 +65,7 @@ def test_a_step_reaches_every_weight() -> None:
     for name, _ in task.named_parameters():
         # The last layer's first tokens and masked ones are read; nothing is left over.
         assert name in found and found[name].isfinite().all() and found[name].any(), name
-    parts = {"contrast", "variance", "mlm", "mim", "itm", "kl", "floor", "vib"}
+    parts = {"contrast", "variance", "excess", "mlm", "mim", "itm", "kl", "floor", "vib"}
     assert {f"loss/{part}" for part in parts} <= set(out.metrics)
     logged = {"image_logvar", "text_logvar", "fused_logvar", "pair_w2", "pair_kl", "image_out_of_range"}
     assert {f"uncertainty/{name}" for name in logged} <= set(out.metrics)
@@ -150,7 +150,7 @@ def test_logit_scale_turns_differences_of_cosines_into_log_odds(similarity: str)
     torch.testing.assert_close(
         logits[:, 0] - logits[:, 1], task.logit_scale() * (cosines[:, 0] - cosines[:, 1]), rtol=1e-4, atol=1e-4
     )
-    only_variance = task_of("task.weights.contrast=0.0", "task.weights.variance=1.0")
+    only_variance = task_of("task.weights.contrast=0.0", "task.weights.excess=0", "task.weights.variance=1.0")
     assert only_variance.logit_scale() is None
 
 
@@ -208,12 +208,15 @@ def test_negatives_need_whole_groups() -> None:
 # ---- switches ----
 
 SWITCHES = {
-    "csd sigmoid": ("task.contrast.similarity=sampled", "task.contrast.loss=sigmoid", "task.embedding.logvar_init=-10"),
+    "csd sigmoid": (
+        "task.contrast.similarity=sampled", "task.contrast.loss=sigmoid", "task.embedding.logvar_init=-10",
+        "task.weights.excess=0",
+    ),
     "cosine": ("task.contrast.similarity=cosine",),
     "cosine and variances apart": (
         "task.contrast.similarity=cosine", "task.weights.variance=1", "task.embedding.detach_variance=true",
     ),
-    "variances forecast": ("task.contrast.similarity=cosine", "task.weights.excess=1"),
+    "no forecast": ("task.weights.excess=0",),
     "plain means": ("task.unit_norm=false", "task.contrast.scale_init=0.07"),
     "linear variance": ("task.embedding.kind=linear", "task.fused.kind=linear"),
     "mean alone": ("task.samples=0",),
@@ -227,10 +230,10 @@ SWITCHES = {
     "words": ("task.weights.mim=0", "task.weights.itm=0", "task.weights.kl=0"),
     "patches": ("task.weights.mlm=0", "task.weights.itm=0", "task.weights.kl=0"),
     "matching": ("task.weights.mlm=0", "task.weights.mim=0", "task.weights.kl=0"),
-    "masked prediction alone": ("task.weights.contrast=0",),
+    "masked prediction alone": ("task.weights.contrast=0", "task.weights.excess=0"),
     "point contrast": (
         "task.contrast.similarity=cosine", "task.weights.mlm=0", "task.weights.mim=0", "task.weights.itm=0",
-        "task.weights.kl=0", "task.weights.floor=0", "task.weights.vib=0",
+        "task.weights.kl=0", "task.weights.floor=0", "task.weights.vib=0", "task.weights.excess=0",
     ),
 }  # fmt: skip
 
@@ -264,7 +267,7 @@ def test_a_part_that_is_off_has_no_weights() -> None:
     names = {name.split(".")[0] for name, _ in task_of(*off).named_parameters()}
     assert names == {"towers", "image_in", "text_in", "image_gaussian", "text_gaussian", "contrast"}
     with pytest.raises(ConfigError, match="every weight that teaches the encoders is 0"):
-        apply_overrides(tiny.dmlm(), [*off, "task.weights.contrast=0"])
+        apply_overrides(tiny.dmlm(), [*off, "task.weights.contrast=0", "task.weights.excess=0"])
 
 
 @pytest.mark.parametrize(
@@ -275,6 +278,7 @@ def test_a_part_that_is_off_has_no_weights() -> None:
         ("task.match_group=1", "match_group=1 leaves no other study"),
         ("task.share_gaussian_encoders=true", "needs embed_dim=128 and fusion.width=64 to be equal"),
         ("task.variance.similarity=cosine", "has no variance in it"),
+        ("task.contrast.loss=sigmoid", "weights.excess=.* forecasts an InfoNCE"),
         ("task.contrast.scale_init=300", "must lie between 0.001 and scale_max"),
         ("task.fusion.depth=0", "fusion.depth=0 must be at least 1"),
         ("data.masking.patch_size=16", "task.vision.patch_size=8; set both to one value"),

@@ -13,7 +13,7 @@ from core.keyed import hash_keys, normal, uniform
 from core.losses.masked import normalise_patches, patch_loss, word_loss
 from core.losses.matching import draw_negatives, match_loss
 from core.losses.per_study import PerStudy
-from core.losses.variance import divergence, expected_excess, inclusion_score, kl_divergence, prior_kl, variance_floor
+from core.losses.variance import divergence, forecast_error, inclusion_score, kl_divergence, prior_kl, variance_floor
 from core.models.gaussian import Gaussian, GaussianEncoder, sample
 from core.models.initialise import draw_weights
 from shards.errors import ConfigError
@@ -240,8 +240,8 @@ def test_forecast_of_excess_is_best_at_its_mean() -> None:
     spread = torch.tensor([0.5, -0.5, 0.2, -0.2])
     levels = torch.linspace(-1.0, 2.0, 301)
     given = Gaussian(mean=torch.zeros(301, 4), logvar=levels[:, None] + spread)
-    losses = 0.5 * (expected_excess(given, torch.ones(301)) + expected_excess(given, torch.full((301,), 3.0)))
-    assert levels[losses.argmin()].item() == pytest.approx(math.log(2.0), abs=0.006)
+    losses = 0.5 * (forecast_error(given, torch.ones(301), -0.5) + forecast_error(given, torch.full((301,), 3.0), -0.5))
+    assert levels[losses.argmin()].item() == pytest.approx(math.log(2.0) - 0.5, abs=0.006)
 
 
 def test_floor_is_of_log_variance_and_at_maps_level() -> None:
