@@ -152,6 +152,9 @@ def test_masks_of_an_objective_are_replayed_too(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     masks = ("section_ids", "text_mask", "patch_mask", "finding_key", "draw_key")
+    config = json.loads((run_dir / "config.json").read_text("utf-8"))
+    config["data"]["masking"]["patch_size"] = config["task"]["vision"]["patch_size"]
+    (run_dir / "config.json").write_text(json.dumps(config), "utf-8")
     monkeypatch.setattr(CLIP, "fields", (*CLIP.fields, *masks))
     sheet, tensors = tmp_path / "sheet.png", tmp_path / "batch.safetensors"
     assert replay.main(["--run-dir", str(run_dir), "--step", "3", "--save", str(sheet)]) == 0
