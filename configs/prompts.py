@@ -1,18 +1,21 @@
-"""Sentences for zero-shot classification: data only. They read like reports, since models were taught with reports.
+"""Prompts for zero-shot classification. They read like reports, since models were taught with reports.
 
-Positive sentences state a finding with side, zone and size; negative ones deny it the way reports do.
+Positive ones state a finding with side, zone and size; negative ones deny it the way reports do. A model of structured
+reports has read no plain ones: its prompts are what such a report says of the one disease, in the same parts.
 """
 
 from __future__ import annotations
 
-from shards.ingest.phantom_chest_text import PROMPTS as PHANTOM_PROMPTS
+from collections.abc import Mapping, Sequence
 
-Prompts = dict[str, dict[str, list[str]]]
+from core.evaluation.zero_shot import Prompt, Prompts
+from shards.ingest.phantom_chest_text import PROMPTS as PHANTOM_PROMPTS
+from shards.ingest.phantom_chest_text import STRUCTURED_PROMPTS as PHANTOM_STRUCTURED
 
 _NORMAL = ["No acute cardiopulmonary abnormality.", "Normal chest radiograph.", "The lungs are clear."]
 
 # The fourteen labels of ChestX-ray14 (Wang et al. 2017), as its label file spells them.
-NIH_PROMPTS: Prompts = {
+NIH_PROMPTS: dict[str, dict[str, list[str]]] = {
     "Atelectasis": {
         "positive": [
             "Bibasilar linear atelectasis.",
@@ -141,4 +144,29 @@ NIH_PROMPTS: Prompts = {
     },
 }
 
-__all__ = ["NIH_PROMPTS", "PHANTOM_PROMPTS", "Prompts"]
+PLAIN_PROMPTS: Prompts = {**NIH_PROMPTS, **PHANTOM_PROMPTS}
+# ChestX-ray14 spells the same diseases with a capital.
+STRUCTURED_PROMPTS: Prompts = PHANTOM_STRUCTURED | {
+    label: PHANTOM_STRUCTURED[label.lower()] for label in NIH_PROMPTS if label.lower() in PHANTOM_STRUCTURED
+}
+
+
+def choose(labels: Sequence[str], recipe: Prompts, report: str) -> tuple[Prompts, str]:
+    """(prompts of the labels that have any, where they are from), for a model taught with `report`s, raw or structured.
+
+    The recipe's come first, then structured ones if it was taught with these, then plain ones.
+    """
+    sources: dict[str, Prompts] = {"recipe": recipe}
+    if report == "structured":
+        sources["structured reports"] = STRUCTURED_PROMPTS
+    sources["configs/prompts.py"] = PLAIN_PROMPTS
+    chosen: dict[str, Mapping[str, Sequence[Prompt]]] = {}
+    labels_of: dict[str, list[str]] = {}
+    for label in labels:
+        source = next((name for name, prompts in sources.items() if label in prompts), None)
+        if source is not None:
+            chosen[label] = sources[source][label]
+            labels_of.setdefault(source, []).append(label)
+    if len(labels_of) <= 1:
+        return chosen, "".join(labels_of)
+    return chosen, ", ".join(f"{source} ({' '.join(names)})" for source, names in labels_of.items())

@@ -76,7 +76,8 @@ class EvaluationConfig:
     """What is evaluated every `trainer.evaluate_every` steps beside the validation loss.
 
     `protocols`: `uncertainty` costs no more encoding than the other two, and corrupts nothing (evaluate.py does).
-    `prompts`: label -> {"positive": sentences, "negative": sentences}, for zero-shot classification.
+    `prompts`: label -> {"positive": sentences, "negative": sentences}, for zero-shot classification; other labels get
+    those of configs/prompts.py.
     """
 
     protocols: tuple[Literal["zero_shot", "retrieval", "uncertainty"], ...] = ("zero_shot", "retrieval")

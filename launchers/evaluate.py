@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from configs.prompts import NIH_PROMPTS, PHANTOM_PROMPTS
+from configs import prompts as built_in
 from core.evaluation.corruption import Words
 from core.evaluation.embed import EmbeddedSplit, GaussianTask, embed_split, parts_of_uncertainty
 from core.evaluation.probe import LinearProbe
@@ -49,6 +49,7 @@ COVERAGES = (1.0, 0.9, 0.7, 0.5)  # of retrieval with abstention
 EPILOG = """\
 protocols:
   zero_shot     AUC of each label: is the image nearer to sentences that state it than to those that deny it?
+                A model of structured reports is asked with parts of such reports for the diseases they know.
   retrieval     recall of the right report among all, and the other way; also over the queries it is surest of
   linear_probe  AUC of a logistic regression on frozen image features
   uncertainty   does the model know when it is wrong? Calibration error and Brier score of zero-shot probabilities;
@@ -61,7 +62,6 @@ protocols:
 
 exit codes: 0 done, 2 bad arguments or configuration, 3 bad data or damaged checkpoint, 4 embeddings not finite
 """
-BUILT_IN_PROMPTS: dict[str, dict[str, list[str]]] = {**NIH_PROMPTS, **PHANTOM_PROMPTS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,18 +279,19 @@ def words_of(tokenizer: Tokenizer) -> Words | None:
 
 
 def choose_prompts(run: PastRun, given: Prompts | None, labels: Sequence[str]) -> tuple[Prompts, str]:
-    """(prompts, where they are from): those given, else for each label the recipe's, else the built-in ones."""
+    """(prompts, where they are from): those given, else for each label the recipe's, else the built-in ones.
+
+    Raises ConfigError when no label has any.
+    """
     if given is not None:
         return given, "--prompts"
-    recipe = run.config.evaluation.prompts
-    known: dict[str, Any] = {**BUILT_IN_PROMPTS, **recipe}
-    chosen = {name: known[name] for name in labels if name in known}
+    chosen, source = built_in.choose(labels, run.config.evaluation.prompts, run.config.data.report)
     if not chosen:
         raise ConfigError(
             f"no prompts for the labels of this data ({', '.join(labels) or 'none'}); "
             "give some with --prompts FILE.toml or evaluation.prompts in the recipe"
         )
-    return chosen, "recipe" if set(chosen) <= set(recipe) else "configs/prompts.py"
+    return chosen, source
 
 
 def read_prompts(path: str) -> Prompts:
@@ -418,7 +419,11 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint", default="latest", metavar="WHICH", help="latest, best or step-N")
     add("--data", metavar="MANIFEST", help="manifest to evaluate on; default: the run's own")
     add("--split", default="test")
-    add("--prompts", metavar="FILE", help="TOML: a table for each label with lists `positive` and `negative`")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="TOML: a table for each label with lists `positive` and `negative`, plain text",
+    )
     add("--limit", type=_positive, metavar="N", help="first N studies of each split only")
     add(
         "--corruption-studies",

@@ -349,8 +349,7 @@ def _evaluators(
     tokenizer = loader.tokenizer
     if tokenizer is None or not all(callable(getattr(task, name, None)) for name in ("embed_images", "embed_texts")):
         return found
-    known: dict[str, Any] = {**prompts.NIH_PROMPTS, **prompts.PHANTOM_PROMPTS, **config.evaluation.prompts}
-    chosen = {label: known[label] for label in loader.labels if label in known}
+    chosen, _ = prompts.choose(loader.labels, config.evaluation.prompts, config.data.report)
     protocols = config.evaluation.protocols
     parts = {"image_embeds", "text_embeds"}
     if Uncertainty.protocol in protocols:

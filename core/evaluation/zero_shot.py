@@ -14,15 +14,30 @@ from core.evaluation.embed import EmbeddedSplit, Encoders, precision
 from core.evaluation.statistics import AreasUnderCurve, areas_under_curve
 from shards.errors import ConfigError
 
-# label -> {"positive": sentences, "negative": sentences}
-Prompts = Mapping[str, Mapping[str, Sequence[str]]]
+# Plain text, or what a structured report says of one disease: (section, text) of each part.
+Prompt = str | tuple[tuple[int, str], ...]
+# label -> {"positive": prompts, "negative": prompts}
+Prompts = Mapping[str, Mapping[str, Sequence[Prompt]]]
+
+
+class Tokens(Protocol):
+    """`input_ids [n, L]`, `attention_mask [n, L]`."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def attention_mask(self) -> Tensor: ...
 
 
 class Encode(Protocol):
-    """A tokenizer's only method that is needed here."""
+    """A tokenizer's only methods that are needed here, the second for prompts in parts."""
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
         """`input_ids [n, L]`, `attention_mask [n, L]`."""
+
+    def encode_parts(self, rows: Sequence[Sequence[tuple[int, str]]], max_length: int) -> Tokens:
+        """The same of texts in parts, with a separator between neighbours."""
 
 
 class ZeroShot:
@@ -111,7 +126,8 @@ class ZeroShot:
         embeds = []
         try:
             for start in range(0, len(texts), self.config.batch_size):
-                ids, mask = tokenizer.encode(texts[start : start + self.config.batch_size], self.config.text_length)
+                batch = texts[start : start + self.config.batch_size]
+                ids, mask = encode_prompts(tokenizer, batch, self.config.text_length)
                 with precision(device, autocast):
                     embeds.append(task.embed_texts(ids.to(device), mask.to(device)).float().cpu())
         finally:
@@ -128,26 +144,40 @@ class ZeroShot:
         return torch.stack(columns, dim=1)
 
 
+def encode_prompts(tokenizer: Encode, prompts: Sequence[Prompt], max_length: int) -> tuple[Tensor, Tensor]:
+    """`input_ids [n, L]`, `attention_mask [n, L]`. Plain text beside prompts in parts is a row of one part."""
+    plain = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(plain) == len(prompts):  # a tokenizer without a separator can encode these
+        return tokenizer.encode(plain, max_length)
+    rows = [((1, prompt),) if isinstance(prompt, str) else prompt for prompt in prompts]
+    tokens = tokenizer.encode_parts(rows, max_length)
+    return tokens.input_ids, tokens.attention_mask
+
+
 def scores_of(image_embeds: Tensor, directions: Tensor) -> np.ndarray:
     """[n, E], [E, K] -> [n, K] float64. In NumPy, since a caller's autocast would make a product of tensors bf16."""
     scores: np.ndarray = image_embeds.numpy().astype(np.float64) @ directions.numpy().astype(np.float64)
     return scores
 
 
-def check_prompts(prompts: Prompts) -> dict[str, dict[str, list[str]]]:
+def check_prompts(prompts: Prompts) -> dict[str, dict[str, list[Prompt]]]:
     """As plain dicts and lists. Raises ConfigError naming the label whose prompts cannot be used."""
-    checked: dict[str, dict[str, list[str]]] = {}
+    checked: dict[str, dict[str, list[Prompt]]] = {}
     for label, sides in prompts.items():
         if not isinstance(sides, Mapping) or not set(sides) <= {"positive", "negative"}:
             found = ", ".join(map(str, sides)) if isinstance(sides, Mapping) else type(sides).__name__
             raise ConfigError(f"prompts of {label!r}: want lists `positive` and `negative`, found {found}")
         for side, texts in sides.items():
-            if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
+            if isinstance(texts, str) or not all(map(_says_something, texts)):
                 raise ConfigError(f"prompts of {label!r}: {side} must be a list of sentences, none of them empty")
         if not sides.get("positive"):
             raise ConfigError(f"prompts of {label!r}: no positive sentence; give at least one")
         checked[label] = {side: list(texts) for side, texts in sides.items()}
     return checked
+
+
+def _says_something(prompt: object) -> bool:
+    return bool(prompt.strip()) if isinstance(prompt, str) else isinstance(prompt, tuple) and bool(prompt)
 
 
 def named_areas(areas: AreasUnderCurve) -> Iterator[tuple[str, float]]:

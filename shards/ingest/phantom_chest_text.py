@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from shards.reports.structured import Exist, StructuredReport, checked, make_item, observe, source_text
+from shards.reports.structured import (
+    Config,
+    Exist,
+    Observation,
+    Part,
+    StructuredReport,
+    checked,
+    make_item,
+    observe,
+    serialise,
+    source_text,
+)
 
 HEDGED_FROM, HEDGED_TO = 0.15, 0.85  # probability of truth between which a report hedges
 
@@ -383,7 +394,7 @@ def structure(study: str, report: Report) -> StructuredReport:
                 start = text.index(statement.sentence)
                 observations.append(
                     observe(
-                        name, statement.exist, position=_position(name, statement),
+                        name, statement.exist, position=_position(name, statement.side, statement.zone),
                         degree=statement.size.removesuffix("ly"), span=(start, start + len(statement.sentence)),
                     )
                 )  # fmt: skip
@@ -391,12 +402,16 @@ def structure(study: str, report: Report) -> StructuredReport:
     return checked(StructuredReport(study=study, items=items), text)
 
 
-def _position(name: str, statement: Statement) -> str:
-    if statement.side in ("", "central"):
+def _position(name: str, side: str, zone: str) -> str:
+    if side in ("", "central"):
         return ""
-    if statement.side == "bilateral":
+    if side == "bilateral":
         return "both sides"
-    return f"{statement.side} {statement.zone} zone" if FINDINGS[name].organ == "lungs" else f"{statement.side} side"
+    return f"{side} {zone} zone" if FINDINGS[name].organ == "lungs" else f"{side} side"
+
+
+def _sizes(name: str) -> tuple[str, ...]:
+    return ("24 mm", "36 mm", "48 mm") if name == "nodule" else FINDINGS[name].sizes
 
 
 def _prompts(name: str) -> dict[str, list[str]]:
@@ -406,8 +421,7 @@ def _prompts(name: str) -> dict[str, list[str]]:
     (after 500 steps of the demo 0.65 macro AUC against 0.91).
     """
     kind = FINDINGS[name]
-    sizes = ("24 mm", "36 mm", "48 mm") if name == "nodule" else kind.sizes
-    positive = []
+    sizes, positive = _sizes(name), []
     places = [(side, zone) for side in dict.fromkeys(kind.sides) for zone in kind.zones]
     for position, place in enumerate(places):
         for step, template in enumerate(kind.stated):
@@ -419,4 +433,22 @@ def _prompts(name: str) -> dict[str, list[str]]:
     return {"positive": positive, "negative": negative}
 
 
+def _structured_prompts(name: str) -> dict[str, list[tuple[Part, ...]]]:
+    """One item of a structured report as evaluation reads it: seen at each place in each size, or denied."""
+
+    def parts(observation: Observation) -> tuple[Part, ...]:
+        report = StructuredReport(study="prompt", items=[make_item(name, [observation])])
+        return tuple(serialise(report, Config()))
+
+    kind = FINDINGS[name]
+    positive = [
+        # The span is asked for of what is seen, and read by nobody: there is no report behind a prompt.
+        parts(observe(name, "yes", position=position, degree=size.removesuffix("ly"), span=(0, 1)))
+        for position in dict.fromkeys(_position(name, side, zone) for side in kind.sides for zone in kind.zones)
+        for size in _sizes(name)
+    ]
+    return {"positive": positive, "negative": [parts(observe(name, "no"))]}
+
+
 PROMPTS: dict[str, dict[str, list[str]]] = {name: _prompts(name) for name in LABELS}
+STRUCTURED_PROMPTS: dict[str, dict[str, list[tuple[Part, ...]]]] = {name: _structured_prompts(name) for name in LABELS}

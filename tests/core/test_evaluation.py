@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from core.evaluation.embed import EmbeddedSplit, embed_split
 from core.evaluation.probe import LinearProbe
 from core.evaluation.retrieval import Retrieval, ranks_of_best_match
 from core.evaluation.statistics import area_under_curve, areas_under_curve, means, paired_difference
-from core.evaluation.zero_shot import ZeroShot, check_prompts
+from core.evaluation.zero_shot import ZeroShot, check_prompts, encode_prompts
 from shards.batch import NOT_ANNOTATED, UNCERTAIN, Batch
 from shards.errors import ConfigError, DataError
 from tests.distributed import run_distributed
@@ -232,6 +234,11 @@ class WordTokenizer:
             mask[row, : len(tokens)] = True
         return ids, mask
 
+    def encode_parts(self, rows: list[tuple[tuple[int, str], ...]], max_length: int) -> SimpleNamespace:
+        """ "d" separates parts."""
+        ids, mask = self.encode([" d ".join(text for _, text in parts) for parts in rows], max_length)
+        return SimpleNamespace(input_ids=ids, attention_mask=mask)
+
 
 PROMPTS = {
     "aorta": {"positive": ["a", "a a"], "negative": ["b"]},
@@ -262,6 +269,15 @@ def test_zero_shot_score_is_mean_positive_less_mean_negative_similarity() -> Non
     assert task.training
 
 
+def test_prompts_in_parts_are_encoded_in_parts_and_plain_ones_beside_them_as_ever() -> None:
+    ids, mask = encode_prompts(WordTokenizer(), [((1, "a b"), (4, "c")), "b a"], 8)
+    assert ids.tolist() == [[0, 1, 3, 2], [1, 0, 0, 0]] and mask.sum(dim=1).tolist() == [4, 2]
+    parts = {"bone": {"positive": [((1, "a"), (4, "b"))], "negative": ["c", "a"]}}
+    direction = ZeroShot(parts).directions(ToyTask(), WordTokenizer(), ["bone"], CPU, None)[:, 0]
+    text = ToyTask().embed_texts(*WordTokenizer().encode(["a d b", "c", "a"], 8))
+    assert torch.allclose(direction, text[0] - (text[1] + text[2]) / 2)
+
+
 def test_zero_shot_names_labels_and_prompts_that_do_not_meet() -> None:
     split = split_of(images=unit(torch.randn(4, 4)), labels=torch.zeros(4, 1, dtype=torch.int8))
     with pytest.raises(ConfigError, match=r"no prompts for the labels of this data \(heart\)"):
@@ -276,6 +292,7 @@ def test_zero_shot_names_labels_and_prompts_that_do_not_meet() -> None:
         ({"x": {"positive": ["a"], "neutral": ["b"]}}, "found positive, neutral"),
         ({"x": ["a"]}, "found list"),
         ({"x": {"positive": ["  "]}}, "none of them empty"),
+        ({"x": {"positive": [()]}}, "none of them empty"),
     ],
 )
 def test_bad_prompts_are_named(prompts: dict, message: str) -> None:

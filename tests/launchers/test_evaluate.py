@@ -14,7 +14,7 @@ from core.tasks.clip import CLIP
 from launchers import evaluate
 from shards.manifest import Manifest
 from shards.store import open_store
-from shards.tokenizer import train_wordpiece
+from shards.tokenizer import Tokenizer, train_wordpiece
 from tests.launchers.past_runs import STEP, make_run, pack
 
 
@@ -128,6 +128,25 @@ def test_prompts_file_and_limit(run_dir: Path, tmp_path: Path) -> None:
     assert report["labels_without_prompts"] == ["nodule"]
 
 
+def test_a_run_on_structured_reports_is_asked_in_their_parts(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[tuple[int, str], ...]] = []
+    encode_parts = Tokenizer.encode_parts
+    monkeypatch.setattr(
+        Tokenizer, "encode_parts", lambda self, rows, n: asked.extend(rows) or encode_parts(self, rows, n)
+    )
+    run_dir = make_run(tmp_path / "run", manifest, report="structured")
+    options = ["--protocol", "zero_shot", "--limit", "12", "--replicates", "5", "--device", "cpu"]
+    assert evaluate.main(["--run-dir", str(run_dir), *options]) == 0
+    report = json.loads((run_dir / "eval" / "zero_shot.json").read_text())
+    assert report["prompts_from"] == "structured reports" and set(report["prompts"]) == {"effusion", "nodule"}
+    assert {parts[-1] for parts in asked} >= {
+        (4, "Verdict: pleural effusion absent."),
+        (4, "Verdict: pulmonary nodule present."),
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -150,7 +169,7 @@ def test_bad_arguments_are_one_line(
 def test_labels_without_any_prompt_are_named_before_anything_is_embedded(
     manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "BUILT_IN_PROMPTS", {})
+    monkeypatch.setattr(evaluate.built_in, "PLAIN_PROMPTS", {})
     run_dir = make_run(tmp_path / "run", manifest)
     assert evaluate.main(["--run-dir", str(run_dir)]) == 2
     shown = capsys.readouterr().err

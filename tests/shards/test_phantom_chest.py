@@ -18,7 +18,8 @@ from shards.errors import ConfigError
 from shards.ingest.phantom_chest import ChestPhantom, generator_hash, split_seed
 from shards.ingest.phantom_chest_draw import render
 from shards.ingest.phantom_chest_scene import DIFFICULTIES, EASY, MASKS, STANDARD, ceiling, draw_scene, patient_of
-from shards.ingest.phantom_chest_text import FINDINGS, LABELS, NORMAL_IMPRESSIONS, PROMPTS
+from shards.ingest.phantom_chest_text import FINDINGS, LABELS, NORMAL_IMPRESSIONS, PROMPTS, STRUCTURED_PROMPTS
+from shards.reports.structured import APPEARANCE, DEFINITION, DISEASES, OBSERVATION, VERDICT
 
 # `easy` and `standard` are fixed: figures of different hashes must not be compared. A change here needs a reason in the
 # commit and all learning figures anew.
@@ -178,6 +179,21 @@ def test_prompts_look_like_reports() -> None:
         assert not any("{" in text for texts in prompts.values() for text in texts)
         if set(FINDINGS[name].sides) >= {"left", "right"}:
             assert any("left" in text.lower() for text in prompts["positive"])
+
+
+def test_structured_prompts_say_present_or_absent_of_their_disease() -> None:
+    assert set(STRUCTURED_PROMPTS) == set(DISEASES)
+    for name, prompts in STRUCTURED_PROMPTS.items():
+        for side, verdict, answer in (("positive", "present", "Yes, "), ("negative", "absent", "No, ")):
+            assert len(set(prompts[side])) == len(prompts[side]) > 0
+            for parts in prompts[side]:
+                definition, appearance, (section, observed), last = parts
+                assert definition == (DEFINITION, DISEASES[name].definition)
+                assert appearance == (APPEARANCE, DISEASES[name].appearance)
+                assert section == OBSERVATION and f"? {answer}" in observed
+                assert last == (VERDICT, f"Verdict: {DISEASES[name].name} {verdict}.")
+    observed = {parts[2][1] for parts in STRUCTURED_PROMPTS["effusion"]["positive"]}
+    assert "Is there a pleural effusion? Yes, small pleural effusion, left side." in observed
 
 
 @pytest.mark.parametrize(
