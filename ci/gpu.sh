@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
-limit_s=480
+limit_s=470 # and 5 s to kill a step that does not end
 
 fail() {
   printf 'ci/gpu.sh: error: %s\n' "$*" >&2
