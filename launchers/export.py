@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from core.evaluation.embed import GaussianTask
 from core.models.text import TextEncoder
 from core.models.towers import TwoTowers
 from core.models.vision import VisionEncoder
@@ -151,12 +152,15 @@ def export(run: PastRun, output: Path) -> float:
     """Write `run`'s encoders into `output` and read them back; returns the largest difference of an embedding.
 
     Raises:
-        ConfigError: the task has no pair of encoders, or `output` is not empty. DataError: the folder that was written
-            gives other embeddings than the run's model; nothing is left behind then.
+        ConfigError: the task has no pair of encoders that give vectors, or `output` is not empty. DataError: the folder
+            that was written gives other embeddings than the run's model; nothing is left behind then.
     """
     towers = getattr(run.task, "towers", None)
     if not isinstance(towers, TwoTowers):
-        raise ConfigError(f"task {type(run.task).__name__} has no image and text encoder to export")
+        name = type(run.task).__name__
+        if isinstance(run.task, GaussianTask):
+            raise ConfigError(f"task {name}: its Gaussian encoders cannot be exported yet; CLIP's and SigLIP's can")
+        raise ConfigError(f"task {name} has no image and text encoder to export")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output}: exists and is not an empty folder; name a new one")
     try:
