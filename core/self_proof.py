@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from core import collectives
@@ -56,9 +57,17 @@ def prove(parts: Sequence[Part], world: World) -> None:
         ConfigError: on all ranks, where a part differs by more than its bound or fails, on any rank.
     """
     problems = [problem for part in parts if (problem := _problem(part)) is not None]
+    for problem in problems:  # said before the vote: what comes after it may not be reached on a broken device
+        log.error("self-proof: %s", problem)
     own = ConfigError("; ".join(problems)) if problems else None
     stand_in = ConfigError("another rank's device computes something wrong; its message says what to switch off")
-    collectives.raise_together(own, stand_in, device=world.device)
+    collectives.raise_together(own, stand_in, device=_voting_device(world))
+
+
+def _voting_device(world: World) -> torch.device:
+    """The CPU where ranks can meet there: a kernel that failed may have left a GPU that takes no further work."""
+    meets_on_cpu = torch.distributed.is_initialized() and "cpu:" in torch.distributed.get_backend_config()
+    return torch.device("cpu") if meets_on_cpu else world.device
 
 
 def _problem(part: Part) -> str | None:

@@ -81,7 +81,7 @@ def test_wrong_attention_is_refused(monkeypatch: pytest.MonkeyPatch, wrong: str)
         prove([attention_part(CPU, half_precision=True)], World())
 
 
-def test_a_part_that_does_not_run_is_refused_and_all_problems_are_named() -> None:
+def test_a_part_that_does_not_run_is_refused_and_all_problems_are_named(caplog: pytest.LogCaptureFixture) -> None:
     def fails() -> Iterator[Difference]:
         raise RuntimeError("no kernel image is available")
 
@@ -90,8 +90,10 @@ def test_a_part_that_does_not_run_is_refused_and_all_problems_are_named() -> Non
         yield Difference("a sum", 3.0, 1.0)
 
     parts = [Part(name="one", switch="--set a=1", compare=fails), Part(name="two", switch="--set b=2", compare=differs)]
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as refusal, caplog.at_level(logging.ERROR, logger=self_proof.__name__):
         prove(parts, World())
+    said = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert "; ".join(line.removeprefix("self-proof: ") for line in said) == str(refusal.value)
     assert str(refusal.value) == (
         "one fails on this device (RuntimeError: no kernel image is available); switch it off with --set a=1; "
         "two computes something wrong on this device: a sum is off by 3.0e+00, 1e+00 is rounding; "
@@ -102,7 +104,8 @@ def test_a_part_that_does_not_run_is_refused_and_all_problems_are_named() -> Non
 def on_rank(rank: int, world_size: int) -> str:
     part = Part(name="a part", switch="--set a=1", compare=lambda: iter([Difference("it", float(rank), 0.5)]))
     try:
-        prove([part], World(rank=rank, world_size=world_size))
+        # No tensor can be made on this device, as on a GPU that a kernel has broken: ranks must meet elsewhere.
+        prove([part], World(rank=rank, world_size=world_size, device=torch.device("cuda", 99)))
     except ConfigError as error:
         return str(error)
     return "trains"
