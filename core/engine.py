@@ -246,6 +246,12 @@ def leave_world() -> None:
         torch.distributed.destroy_process_group()
 
 
+def take_paths(config: EngineConfig) -> None:
+    """Have the whole process take the attention and the kernel that `config` names from now on."""
+    attention.take_only(None if config.attention == "auto" else config.attention)
+    sweep.take_only_pytorch(config.kernel == "pytorch")
+
+
 def split(batch: Batch, rows: int) -> list[Batch]:
     """The batch as micro-batches of at most `rows` studies, each with its own images and `study_index` from 0."""
     studies = len(batch["valid"])
@@ -313,8 +319,7 @@ class Engine:
         assert not scalars, f"DeepSpeed cannot send parameters without dimensions: give {scalars} the shape [1]"
         if config.activation_checkpointing:
             checkpoint_activations(task)
-        attention.take_only(None if config.attention == "auto" else config.attention)
-        sweep.take_only_pytorch(config.kernel == "pytorch")
+        take_paths(config)
         self._deepspeed = _import_deepspeed()
         options = deepspeed_options(config, world, load_universal=load_universal)
         task.to(world.device)
@@ -353,10 +358,8 @@ class Engine:
         factor = schedule_factor(self._optim, step, self._total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = self._optim.learning_rate * group["multiplier"] * factor
-        if self.config.micro_batch is None or self.config.micro_batch >= len(batch["valid"]):
-            output = self._direct(batch)
-        else:
-            output = self._cached(split(batch, self.config.micro_batch))
+        parts = self._micro_batches(batch)
+        output = self._direct(batch) if len(parts) == 1 else self._cached(parts)
         totals = self._add_up({"loss": output.loss, **output.metrics}, sums or {})
         metrics = {name: totals[f"task/{name}"] for name in output.metrics}
         metrics["loss/total"] = totals["task/loss"]
@@ -368,6 +371,15 @@ class Engine:
         metrics["optim/grad_norm"] = norm
         metrics["optim/lr"] = self._optim.learning_rate * factor
         return StepOutput(metrics=metrics, sums={name: totals[f"sum/{name}"] for name in sums or {}})
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        rows = self.config.micro_batch
+        return [batch] if rows is None or rows >= len(batch["valid"]) else split(batch, rows)
+
+    def _encode(self, part: Batch) -> Encoded:
+        # Through the engine's `forward`, around which ZeRO-3 gathers and frees weights.
+        encoded: Encoded = self._engine(lambda task: task.encode(part))
+        return encoded
 
     def _direct(self, batch: Batch) -> LossOutput:
         def call(task: Task) -> tuple[Tensor, dict[str, Tensor]]:
@@ -389,13 +401,11 @@ class Engine:
         for micro_batch in micro_batches:
             states.append(self._random_state())
             with torch.no_grad():
-                pieces.append(self._engine(lambda task, part=micro_batch: task.encode(part)))
+                pieces.append(self._encode(micro_batch))
         after = self._random_state()
-        leaves = Encoded(
-            gather={name: _leaf([piece.gather[name] for piece in pieces]) for name in pieces[0].gather},
-            local={name: _leaf([piece.local[name] for piece in pieces]) for name in pieces[0].local},
-        )
-
+        leaves = _joined(pieces)
+        for leaf in (*leaves.gather.values(), *leaves.local.values()):
+            leaf.requires_grad_(leaf.is_floating_point())
         self._embeddings = [leaf.detach() for leaf in leaves.gather.values() if leaf.is_floating_point()]
 
         def objective(task: Task) -> tuple[LossOutput, dict[str, Tensor], list[tuple[str, Tensor]]]:
@@ -524,14 +534,14 @@ class Engine:
             self._engine.train()
 
     def validation_step(self, batch: Batch) -> dict[str, float]:
-        """The loss of a global batch and its parts, summed over the ranks; moves nothing."""
+        """The loss of a global batch and its parts, summed over the ranks; moves nothing.
+
+        Encodes `micro_batch` studies at a time, as training does: what fits there fits here.
+        """
         batch = {name: values.to(self.world.device, non_blocking=True) for name, values in batch.items()}
-
-        def call(task: Task) -> LossOutput:
-            return self._objective(task, task.encode(batch))
-
         with self.evaluating():
-            output = self._engine(call)
+            encoded = _joined([self._encode(part) for part in self._micro_batches(batch)])
+            output = self._engine(lambda task: self._objective(task, encoded))
         totals = self._add_up({"loss": output.loss, **output.metrics}, {})
         metrics = {name: totals[f"task/{name}"] for name in output.metrics}
         metrics["loss/total"] = totals["task/loss"]
@@ -629,9 +639,12 @@ def checkpoint_activations(task: Task) -> None:
         stack.checkpoint_activations = True  # type: ignore[assignment]
 
 
-def _leaf(pieces: list[Tensor]) -> Tensor:
-    joined = torch.cat([piece.detach() for piece in pieces])
-    return joined.requires_grad_(joined.is_floating_point())
+def _joined(pieces: list[Encoded]) -> Encoded:
+    """What micro-batches contribute, in their order, as one batch would; without graph."""
+    return Encoded(
+        gather={name: torch.cat([piece.gather[name].detach() for piece in pieces]) for name in pieces[0].gather},
+        local={name: torch.cat([piece.local[name].detach() for piece in pieces]) for name in pieces[0].local},
+    )
 
 
 def _finite(value: float) -> bool:

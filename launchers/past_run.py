@@ -17,6 +17,7 @@ from configs import schema
 from configs.schema import TrainConfig
 from core.checkpoint import load_checkpoint_weights
 from core.checkpoint_files import BEST, LATEST, SUMS, WEIGHTS, find_weights
+from core.engine import take_paths
 from core.evaluation.embed import Encoders
 from core.tasks import Task
 from shards.dataset import DataSet
@@ -70,6 +71,8 @@ class PastRun:
 def open_run(run_dir: str, which: str = LATEST, device: torch.device | None = None) -> Iterator[PastRun]:
     """The run's model at checkpoint `which`: latest, best, step-N or N.
 
+    The process takes the attention and the kernel of the run's recipe from now on, as its training did.
+
     Raises:
         ConfigError: no run directory, no such checkpoint, or one of another recipe. DataError: it is damaged.
     """
@@ -84,6 +87,7 @@ def open_run(run_dir: str, which: str = LATEST, device: torch.device | None = No
         tokenizer = read_tokenizer(store, config)
         task = config.task.build(vocab_size=tokenizer.vocab_size, seed=config.seed)
         load_checkpoint_weights(task, str(weights))
+        take_paths(config.engine)
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         task.to(device).eval().requires_grad_(False)
         step = int(weights.parent.name.removeprefix("step-"))

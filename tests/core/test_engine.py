@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -64,6 +65,24 @@ def test_ranks_stages_and_schedules_give_one_loss_curve() -> None:
     two = in_ranks(2, losses_of_all)
     assert two[0] == two[1]
     assert_one_curve({**one, **{f"2 ranks, {name}": curve for name, curve in two[0].items()}})
+
+
+def validations(world: World) -> list[tuple[int, dict[str, float]]]:
+    """Of each schedule: the most studies that were encoded at once, and the figures."""
+    found = []
+    for stage, micro_batch in ((1, None), (1, 5), (3, 2)):
+        _, task, engine = build(Options(run_dir="", zero_stage=stage, micro_batch=micro_batch), world)
+        with patch.object(task, "encode", wraps=task.encode) as encode:
+            metrics = engine.validation_step(own_rows(global_batch(0), world))
+        found.append((max(len(call.args[0]["valid"]) for call in encode.call_args_list), metrics))
+    return found
+
+
+def test_validation_takes_micro_batches_and_finds_what_the_whole_batch_does() -> None:
+    (whole, expected), *cut = in_ranks(2, validations)[0]
+    assert whole == 6 and [most for most, _ in cut] == [5, 2]
+    for _, metrics in cut:
+        assert metrics == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from configs import tiny
+from core.models import attention
+from kernels.gaussian_similarity import sweep
 from launchers import export
 from launchers.export import load_exported
 from launchers.past_run import open_run
@@ -117,6 +121,25 @@ def test_changed_and_incomplete_folders_are_named(exported: Path, tmp_path: Path
     (folder / "tokenizer" / "tokenizer.json").write_text(vocabulary)
     with pytest.raises(ConfigError, match="is recorded"):
         load_exported(folder)
+
+
+def test_a_run_is_opened_on_the_paths_that_its_recipe_names(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "plain")
+    config = json.loads((run_dir / "config.json").read_text())
+    config["engine"] |= {"attention": "sdpa", "kernel": "pytorch"}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    found = []
+    for folder in (tmp_path / "plain", run_dir):
+        with open_run(str(folder), device=CPU):
+            found.append((attention.choose("cpu", 8, False), sweep._only_pytorch))
+    assert found == [("sdpa", True), ("matmul", False)]
+
+
+def test_a_task_of_gaussian_encoders_is_refused_by_name(tmp_path: Path) -> None:
+    run = MagicMock(task=tiny.dmlm().task.build(vocab_size=60))
+    with pytest.raises(ConfigError, match="task DMLM: its Gaussian encoders cannot be exported yet; CLIP's and"):
+        export.export(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_export_to_a_bucket(bucket: str, run_dir: Path, exported: Path) -> None:
