@@ -17,6 +17,8 @@ def draw_negatives(
 ) -> tuple[Tensor, Tensor]:
     """For each report a study whose image does not belong to it: `(study [b] int64, whether there is one [b] bool)`.
 
+    Where there is none it is the report's own study: any other would depend on what is encoded together.
+
     Study j is drawn for report i with probability proportional to exp(`logits[i, j]`), among the valid studies of
     another key within the same `group` neighbouring rows. The draw depends on the `draw_key`s of i and j alone, so a
     micro-batch or a rank that holds whole groups draws what the whole batch would.
@@ -30,7 +32,8 @@ def draw_negatives(
     # The largest of logit + Gumbel noise is a draw from the softmax (Gumbel, 1954), with no sums that could round.
     noise = -(-uniform(hash_keys("match", draw_key[:, None], draw_key[None, :])).log()).log()
     scores = (logits.detach().float() + noise).masked_fill(~allowed, -torch.inf)
-    return scores.argmax(dim=1), allowed.any(dim=1)
+    exists = allowed.any(dim=1)
+    return torch.where(exists, scores.argmax(dim=1), torch.arange(len(keys), device=keys.device)), exists
 
 
 def match_loss(logits: Tensor, matched: bool) -> Tensor:

@@ -128,7 +128,8 @@ class FusedGaussians(nn.Module):
             first_view = torch.searchsorted(study, rows).clamp(max=len(study) - 1)
             wrong = self.fusion(image[first_view[other]], text, mask)
             # Keys of their own: the noise of the right pair would come again.
-            loss = self._match(out, wrong, rows, hash_keys("negative", batch["draw_key"]), matched=False)
+            negative_keys = hash_keys("negative", batch["draw_key"])
+            loss = self._match(out, wrong, rows, negative_keys, matched=False, counts=exists)
             out.add("itm", torch.where(exists, loss, torch.zeros_like(loss)))
 
     def _words(self, out: PerStudy, pairs: Pairs, masked_text: Tensor, batch: Batch) -> None:
@@ -184,8 +185,17 @@ class FusedGaussians(nn.Module):
         self._levels(out, gaussian, study)
         return Gaussian(mean=gaussian.mean[len(first) :], logvar=gaussian.logvar[len(first) :])
 
-    def _match(self, out: PerStudy, streams: Streams, study: Tensor, keys: Tensor, *, matched: bool) -> Tensor:
-        """Loss `[n]` of n pairs, from samples of both first tokens."""
+    def _match(
+        self,
+        out: PerStudy,
+        streams: Streams,
+        study: Tensor,
+        keys: Tensor,
+        *,
+        matched: bool,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """Loss `[n]` of n pairs, from samples of both first tokens. `counts [n]`: whose levels are added, None: all."""
         assert self.match_head is not None
         drawn = []
         for name, encoder, tokens, mask in (
@@ -193,11 +203,13 @@ class FusedGaussians(nn.Module):
             ("text", self.text_gaussian, streams.text, streams.text_mask),
         ):
             gaussian = encoder(tokens, key_mask=mask)
-            self._levels(out, gaussian, study)
+            self._levels(out, gaussian, study, counts)
             drawn.append(sample(gaussian, self.samples, keys, f"match {name}"))
         return match_loss(self.match_head(*drawn), matched)
 
-    def _levels(self, out: PerStudy, gaussian: Gaussian, study: Tensor) -> None:
+    def _levels(self, out: PerStudy, gaussian: Gaussian, study: Tensor, counts: Tensor | None = None) -> None:
+        found = {"fused_logvar": gaussian.uncertainty().detach()}
         if self.floor is not None:
-            out.add("floor", variance_floor(gaussian, self.floor), study)
-        out.add("fused_logvar", gaussian.uncertainty().detach(), study)
+            found["floor"] = variance_floor(gaussian, self.floor)
+        for name, values in found.items():
+            out.add(name, values if counts is None else torch.where(counts, values, torch.zeros_like(values)), study)

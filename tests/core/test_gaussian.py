@@ -300,12 +300,13 @@ def test_negatives_are_valid_of_another_key_and_of_the_group() -> None:
         draws = {"keys": keys, "valid": valid, "draw_key": torch.arange(rows) + 100 * trial}
         study, exists = draw_negatives(logits, group=group, **draws)
         assert not exists[6:12].any() and not exists[~valid].any()
+        assert torch.equal(study[~exists], torch.arange(rows)[~exists])  # itself, whatever stands beside it
         i = exists.nonzero().squeeze(1)
         assert (keys[study[i]] != keys[i]).all() and valid[study[i]].all() and (study[i] // group == i // group).all()
         part = slice(12, 18)
         own = {name: value[part] for name, value in draws.items()}
         again, there = draw_negatives(logits[part, part], group=group, **own)
-        assert torch.equal(there, exists[part]) and torch.equal((again + 12)[there], study[part][there])
+        assert torch.equal(there, exists[part]) and torch.equal(again + 12, study[part])
 
 
 def test_negatives_are_drawn_in_proportion_to_the_softmax() -> None:
