@@ -16,6 +16,7 @@ from core.losses.per_study import PerStudy
 from core.losses.variance import divergence, forecast_error, inclusion_score, kl_divergence, prior_kl, variance_floor
 from core.models.gaussian import Gaussian, GaussianEncoder, sample
 from core.models.initialise import draw_weights
+from core.models.towers import mean_over_views
 from shards.errors import ConfigError
 from shards.keyed import hash_u64
 
@@ -284,6 +285,25 @@ def test_means_by_study_leave_void_ones_out() -> None:
     out.add("mlm", torch.tensor([5.0]), torch.tensor([2]))  # study 0 has no masked word
     means = out.means()
     assert means["mlm"].tolist() == [0.0, 0.0, 5.0]
+
+
+def test_means_by_study_are_those_of_the_membership_matrix() -> None:
+    """Rows of a study need not be neighbours: first tokens stand before masked ones."""
+    generator = torch.Generator().manual_seed(13)
+    study = torch.cat([torch.arange(9), torch.randint(0, 9, (200,), generator=generator).sort().values])
+    study = study[study != 4]  # one study without a row
+    values = torch.randn(len(study), generator=generator, requires_grad=True)
+    out = PerStudy(torch.ones(9, dtype=torch.bool))
+    out.add("kl", values, study)
+    found, expected = out.means()["kl"], mean_over_views(values[:, None], study, 9)[:, 0]
+    assert found[4] == 0
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    weights = torch.arange(9.0)
+    ours, theirs = (torch.autograd.grad((weights * means).sum(), values)[0] for means in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    nothing = PerStudy(torch.ones(2, dtype=torch.bool))
+    nothing.add("mlm", values[:0], study[:0])
+    assert nothing.means()["mlm"].tolist() == [0.0, 0.0]
 
 
 # ---- matching ----
