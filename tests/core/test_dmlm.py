@@ -103,6 +103,31 @@ def test_what_is_masked_is_not_seen() -> None:
     torch.testing.assert_close(masked[0][valid], masked[1][valid])
 
 
+def test_a_prediction_does_not_see_what_it_predicts() -> None:
+    """Through fusion, Gaussians and heads; what is not masked is seen there."""
+    task, batch = task_of("task.weights.itm=0"), global_batch(1)
+
+    def predicted(head: str, changed: Batch) -> Tensor:
+        found: list[Tensor] = []
+        assert task.fused is not None
+        hook = getattr(task.fused, head).register_forward_hook(lambda module, inputs, out: found.append(out))
+        with torch.no_grad():
+            task.encode(changed)
+        hook.remove()
+        return found[0]
+
+    words, real = batch["text_mask"], batch["attention_mask"] & batch["valid"][:, None]
+    patches = batch["patch_mask"].view(-1, 4, 4).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+    for head, name, hidden, seen, value in (
+        ("word_head", "input_ids", words, real & ~words, 7),
+        ("patch_head", "pixel_values", patches, ~patches, 3.0),
+    ):
+        expected = predicted(head, batch)
+        torch.testing.assert_close(predicted(head, {**batch, name: batch[name].masked_fill(hidden, value)}), expected)
+        changed = predicted(head, {**batch, name: batch[name].masked_fill(seen, value)})
+        assert not torch.allclose(changed, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_cross_attention_paths_agree() -> None:
     generator = torch.Generator().manual_seed(0)
     q, kv = torch.randn(2, 5, 3, 4, generator=generator), torch.randn(2, 7, 2, 3, 4, generator=generator)
