@@ -187,13 +187,15 @@ class DMLM(Task):
         return unit_norm(self.distribution_of_texts(input_ids, attention_mask).mean)
 
     def logit_scale(self) -> Tensor | None:
-        """Factor from a difference of cosines to log-odds, []; None where no contrast teaches the means.
+        """Factor from a difference of cosines to log-odds, []; None where there is none.
 
-        Of unit-norm means a squared distance is 2 - 2 cos.
+        Of unit-norm means a squared distance is 2 - 2 cos; of others it says nothing of cosines.
         """
         if self.contrast is None:
             return None
-        return self.contrast.logit_scale() * (1.0 if self.contrast.config.similarity == "cosine" else 2.0)
+        if self.contrast.config.similarity == "cosine":
+            return self.contrast.logit_scale()
+        return 2.0 * self.contrast.logit_scale() if self.config.unit_norm else None
 
     def image_features(self, batch: Batch) -> Tensor:
         """Pooled, before any Gaussian, `[b, D]`."""
@@ -280,9 +282,12 @@ class DMLM(Task):
         keys = batch[f"{self.config.positives}_key"]
         group = self.config.match_group
         if len(keys) % group:
+            common = math.gcd(len(keys), group)
             raise ConfigError(
-                f"{len(keys)} studies are encoded at a time, which task.match_group={group} does not divide; set it to "
-                f"{math.gcd(len(keys), group)}, or engine.micro_batch or the number of ranks to fit"
+                f"{len(keys)} studies are encoded at a time, which task.match_group={group} does not divide; set "
+                + (f"it to {common}, or " if common > 1 else "")
+                + "engine.micro_batch, or without one the share of global_batch_size that a rank gets, to a multiple "
+                f"of {group}"
             )
         return draw_negatives(logits, keys=keys, valid=batch["valid"], draw_key=batch["draw_key"], group=group)
 

@@ -185,6 +185,8 @@ def test_logit_scale_turns_differences_of_cosines_into_log_odds(similarity: str)
     )
     only_variance = task_of("task.weights.contrast=0.0", "task.weights.excess=0", "task.weights.variance=1.0")
     assert only_variance.logit_scale() is None
+    of_any_length = task_of(f"task.contrast.similarity={similarity}", "task.unit_norm=false").logit_scale()
+    assert (of_any_length is None) == (similarity != "cosine")
 
 
 # ---- one batch, however it is cut ----
@@ -238,6 +240,8 @@ def test_negatives_need_whole_groups() -> None:
     task, batch = task_of(), global_batch(6)
     with pytest.raises(ConfigError, match=r"6 studies .* task.match_group=4 does not divide; set it to 2"):
         task.encode(split(batch, 6)[0])
+    with pytest.raises(ConfigError, match=r"3 studies .* does not divide; set engine.micro_batch, or .* of 4$"):
+        task.encode(split(batch, 3)[0])
 
 
 # ---- switches ----
