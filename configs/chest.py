@@ -81,7 +81,7 @@ def dmlm_b16() -> TrainConfig:
             learning_rate=5e-5,
             weight_decay=0.01,
             warmup_steps=1500,
-            multipliers={"fused": 5.0, "image_": 5.0, "text_": 5.0},
+            multipliers={"fused": 5.0, "image_": 5.0, "text_": 5.0, "word_mask_token": 5.0, "contrast": 5.0},
         ),
         engine=EngineConfig(zero_stage=1, precision="bf16", micro_batch=32),
         trainer=TrainerConfig(steps=30_000, log_every=20, evaluate_every=1000, save_every=1000, picture_every=5000),

@@ -21,6 +21,7 @@ from core.engine import split
 from core.evaluation.embed import GaussianTask
 from core.models.attention import cross_attention
 from core.models.gaussian import Gaussian
+from core.optim import parameter_groups
 from core.tasks.dmlm import DMLM
 from core.trainer import ScaleWatch
 from core.world import World
@@ -285,6 +286,13 @@ def test_every_switch_makes_a_step(name: str) -> None:
     assert not torch.equal(out.loss, loss_of(task_of(), global_batch(7)).loss)
     parts = {key.removeprefix("loss/") for key in out.metrics if key.startswith("loss/")}
     assert parts == {part for part, weight in asdict(task.config.weights).items() if weight}
+
+
+def test_all_but_the_towers_learns_faster() -> None:
+    task, optim = task_of(), chest.dmlm_b16().optim
+    towers = set(task.towers.parameters())
+    for group in parameter_groups(task, optim):
+        assert {parameter in towers for parameter in group["params"]} == {group["multiplier"] == 1.0}
 
 
 def weights_nobody_moves(world: World) -> list[dict[str, Any]]:
