@@ -105,6 +105,11 @@ class Collator:
                 "masked text needs a tokenizer with a mask token, and this one names none; "
                 "name it in tokenizer_config.json, or let the run train its own"
             )
+        if "text_mask" in self.fields and tokenizer is not None and not tokenizer.prefix:
+            raise ConfigError(
+                "masked text needs a tokenizer that puts a token before every text, since the first one stands for "
+                "the whole and is never masked; give it a post-processor that does, or let the run train its own"
+            )
 
     @property
     def decoder(self) -> Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,9 @@ def test_what_cannot_be_made_is_refused(
     assert nameless != files[CONFIG_FILE]
     with pytest.raises(ConfigError, match="masked text needs a tokenizer with a mask token"):
         build(config, Tokenizer.from_files({TOKENIZER_FILE: files[TOKENIZER_FILE], CONFIG_FILE: nameless}))
+    bare = json.dumps(json.loads(files[TOKENIZER_FILE]) | {"post_processor": None}).encode()
+    with pytest.raises(ConfigError, match="masked text needs a tokenizer that puts a token before every text"):
+        build(config, Tokenizer.from_files({TOKENIZER_FILE: bare, CONFIG_FILE: files[CONFIG_FILE]}))
 
 
 def test_parts_of_text_shorten_in_order_of_their_sections(tokenizer: Tokenizer, tmp_path: Path) -> None:
