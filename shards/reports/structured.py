@@ -202,19 +202,19 @@ def make_item(disease: str, observations: Sequence[Observation]) -> Item:
 def checked(report: StructuredReport, text: str) -> StructuredReport:
     """The report with every verdict that its observations do not bear out made uncertain. `text`: see `source_text`.
 
-    Raises DataError naming disease and observation when a span lies outside of `text` or holds no word.
+    Raises DataError naming item and observation by number when a span lies outside of `text` or holds no word.
     """
     items = []
-    for item in report.items:
+    for place, item in enumerate(report.items):
         for number, observation in enumerate(item.observations):
             if observation.span is None:
                 continue
             first, last = observation.span
             if last > len(text) or not any(character.isalnum() for character in text[first:last]):
                 raise DataError(
-                    f"structured report {report.study}: span [{first}, {last}) of observation {number} of "
-                    f"{item.disease!r} is no part of the report of {len(text)} characters; give offsets in its "
-                    "sections joined in alphabetical order"
+                    f"structured report: span [{first}, {last}) of observation {number} of item {place} is no part "
+                    f"of the report of {len(text)} characters; give offsets in its sections joined in alphabetical "
+                    "order"
                 )
         if item.verdict not in (verdict_of(item.observations), "uncertain"):
             # Of a disease outside of the table the statement can only be put in general words.
