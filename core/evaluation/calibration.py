@@ -71,7 +71,8 @@ class Decisions:
             # A constant score has no scale; any will do.
             scale = score.std() or 1.0
             model = LogisticRegression(C=1e3).fit(score[:, None] / scale, present)
-            found[:, k] = thresholds[np.argmax(right - wrong)], model.coef_[0, 0] / scale, model.intercept_[0]
+            best = 1 + np.argmax((right - wrong)[1:])  # the first threshold is infinite: nothing present
+            found[:, k] = thresholds[best], model.coef_[0, 0] / scale, model.intercept_[0]
         return cls(threshold=found[0], slope=found[1], intercept=found[2])
 
     @property

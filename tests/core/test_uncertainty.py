@@ -185,6 +185,8 @@ def test_decisions_are_chosen_where_both_classes_are() -> None:
     assert found.threshold[0] < 0.02
     nothing = Decisions.fit(np.zeros((4, 1)), np.array([[0], [1], [0], [1]]))  # a constant score decides nothing
     assert nothing.known.all() and np.allclose(nothing.probability(np.zeros((1, 1))), 0.5)
+    backwards = Decisions.fit(np.array([[3.0], [2.0], [1.0]]), np.array([[0], [0], [1]]))
+    assert np.isfinite(nothing.threshold).all() and np.isfinite(backwards.threshold).all()
 
 
 # --- corruption ---
