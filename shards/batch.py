@@ -110,7 +110,7 @@ FIELDS: dict[str, str] = {
     "valid": "[B] bool, False for a void slot",
     "input_ids": "[B, L] int64, padded with the tokenizer's pad id; L is the longest of the batch, at most text_length",
     "attention_mask": "[B, L] bool, False for padding",
-    "report_key": "[B] int64, equal for equal texts: such pairs are positives of each other",
+    "report_key": "[B] int64, equal for equal texts (structured: equal answers and verdicts): positives of each other",
     "labels": f"[B, K] int8, 1 present, 0 absent, {UNCERTAIN} uncertain, {NOT_ANNOTATED} not annotated",
     "patient_key": "[B] int64, equal for studies of one patient",
     "degradation_grade": "[B] float32, how badly the image was degraded on purpose; 0: clean, -1: the record is silent",
@@ -122,7 +122,7 @@ FIELDS: dict[str, str] = {
     "section_ids": "[B, L] int64: 1 definition, 2 appearance, 3 observation (a raw report: all), 4 verdict, 0 special",
     "text_mask": "[B, L] bool, whole words to mask and predict; about text_mask_ratio of a report's own tokens",
     "patch_mask": "[V, P] bool, exactly round(patch_mask_ratio * P) of an image's patches, in rows from top left",
-    "finding_key": "[B] int64, equal for equal sets of (disease, verdict); report_key without a structured report",
+    "finding_key": "[B] int64, equal for equal sets of diseases present or uncertain; report_key where unstructured",
     "draw_key": "[B] int64, what a model keys its own random numbers for this study and epoch by",
 }
 

@@ -1,8 +1,9 @@
 """Terms on the Gaussians of one study: divergences of a masked view from the full one, and the level of the variance.
 
 Nothing here needs another study. Every term is a mean over dimensions, so its size does not depend on how many there
-are; all arithmetic is fp32. Log-variances are bounded to DIVERGENCE_RANGE before they are exponentiated with either
-sign: at -10 a mean off by 0.1 would weigh 110 nats a dimension.
+are; all arithmetic is fp32. What compares two Gaussians bounds their log-variances to DIVERGENCE_RANGE before it
+exponentiates them with either sign: at -10 a mean off by 0.1 would weigh 110 nats a dimension. `prior_kl` and
+`forecast_error` divide by no variance and take log-variances as the encoder bounds them, to `gaussian.LOGVAR_RANGE`.
 
 Letters: R = rows, D = dimensions; v and w are the variances of `of` and `to`, d the difference of their means.
 """
