@@ -237,6 +237,7 @@ class Checkpoints:
 
     def resume(self, engine: Engine, source: Source) -> TrainState:
         """The state to go on from; the engine holds its weights and optimizer afterwards."""
+        self._forget_evaluation_after(source.state.step if source.state is not None else 0)
         if source.folder is None or source.state is None:
             return TrainState(step=0, samples_seen=0, seed=self._seed, recipe_hash=self.recipe_hash)
         engine.load(Path(source.folder) / ENGINE)
@@ -485,6 +486,12 @@ class Checkpoints:
     def is_evaluated(self, state: TrainState) -> bool:
         """Whether `mark_evaluated` was last called for this step, also before a restart. Collective."""
         return (self._ask_first(lambda: self._marked(EVALUATED)) or {}).get("step") == state.step
+
+    def _forget_evaluation_after(self, step: int) -> None:
+        """A run that goes back to `step` evaluates what it trains from there anew. Collective."""
+        evaluated = (self._ask_first(lambda: self._marked(EVALUATED)) or {}).get("step")
+        if evaluated is not None and evaluated > step:
+            self._mark(EVALUATED, {"step": None})
 
     def _mark(self, name: str, content: dict[str, Any]) -> None:
         if self.world.is_first:

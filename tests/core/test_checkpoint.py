@@ -7,13 +7,14 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ci.bench.s3_server import S3Server
-from core.checkpoint import differences
+from core.checkpoint import CheckpointConfig, Checkpoints, Source, TrainState, differences
 from core.checkpoint_files import checksums, defect, find_weights, steps_in
 from core.metrics import Events, Uploader
 from core.world import World
@@ -219,6 +220,27 @@ def test_bucket_that_is_not_there_is_a_configuration_error(tmp_path: Path, s3_se
     )
     assert run(1, options) == [2]
     assert "no-such-bucket" in (tmp_path / "error-0.txt").read_text()
+
+
+def test_a_run_that_goes_back_forgets_the_later_evaluation(tmp_path: Path, bucket: str) -> None:
+    def opened(disk: str) -> Checkpoints:
+        config = CheckpointConfig(local_dir=str(tmp_path / disk))
+        return Checkpoints(f"{bucket}/run", config, World(), recipe={}, seed=0)
+
+    before, then = (TrainState(step=step, samples_seen=0, seed=0, recipe_hash="") for step in (4, 6))
+    checkpoints = opened("a")
+    checkpoints.mark_evaluated(then)
+    checkpoints.resume(MagicMock(), Source(folder="step-6", state=then))
+    assert checkpoints.is_evaluated(then)
+    checkpoints.resume(MagicMock(), Source(folder="step-4", state=before))
+    assert not checkpoints.is_evaluated(then)
+    checkpoints.close()
+    checkpoints = opened("another")
+    assert not checkpoints.is_evaluated(then)  # nor in the store
+    checkpoints.mark_evaluated(before)
+    checkpoints.resume(MagicMock(), Source(folder="step-4", state=before))
+    assert checkpoints.is_evaluated(before)
+    checkpoints.close()
 
 
 def test_defects_are_named(tmp_path: Path) -> None:
