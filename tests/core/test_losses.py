@@ -138,42 +138,51 @@ def studies() -> tuple[Tensor, Tensor]:
     return key, valid & (torch.arange(STUDIES) != 3)
 
 
-def on_rank(rank: int, world_size: int) -> dict[str, Any]:
+def on_rank(rank: int, world_size: int) -> dict[Any, Any]:
     """Share and gradients of own rows of every case, those of the scale and the bias as this rank's share."""
-    key, valid = studies()
-    found: dict[str, Any] = {}
+    found: dict[Any, Any] = {}
     cases = product(LOSSES, SIMILARITIES, ("gather", "ring"), SPLITS[world_size], ("float32", "float64"))
-    for loss, similarity, exchange, split, dtype in cases:
-        own = slice(sum(split[:rank]), sum(split[: rank + 1]))
-        whole = inputs_of(STUDIES, SIZE, dtype=getattr(torch, dtype))
-        inputs = leaves({name: value[own] if value.ndim else value for name, value in whole.items()})
-        result = share(loss, similarity, inputs, key[own], valid[own], exchange, precision="fp32")
-        case = (loss, similarity, exchange, split, dtype)
-        found[case] = {"loss": result.item()} | {
-            name: value.numpy() for name, value in gradients(result, inputs).items()
-        }
+    for case in cases:
+        loss, similarity, exchange, split, dtype = case
+        found[case] = of_rows(loss, similarity, exchange, own_of(split, rank), dtype, "fp32")
     none = torch.zeros(3, dtype=torch.bool)
     for loss, exchange in product(LOSSES, ("gather", "ring")):
         inputs = leaves(inputs_of(3, SIZE))
         result = share(loss, "wasserstein", inputs, torch.arange(3), none, exchange)
         largest = max(float(value.abs().max()) for value in gradients(result, inputs).values())
         found["nothing valid", loss, exchange] = (result.item(), largest)
-    inputs = inputs_of(STUDIES, SIZE, dtype=torch.float32)
-    rounded = [
-        share("info_nce", "wasserstein", rows_of(inputs, rank, world_size), *split_studies(rank, world_size), exchange)
-        for exchange in ("gather", "ring")
-    ]
-    found["rounded"] = [float(collectives.sum_over_ranks(each)) for each in rounded]
+    for loss, exchange in product(LOSSES, ("gather", "ring")):
+        own = own_of(SPLITS[world_size][-1], rank)
+        found["rounded", loss, exchange] = of_rows(loss, "wasserstein", exchange, own, "float32", "bf16")
     return found
 
 
-def rows_of(inputs: Inputs, rank: int, world_size: int) -> Inputs:
-    return {name: value[rank::world_size] if value.ndim else value for name, value in inputs.items()}
+def own_of(split: tuple[int, ...], rank: int) -> slice:
+    return slice(sum(split[:rank]), sum(split[: rank + 1]))
 
 
-def split_studies(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+def of_rows(loss: str, similarity: str, exchange: str, own: slice, dtype: str, precision: str) -> dict[str, np.ndarray]:
+    """A rank's share and the gradients of its own rows, and of the scale and the bias."""
     key, valid = studies()
-    return key[rank::world_size], valid[rank::world_size]
+    whole = inputs_of(STUDIES, SIZE, dtype=getattr(torch, dtype))
+    inputs = leaves({name: value[own] if value.ndim else value for name, value in whole.items()})
+    result = share(loss, similarity, inputs, key[own], valid[own], exchange, precision=precision)
+    found = gradients(result, inputs) | {"loss": result.detach()}
+    return {name: value.numpy() for name, value in found.items()}
+
+
+def over_ranks(ranks: list[dict[Any, Any]], case: tuple[Any, ...]) -> dict[str, np.ndarray]:
+    """All rows' gradients, and what the ranks' shares add up to."""
+    return {
+        name: (np.concatenate if value.ndim else sum)([rank[case][name] for rank in ranks])
+        for name, value in ranks[0][case].items()
+    }
+
+
+def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], bound: float, case: object) -> None:
+    for name, value in joined(wanted).items():
+        error = np.linalg.norm(joined(found)[name] - value)
+        assert error <= bound * np.linalg.norm(value), (case, name, error)
 
 
 def joined(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -193,22 +202,15 @@ def test_any_number_of_ranks_gives_the_dense_loss_and_gradients(world_size: int)
         given = inputs_of(STUDIES, SIZE, dtype=getattr(torch, dtype))
         wanted = leaves({name: value.double() for name, value in given.items()})
         expected = dense(loss, similarity, wanted, key, valid)
-        total = sum(rank[case]["loss"] for rank in ranks)
-        assert total == pytest.approx(expected.item(), rel=bound), case
-        exact = {name: value.numpy() for name, value in gradients(expected, wanted).items()}
-        found = {
-            name: (np.concatenate if value.ndim else sum)([rank[case][name] for rank in ranks])
-            for name, value in exact.items()
-        }
-        for name, value in joined(exact).items():
-            error = np.linalg.norm(joined(found)[name] - value)
-            assert error <= bound * np.linalg.norm(value), (case, name, error)
+        exact = gradients(expected, wanted) | {"loss": expected.detach()}
+        assert_close(over_ranks(ranks, case), {name: value.numpy() for name, value in exact.items()}, bound, case)
     for rank in ranks:
         for loss, exchange in product(LOSSES, ("gather", "ring")):
             assert rank["nothing valid", loss, exchange] == (0.0, 0.0)
-        # Columns that travel in two bytes are the ones that were rounded: no ring, no rank changes a value.
-        alone = share("info_nce", "wasserstein", inputs_of(STUDIES, SIZE, dtype=torch.float32), key, valid, "gather")
-        assert rank["rounded"] == pytest.approx([alone.item()] * 2, rel=1e-6)
+    # Columns that travel in two bytes are the ones that were rounded: no ring, no rank changes a value.
+    for loss, exchange in product(LOSSES, ("gather", "ring")):
+        alone = of_rows(loss, "wasserstein", "gather", slice(None), "float32", "bf16")
+        assert_close(over_ranks(ranks, ("rounded", loss, exchange)), alone, 1e-6, ("rounded", loss, exchange))
 
 
 # ---- one process ----
