@@ -9,6 +9,7 @@ from configs.schema import TrainConfig
 from core.checkpoint import CheckpointConfig
 from core.models.contrast import GaussianContrast
 from core.models.fusion import Fusion
+from core.models.gaussian import GaussianEncoder
 from core.models.text import TextEncoder, text_tiny
 from core.models.vision import VisionEncoder, vit_tiny
 from core.tasks.dmlm import Weights
@@ -53,6 +54,7 @@ def dmlm() -> TrainConfig:
     task = replace(
         shrunk.task,
         contrast=GaussianContrast.Config(),
+        embedding=GaussianEncoder.Config(heads=2),
         fusion=fusion,
         kl="consistency",
         kl_at="both",

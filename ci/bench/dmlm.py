@@ -36,6 +36,7 @@ DESCRIPTION = "D-MLM against CLIP on degraded phantoms: zero-shot, degraded_auc,
 SEEDS = (0, 1, 2, 3, 4)
 FEWER_SEEDS = (0, 1)  # of the variants
 DIFFICULTY, DEGRADED_SHARE = "standard", 0.2
+PROTOCOLS = ("zero_shot", "uncertainty")
 FOLDER = REPOSITORY / "runs" / "bench_dmlm"
 CLIP, DMLM, CLIP_LONGER = "clip", "dmlm", "clip, seconds of dmlm"
 # Name -> what it changes of chest:dmlm_tiny.
@@ -51,6 +52,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "variances by CSD + sigmoid": ("task.weights.excess=0", "task.weights.variance=1", "task.embedding.logvar_init=-7"),
     "equal reports as positives": ("task.positives=report",),
     "no words or patches predicted": ("task.weights.mlm=0", "task.weights.mim=0"),
+    "words and patches in full": ("task.weights.mlm=1", "task.weights.mim=1"),
+    "attention for embeddings": ("task.embedding.kind=attention",),
     "no samples": ("task.samples=0",),
     "five samples": ("task.samples=5",),
     "structured reports": ("data.report=structured", "data.text_length=200", "task.text.max_length=200"),
@@ -154,7 +157,7 @@ def run_one(variant: str, recipe: str, change: Sequence[str], seed: int, size: S
         experiment.pack(DIFFICULTY, "--degraded", str(DEGRADED_SHARE), "--structured")
     shutil.rmtree(experiment.folder / name, ignore_errors=True)
     train_s = experiment.pretrain(recipe, overrides, name)
-    row = row_of(variant, seed, experiment.evaluate(["zero_shot", "uncertainty"], name), train_s)
+    row = row_of(variant, seed, experiment.evaluate(PROTOCOLS, name, ("--corruption-studies", "32")), train_s)
     kept.write_text(json.dumps({**asdict(row), "settings": settings}, indent=1), "utf-8")
     return row
 

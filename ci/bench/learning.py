@@ -63,12 +63,12 @@ class Experiment:
         )  # fmt: skip
         return time.perf_counter() - started
 
-    def evaluate(self, protocols: Sequence[str], run: str = "run") -> Reports:
-        """What evaluate.py says of a run on the test split: protocol -> its report."""
+    def evaluate(self, protocols: Sequence[str], run: str = "run", flags: Sequence[str] = ()) -> Reports:
+        """What evaluate.py, with further `flags`, says of a run on the test split: protocol -> its report."""
         target = self.folder / run / "scores.json"
         self._launch(
             [sys.executable, "launchers/evaluate.py", "--run-dir", str(self.folder / run), "--protocol", *protocols,
-             "--json", str(target)],
+             "--json", str(target), *flags],
         )  # fmt: skip
         reports: Reports = json.loads(target.read_text("utf-8"))
         return reports
