@@ -117,6 +117,16 @@ def _alike(i, j, n, m, row_ids, column_ids):
     return own[:, None] == other[None, :]
 
 
+@triton.jit
+def _columns_of_run(q, tiles_each, m, first_column, last_column, block, GROUPED: tl.constexpr, COLUMNS: tl.constexpr):
+    """First and past-the-last column of the q-th run of tiles; of the groups of a block of rows, where there are."""
+    start, end = q * tiles_each * COLUMNS, tl.minimum((q + 1) * tiles_each * COLUMNS, m)
+    if GROUPED:
+        start = tl.maximum(start, tl.load(first_column + block) // COLUMNS * COLUMNS)
+        end = tl.minimum(end, tl.load(last_column + block))
+    return start, end
+
+
 @triton.jit(do_not_specialize=["n", "m", "first_row", "slab", "tiles_each"])
 def _statistics(
     rows, rows_low, columns, columns_low, row_bias, column_bias, scale_at, row_ids, column_ids,
@@ -141,10 +151,7 @@ def _statistics(
     total = tl.zeros((ROWS,), tl.float32)
     positive = tl.zeros((ROWS,), tl.float32)
     taught = tl.zeros((ROWS,), tl.float32)
-    start, end = q * tiles_each * COLUMNS, tl.minimum((q + 1) * tiles_each * COLUMNS, m)
-    if GROUPED:  # columns of the groups of these rows
-        start = tl.maximum(start, tl.load(first_column + first_row // ROWS + p) // COLUMNS * COLUMNS)
-        end = tl.minimum(end, tl.load(last_column + first_row // ROWS + p))
+    start, end = _columns_of_run(q, tiles_each, m, first_column, last_column, first_row // ROWS + p, GROUPED, COLUMNS)
     for column in range(start, end, COLUMNS):
         j = column + tl.arange(0, COLUMNS)
         logits = _logits(
@@ -191,20 +198,21 @@ def _log1p(x):
     return tl.where(more == 1.0, x, tl.log(more) * (x / (more - 1.0)))
 
 
-@triton.jit(do_not_specialize=["n", "m", "first_row", "tiles_each"])
+@triton.jit(do_not_specialize=["n", "m", "tiles_each"])
 def _sigmoid_loss(
     rows, rows_low, columns, columns_low, row_bias, column_bias, scale_at, row_ids, column_ids,
-    row_groups, column_groups, bias_at, parts, n, m, first_row, tiles_each,
+    row_groups, column_groups, first_column, last_column, bias_at, parts, n, m, tiles_each,
     K: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     SPLIT: tl.constexpr, INPUT: tl.constexpr,
 ):  # fmt: skip
     """Sum over a run of column tiles of -log sigmoid(y (logit + bias)): parts [q, rows in whole blocks]."""
     p, q = tl.program_id(0), tl.program_id(1)
     scale, bias = tl.load(scale_at), tl.load(bias_at)
-    top = first_row + p * ROWS
+    top = p * ROWS
     i = top + tl.arange(0, ROWS)
     total = tl.zeros((ROWS,), tl.float32)
-    for column in range(q * tiles_each * COLUMNS, tl.minimum((q + 1) * tiles_each * COLUMNS, m), COLUMNS):
+    start, end = _columns_of_run(q, tiles_each, m, first_column, last_column, p, GROUPED, COLUMNS)
+    for column in range(start, end, COLUMNS):
         j = column + tl.arange(0, COLUMNS)
         logits = bias + _logits(
             rows, rows_low, columns, columns_low, row_bias, column_bias, scale, top, column, n, m,
@@ -303,8 +311,10 @@ def _times_strip(
     start, end = 0, inner_count
     if GROUPED:  # elsewhere the strip was never written
         block = (first // ROWS) + tl.program_id(0)
-        start = tl.maximum(start, tl.load(first_inner + block) - inner_first) // DEPTH * DEPTH
         end = tl.minimum(end, tl.load(last_inner + block) - inner_first)
+        low = tl.load(first_inner + block) - inner_first
+        # Of an empty range not even the whole step that it would begin in.
+        start = tl.where(low < end, tl.maximum(low, 0) // DEPTH * DEPTH, end)
     if TRANSPOSED:
         of_strip = step[None, :] * width + o[:, None]
     else:
@@ -386,7 +396,8 @@ def statistics(problem: Problem, *, teacher: Teacher | None = None) -> Statistic
         return blocked.statistics(problem, teacher=teacher)
     pairs = _Pairs(problem, taught=teacher is not None)
     taught, shape = _taught(pairs, teacher), pairs.shape
-    row_parts_of_slabs, slabs = [], []
+    rows: list[Tensor] = []
+    columns: Tensor | None = None
     for first in range(0, n, SLAB_ROWS):
         slab = min(SLAB_ROWS, n - first)
         row_blocks = triton.cdiv(slab, shape.rows)
@@ -400,14 +411,11 @@ def statistics(problem: Problem, *, teacher: Teacher | None = None) -> Statistic
             *taught[0], row_parts, column_parts, n, m, first, slab, tiles_each,
             **pairs.constants, **taught[1], **_options(shape),
         )  # fmt: skip
-        row_parts_of_slabs.append(_reduced(row_parts))
-        slabs.append(_reduced(column_parts))
-    rows = [torch.cat(parts) for parts in zip(*row_parts_of_slabs, strict=True)]
-    found = [_of_parts(rows, columns, taught=teacher is not None) for columns in slabs]
-    whole = found[0]
-    for slab_statistics in found[1:]:
-        whole = whole.merge_columns(slab_statistics)
-    return whole
+        rows.append(_reduced(row_parts))
+        of_slab = _reduced(column_parts)
+        columns = of_slab if columns is None else _reduced(torch.stack([columns, of_slab]))
+    assert columns is not None
+    return _of_parts(torch.cat(rows, 1), columns, taught=teacher is not None)
 
 
 def sigmoid_statistics(problem: Problem, bias: Tensor) -> Tensor:
@@ -420,8 +428,8 @@ def sigmoid_statistics(problem: Problem, bias: Tensor) -> Tensor:
     runs, tiles_each = _runs(m, row_blocks, pairs.shape)
     parts = _empty(problem.rows, runs, row_blocks * pairs.shape.rows)
     _launch(
-        _sigmoid_loss, (row_blocks, runs), *pairs.tensors, *pairs.positives, *pairs.groups, bias, parts, n, m, 0,
-        tiles_each, **pairs.constants, **_options(pairs.shape),
+        _sigmoid_loss, (row_blocks, runs), *pairs.tensors, *pairs.positives, *pairs.groups, *pairs.column_ranges,
+        _aligned(bias), parts, n, m, tiles_each, **pairs.constants, **_options(pairs.shape),
     )  # fmt: skip
     return parts.sum()
 
@@ -452,6 +460,7 @@ def _gradients(problem: Problem, seeds: tuple[Tensor, ...], bias: Tensor | None,
         }
         nothing = problem.rows.new_zeros(())
         return Gradients(**zero, scale=nothing, bias=None if bias is None else nothing)
+    seeds = tuple(_aligned(each) for each in seeds)
     pairs = _Pairs(problem, taught=teacher is not None, narrow=bias is not None)
     taught, shape = _taught(pairs, teacher), pairs.shape
     blocks_across = triton.cdiv(m, shape.rows)
@@ -474,7 +483,7 @@ def _gradients(problem: Problem, seeds: tuple[Tensor, ...], bias: Tensor | None,
             parts = [part.zero_() for part in parts]
         _launch(
             _seed, (row_blocks * column_blocks,), *pairs.tensors, *pairs.positives, *pairs.groups,
-            *pairs.column_ranges, *taught[0], *seeds, problem.scale if bias is None else bias,
+            *pairs.column_ranges, *taught[0], *seeds, pairs.tensors[6] if bias is None else _aligned(bias),
             strip, strip_low, *parts, n, m, first, row_blocks, column_blocks, SIGMOID=bias is not None,
             **pairs.constants, **taught[1], **_options(shape),
         )  # fmt: skip
@@ -579,17 +588,17 @@ class _Pairs:
             _operands(side, problem.precision, self.shape.depth) for side in (problem.rows, problem.columns)
         )
         self.k = rows.shape[1]
-        biases = problem.row_bias.contiguous(), problem.column_bias.contiguous()
-        self.tensors: tuple[Tensor, ...] = (rows, rows_low, columns, columns_low, *biases, problem.scale)
+        biases = _aligned(problem.row_bias), _aligned(problem.column_bias)
+        self.tensors: tuple[Tensor, ...] = (rows, rows_low, columns, columns_low, *biases, _aligned(problem.scale))
         ids = joint_ids(problem.row_keys, problem.column_keys, problem.row_groups, problem.column_groups).int()
-        self.positives = ids[:n], ids[n:]
+        self.positives = _split(ids, n)
         # Kernels without groups are handed tensors that they do not read.
         self.groups = self.column_ranges = self.row_ranges = self.positives
         if problem.row_groups is not None and problem.column_groups is not None:
-            groups = problem.row_groups, problem.column_groups
-            self.groups = groups[0].int(), groups[1].int()
-            self.column_ranges = _ranges(*groups, self.shape.rows)
-            self.row_ranges = _ranges(*groups[::-1], self.shape.rows)
+            _, groups = torch.unique(torch.cat([problem.row_groups, problem.column_groups]), return_inverse=True)
+            self.groups = _split(groups.int(), n)
+            self.column_ranges = _ranges(*self.groups, self.shape.rows)
+            self.row_ranges = _ranges(*self.groups[::-1], self.shape.rows)
         self.constants: dict[str, Any] = {
             "K": self.k,
             "GROUPED": self.grouped,
@@ -603,11 +612,25 @@ class _Pairs:
 
 def _operands(side: Tensor, precision: Precision, depth: int) -> tuple[Tensor, Tensor]:
     """[N, K] as high and low part, K filled up with zeros to a multiple of `depth`; one tensor twice without parts."""
-    side = torch.nn.functional.pad(side, (0, -side.shape[1] % depth)).contiguous()
+    side = _aligned(torch.nn.functional.pad(side, (0, -side.shape[1] % depth)))
     if precision in ("tf32", "fp32"):
         return side, side
     high = side.bfloat16()
     return high, (side - high).bfloat16() if precision == "split" else high
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """`value` contiguous, from an address that 16 divides: a kernel is compiled again for any other.
+
+    Where a slice begins moves with the number of valid rows, so ranks would stop to compile in the middle of training.
+    """
+    value = value.contiguous()
+    return value if value.data_ptr() % 16 == 0 else value.clone()
+
+
+def _split(whole: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Of rows [n] and of columns."""
+    return whole[:n], _aligned(whole[n:])
 
 
 def _ranges(own: Tensor, other: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -619,7 +642,7 @@ def _ranges(own: Tensor, other: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _taught(pairs: _Pairs, teacher: Teacher | None) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Tensors and constants of the teacher; without one those of the problem, which are not read."""
     other = pairs if teacher is None else _Pairs(teacher.problem)
-    shifts = pairs.tensors[4:6] if teacher is None else (teacher.row_shift, teacher.column_shift)
+    shifts = pairs.tensors[4:6] if teacher is None else (_aligned(teacher.row_shift), _aligned(teacher.column_shift))
     named = {"OTHER_K": "K", "OTHER_DEPTH": "DEPTH", "OTHER_SPLIT": "SPLIT", "OTHER_INPUT": "INPUT"}
     constants = {ours: other.constants[theirs] for ours, theirs in named.items()}
     return (*other.tensors, *shifts), {"TEACHER": teacher is not None, **constants}
@@ -632,15 +655,15 @@ def _runs(columns: int, row_blocks: int, shape: Shape) -> tuple[int, int]:
     return triton.cdiv(tiles, tiles_each), tiles_each
 
 
-def _reduced(parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[parts, 4, *] -> maximum, sum, positive and teacher of all parts."""
+def _reduced(parts: Tensor) -> Tensor:
+    """[parts, maximum | sum | positive | teacher, *] -> [4, *] of all parts."""
     maximum = parts[:, 0].amax(0)
     reference = torch.where(maximum.isneginf(), 0.0, maximum)
     total = (parts[:, 1] * torch.exp(parts[:, 0] - reference)).sum(0)
-    return maximum, total, parts[:, 2].sum(0), parts[:, 3].sum(0)
+    return torch.stack([maximum, total, parts[:, 2].sum(0), parts[:, 3].sum(0)])
 
 
-def _of_parts(rows: list[Tensor], columns: tuple[Tensor, ...], *, taught: bool) -> Statistics:
+def _of_parts(rows: Tensor, columns: Tensor, *, taught: bool) -> Statistics:
     return Statistics(
         row_maximum=rows[0],
         row_sum=rows[1],

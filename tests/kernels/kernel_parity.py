@@ -93,14 +93,26 @@ def near(name: str, got: Tensor | None, wanted: Tensor, bound: float) -> None:
 
 
 def contrast(device: str, *, precision: Precision, groups: int, taught: bool) -> None:
-    one = problem(301, 171, 23, precision=precision, groups=groups)
+    _contrast(device, problem(301, 171, 23, precision=precision, groups=groups), taught=taught)
+
+
+def columns_alone(device: str) -> None:
+    """Blocks of columns whose group comes after that of the last row, and has no row."""
+    lonely = (torch.arange(400) >= 100).long()
+    # Group numbers, as keys, may need more than 32 bits.
+    groups = {"row_groups": torch.zeros(70, dtype=torch.int64), "column_groups": lonely << 40}
+    _contrast(device, replace(problem(70, 400, 23), **groups), taught=False)
+
+
+def _contrast(device: str, one: Problem, *, taught: bool) -> None:
+    n, m, precision = len(one.rows), len(one.columns), one.precision
     bound, gradient_bound = BOUNDS[precision]
     names = ("rows", "columns", "row_bias", "column_bias", "scale")
     leaves = {name: getattr(one, name).clone().requires_grad_() for name in names}
     logits, exist, positive = stored(replace(one, **leaves))
     infinite = logits.masked_fill(~exist, -torch.inf)
     log_sums = infinite.detach().logsumexp(1), infinite.detach().logsumexp(0)
-    share = torch.full((301,), 0.01, dtype=torch.float64), torch.full((171,), 0.02, dtype=torch.float64)
+    share = torch.full((n,), 0.01, dtype=torch.float64), torch.full((m,), 0.02, dtype=torch.float64)
     share[0][7] = 0  # switched off
     shifts = [
         torch.where(log_sum.isfinite(), shift(weight, log_sum), -torch.inf)
@@ -112,7 +124,7 @@ def contrast(device: str, *, precision: Precision, groups: int, taught: bool) ->
     teacher, by_row, by_column = None, torch.zeros_like(seed), torch.zeros_like(seed)
     if taught:
         other = replace(
-            problem(301, 171, 40, precision="fp32", seed=4), row_groups=one.row_groups, column_groups=one.column_groups
+            problem(n, m, 40, precision="fp32", seed=4), row_groups=one.row_groups, column_groups=one.column_groups
         )
         theirs = stored(other)[0].masked_fill(~exist, -torch.inf)
         its_shifts = [torch.where((sum_ := theirs.logsumexp(dim)).isfinite(), -4 - sum_, -torch.inf) for dim in (1, 0)]
@@ -268,6 +280,7 @@ for _precision in BOUNDS:
         CASES[f"sigmoid-{_precision}-{'groups' if _groups else 'one'}"] = partial(
             sigmoid, precision=_precision, groups=_groups
         )
+CASES["columns_alone"] = columns_alone
 for _n, _m in ((0, 7), (7, 0)):
     CASES[f"nothing-{_n}-{_m}"] = partial(nothing, n=_n, m=_m)
 for _name in densities.FORMULAS:

@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 QUICK = (
     "contrast-fp32-one-alone",
     "contrast-fp32-groups-teacher",
+    "columns_alone",
     "contrast-tf32-one-alone",
     "contrast-split-one-teacher",
     "contrast-bf16-one-alone",
