@@ -34,9 +34,9 @@ def statistics(problem: Problem, *, teacher: Teacher | None = None) -> Statistic
         for i, j in tiles(problem):
             logits, positive = logits_of(problem, i, j), positive_pairs(problem, i, j)
             if positive is not None:
-                of_positive = logits[positive]
-                row_positive[i].index_add_(0, positive[0], of_positive)
-                column_positive[j].index_add_(0, positive[1], of_positive)
+                of_row, of_column = positive_sums(logits, positive)
+                row_positive[i] += of_row
+                column_positive[j] += of_column
             if teacher is not None and row_teacher is not None and column_teacher is not None:
                 by_row, by_column = _targets(teacher, i, j)
                 row_teacher[i] += by_row.mul_(logits).sum(1)
@@ -173,6 +173,18 @@ def positive_pairs(problem: Problem, i: slice, j: slice) -> tuple[Tensor, Tensor
     return rows, columns
 
 
+def positive_sums(logits: Tensor, positive: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum over the positives of every row and of every column of a tile."""
+    of_positive = logits[positive]
+    if logits.is_cuda:  # where index_add_ is atomic, so that its last digits would change from run to run
+        alone = torch.zeros_like(logits)
+        alone[positive] = of_positive
+        return alone.sum(1), alone.sum(0)
+    n, m = logits.shape
+    of_row = logits.new_zeros(n).index_add_(0, positive[0], of_positive)
+    return of_row, logits.new_zeros(m).index_add_(0, positive[1], of_positive)
+
+
 def _targets(teacher: Teacher, i: slice, j: slice) -> tuple[Tensor, Tensor]:
     """The teacher's targets of rows and of columns in a tile, both [I, J]."""
     with products_of(teacher.problem):
@@ -193,6 +205,7 @@ def products_of(pairs: Problem | Expansion) -> Iterator[None]:
     """fp32 products in bf16 with fp32 sums, where the rows are bf16 values already: nothing is lost by it.
 
     Those of tf32 values run in tf32 where a GPU does. Split values have no such form here: their product is fp32.
+    Autocast, which a backward pass may run under, is off.
     """
     on_cpu = pairs.rows.device.type == "cpu"
     products: Any = torch.backends.mkldnn.matmul if on_cpu else torch.backends.cuda.matmul  # type: ignore[attr-defined]
@@ -200,7 +213,8 @@ def products_of(pairs: Problem | Expansion) -> Iterator[None]:
     coarse = {"bf16": "bf16"} if on_cpu else {"bf16": "tf32", "tf32": "tf32"}  # a bf16 number is a tf32 one
     products.fp32_precision = coarse.get(pairs.precision, "ieee")
     try:
-        yield
+        with torch.autocast(pairs.rows.device.type, enabled=False):
+            yield
     finally:
         products.fp32_precision = before
 

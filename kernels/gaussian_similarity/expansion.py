@@ -10,24 +10,37 @@ bf16 loses ten times the precision (README.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kernels.gaussian_similarity.reference import soft_clamp
-
 Precision = Literal["bf16", "tf32", "split", "fp32"]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def without_autocast(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`function` with autocast off: it would take its products and norms in bf16 whatever `precision` says."""
+
+    @wraps(function)
+    def outside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return outside
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
     """rows [N, K], columns [M, K], row_bias [N], column_bias [M]; `precision` of the inputs of their product.
 
-    `sources` are the tensors it was made of, under the names that an error should call them by.
+    `sources` are the tensors it was made of, under the names that an error should call them by: `rows` and `columns`
+    are among them where values too large for their dtype do not show in the biases.
     """
 
     rows: Tensor
@@ -37,21 +50,13 @@ class Expansion:
     precision: Precision = "fp32"
     sources: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @without_autocast
     def similarity(self) -> Tensor:
         """All pairs [N, M], stored: for tests and small sets."""
         return self.rows @ self.columns.transpose(0, 1) + self.row_bias[:, None] + self.column_bias[None, :]
 
 
-# Log-variances that the similarities are made for; beyond, fp32 runs out of digits, then of range.
-WIDE_LOGVAR = (-10.0, 10.0)  # squared Wasserstein, sampled distance, Bhattacharyya, Hellinger
-NARROW_LOGVAR = (-6.0, 4.0)  # KL, Jeffreys, expected likelihood, which divide by variances
-
-
-def hold_logvar(logvar: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """(`logvar` held softly in [low, high], with a gradient at the rails; how many values lay outside, int64 [])."""
-    return soft_clamp(logvar, low, high), ((logvar < low) | (logvar > high)).sum()
-
-
+@without_autocast
 def squared_wasserstein(
     mean_a: Tensor,
     logvar_a: Tensor,
@@ -71,6 +76,7 @@ def squared_wasserstein(
     return _euclidean(a, b, precision, centre, sources)
 
 
+@without_autocast
 def sampled_distance(
     mean_a: Tensor,
     logvar_a: Tensor,
@@ -90,37 +96,45 @@ def sampled_distance(
     )
 
 
+@without_autocast
 def kl_divergence(mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar_b: Tensor) -> Expansion:
     """Minus KL(a_i || b_j), K = 2D; fp32 only: its terms are far larger than their sum."""
     sources = named_gaussians(mean_a, logvar_a, mean_b, logvar_b)
     precise_b = torch.exp(-logvar_b)
+    rows = torch.cat([logvar_a.exp() + mean_a**2, mean_a], dim=1)
+    columns = torch.cat([-0.5 * precise_b, mean_b * precise_b], dim=1)
     return Expansion(
-        rows=torch.cat([logvar_a.exp() + mean_a**2, mean_a], dim=1),
-        columns=torch.cat([-0.5 * precise_b, mean_b * precise_b], dim=1),
+        rows=rows,
+        columns=columns,
         row_bias=0.5 * (logvar_a.sum(1) + mean_a.shape[1]),
         column_bias=-0.5 * (mean_b**2 * precise_b + logvar_b).sum(1),
-        sources=sources,
+        sources=sources | {"rows": rows, "columns": columns},
     )
 
 
+@without_autocast
 def jeffreys_divergence(mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar_b: Tensor) -> Expansion:
     """Minus KL(a_i || b_j) + KL(b_j || a_i), K = 4D; fp32 only."""
     sources = named_gaussians(mean_a, logvar_a, mean_b, logvar_b)
     precise_a, precise_b = torch.exp(-logvar_a), torch.exp(-logvar_b)
+    rows = torch.cat([logvar_a.exp() + mean_a**2, precise_a, mean_a, mean_a * precise_a], dim=1)
+    columns = torch.cat([-0.5 * precise_b, -0.5 * (logvar_b.exp() + mean_b**2), mean_b * precise_b, mean_b], dim=1)
     return Expansion(
-        rows=torch.cat([logvar_a.exp() + mean_a**2, precise_a, mean_a, mean_a * precise_a], dim=1),
-        columns=torch.cat([-0.5 * precise_b, -0.5 * (logvar_b.exp() + mean_b**2), mean_b * precise_b, mean_b], dim=1),
+        rows=rows,
+        columns=columns,
         row_bias=mean_a.shape[1] - 0.5 * (mean_a**2 * precise_a).sum(1),
         column_bias=-0.5 * (mean_b**2 * precise_b).sum(1),
-        sources=sources,
+        sources=sources | {"rows": rows, "columns": columns},
     )
 
 
+@without_autocast
 def cosine(a: Tensor, b: Tensor, *, precision: Precision = "bf16") -> Expansion:
     """Cosine of embeddings [N, D] and [M, D] that are no distributions: CLIP's similarity."""
     return inner_product(normalize(a, dim=1), normalize(b, dim=1), precision=precision)
 
 
+@without_autocast
 def inner_product(a: Tensor, b: Tensor, *, precision: Precision = "bf16") -> Expansion:
     """Of vectors [N, D] and [M, D] as they come: the cosine of those that have length 1 already."""
     rows, columns = _straight_through(a, precision), _straight_through(b, precision)
@@ -210,4 +224,5 @@ def rounded(value: Tensor, precision: Precision) -> Tensor:
 def _tf32(value: Tensor) -> Tensor:
     """`value` with 10 bits of mantissa, to nearest: what tensor cores read of an fp32 number."""
     bits = value.to(torch.float32).view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(value.dtype)
+    nearest = ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(value.dtype)
+    return torch.where(torch.isfinite(value), nearest, value)  # the bits of some that are no number would become 0

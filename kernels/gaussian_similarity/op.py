@@ -18,11 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from kernels.gaussian_similarity import blocked, densities, sweep
 from kernels.gaussian_similarity import stored as small
-from kernels.gaussian_similarity.expansion import Expansion, named_gaussians
+from kernels.gaussian_similarity.expansion import Expansion, named_gaussians, without_autocast
 from kernels.gaussian_similarity.problem import Gradients, Problem, Teacher, loss_of, positives, shift, weights
 
 # Below so many pairs the stored form is not slower and takes little memory.
 STORED_PAIRS = 1 << 22
+# Largest absolute log-variance of `pairwise` in fp32: the kernel multiplies four sums of two variances.
+LARGEST_LOGVAR = 21.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class SoftTargets:
     weight: float
 
 
+@without_autocast
 def info_nce(
     pairs: Expansion,
     scale: Tensor,
@@ -63,7 +66,7 @@ def info_nce(
         stored: True holds the logits, False never does, None chooses by size.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, values that are not finite.
+        ValueError: shapes, dtypes or devices that do not fit, values that are not finite, a scale of 0 or below.
     """
     _check(pairs, {"scale": scale}, row_keys, column_keys, row_groups, column_groups)
     if teacher is not None:
@@ -76,6 +79,7 @@ def info_nce(
     return loss
 
 
+@without_autocast
 def pairwise_sigmoid(
     pairs: Expansion,
     scale: Tensor,
@@ -97,6 +101,7 @@ def pairwise_sigmoid(
     return loss
 
 
+@without_autocast
 def top_k(pairs: Expansion | Iterable[Expansion], k: int) -> tuple[Tensor, Tensor]:
     """The `k` most similar columns of each row, most similar first: values [N, k] and places, int64 [N, k].
 
@@ -127,13 +132,15 @@ def top_k(pairs: Expansion | Iterable[Expansion], k: int) -> tuple[Tensor, Tenso
     return best
 
 
+@without_autocast
 def pairwise(name: densities.Name, mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar_b: Tensor) -> Tensor:
     """Similarity [N, M] of a kind that is no matrix product: minus the distance, or the log expected likelihood.
 
     Costs N x M x D, and holds N x M and small tiles: for a shortlist. Differentiable; tiles are computed again.
 
     Raises:
-        ValueError: an unknown name, shapes, dtypes or devices that do not fit, values that are not finite.
+        ValueError: an unknown name, shapes, dtypes or devices that do not fit, values that are not finite, in float32
+            log-variances beyond 21 either way.
     """
     if name not in densities.FORMULAS:
         raise ValueError(f"similarity {name!r} is unknown; there are {', '.join(densities.FORMULAS)}")
@@ -141,6 +148,8 @@ def pairwise(name: densities.Name, mean_a: Tensor, logvar_a: Tensor, mean_b: Ten
     if mean_a.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"row mean is {mean_a.dtype}; all must be float32, or all float64")
     _check_finite(named)
+    if mean_a.dtype == torch.float32:
+        _check_range({side: named[side] for side in ("row logvar", "column logvar")})
     similarity: Tensor = _Pairwise.apply(mean_a, logvar_a, mean_b, logvar_b, name)
     return similarity
 
@@ -200,9 +209,11 @@ def _check_pairs(pairs: Expansion, scalars: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is on {value.device}, rows on {rows.device}")
         if name in shapes and tuple(value.shape) != shapes[name]:
             raise ValueError(f"{name} is {tuple(value.shape)}, {shapes[name]} was expected")
-    # Rows too large for their dtype, of sources that are not, show in the biases.
-    read = {*pairs.sources, *tensors} - ({"rows", "columns"} if pairs.sources else set())
+    # Rows too large for their dtype, of sources that are not, show in the biases, or else are sources themselves.
+    read = {*pairs.sources, *tensors.keys() - {"rows", "columns"}} if pairs.sources else tensors
     _check_finite({**pairs.sources, **tensors}, read)
+    if "scale" in scalars and not scalars["scale"].detach() > 0:
+        raise ValueError(f"scale is {scalars['scale'].item()}; it must be above 0")
 
 
 def _check_finite(tensors: Mapping[str, Tensor], read: Iterable[str] | None = None) -> None:
@@ -217,6 +228,16 @@ def _check_finite(tensors: Mapping[str, Tensor], read: Iterable[str] | None = No
         if not bool(finite.all()):
             first = tuple((~finite).nonzero()[0].tolist())
             raise ValueError(f"{name} holds {float(value[first])} at {first}")
+
+
+def _check_range(logvars: Mapping[str, Tensor]) -> None:
+    for name, value in logvars.items():
+        outside = value.abs() > LARGEST_LOGVAR
+        if bool(outside.any()):
+            first = tuple(outside.nonzero()[0].tolist())
+            raise ValueError(
+                f"{name} holds {float(value[first])} at {first}, beyond {LARGEST_LOGVAR}: bound it, or use float64"
+            )
 
 
 def _check_teacher(pairs: Expansion, teacher: SoftTargets) -> None:

@@ -13,7 +13,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -76,11 +76,6 @@ def pairwise_sigmoid(logits: Tensor, row_keys: Tensor, column_keys: Tensor) -> T
     """SigLIP's loss on stored logits [N, M], summed over columns and averaged over rows. Scalar."""
     sign = 2.0 * (row_keys[:, None] == column_keys[None, :]).to(logits.dtype) - 1
     return -logsigmoid(sign * logits).sum() / logits.shape[0]
-
-
-def soft_clamp(logvar: Tensor, low: float, high: float) -> Tensor:
-    """`logvar` held in [low, high], with a gradient at the rails and some way beyond them."""
-    return low + softplus(logvar - low) - softplus(logvar - high)
 
 
 def _differences(a: Tensor, b: Tensor) -> Tensor:

@@ -5,11 +5,10 @@ For problems whose N x M is small beside N x K. No groups, no teacher: those are
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from kernels.gaussian_similarity.blocked import Accumulator, logits_of, positive_pairs, products_of
+from kernels.gaussian_similarity.blocked import Accumulator, logits_of, positive_pairs, positive_sums, products_of
 from kernels.gaussian_similarity.problem import Gradients, Problem, loss_of
 
 
@@ -21,18 +20,18 @@ def info_nce(
     with products_of(problem):
         logits = logits_of(problem, i, j)
     positive = positive_pairs(problem, i, j)
+    of_positive = logits.new_zeros(len(row_weight)), logits.new_zeros(len(column_weight))
+    if positive is not None:
+        of_positive = positive_sums(logits, positive)
     loss, seed = logits.new_zeros(()), None
-    for dim, places, weight, target in (
-        (1, 0, row_weight, row_target),
-        (0, 1, column_weight, column_target),
+    for dim, own, weight, target in (
+        (1, of_positive[0], row_weight, row_target),
+        (0, of_positive[1], column_weight, column_target),
     ):
         maximum = logits.amax(dim, keepdim=True)
         softmax = (logits - maximum).exp_()
         total = softmax.sum(dim, keepdim=True)
-        of_positive = torch.zeros_like(weight)
-        if positive is not None:
-            of_positive.index_add_(0, positive[places], logits[positive])
-        loss += loss_of(weight, (maximum + total.log()).squeeze(dim), target, of_positive)
+        loss += loss_of(weight, (maximum + total.log()).squeeze(dim), target, own)
         share = weight.unsqueeze(dim) / total
         seed = softmax.mul_(share) if seed is None else seed.addcmul_(softmax, share)
     assert seed is not None

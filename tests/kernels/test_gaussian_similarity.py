@@ -373,14 +373,45 @@ def test_keys_of_another_type_are_refused() -> None:
         op.info_nce(pairs, torch.tensor(1.0), torch.zeros(4, dtype=torch.int64), torch.zeros(5, dtype=torch.int32))
 
 
-def test_soft_clamp_has_a_gradient_at_the_rails() -> None:
-    value = torch.tensor([-25.0, -10.0, 0.0, 10.0, 25.0], dtype=torch.float64, requires_grad=True)
-    held = reference.soft_clamp(value, -10, 10)
-    assert held.detach().min() >= -10 and held.detach().max() <= 10
-    assert held[2].item() == pytest.approx(0.0, abs=1e-4)
-    assert bool((torch.autograd.grad(held.sum(), value)[0] > 0).all())
-    counted, outside = expansion.hold_logvar(value, *expansion.WIDE_LOGVAR)
-    assert torch.equal(counted, held) and int(outside) == 2
+def test_values_and_scales_out_of_range_are_named() -> None:
+    four = list(gaussians(4, 5, 3, dtype=torch.float32))
+    row_keys, column_keys = torch.zeros(4, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+    for scale in (0.0, -1.0):
+        with pytest.raises(ValueError, match=f"scale is {scale}; it must be above 0"):
+            op.info_nce(expansion.sampled_distance(*four), torch.tensor(scale), row_keys, column_keys)
+    four[1][2, 1] = 95  # the variance has no fp32, the biases have
+    for builder in (expansion.kl_divergence, expansion.jeffreys_divergence):
+        with pytest.raises(ValueError, match=r"rows holds inf at \(2, 1\)"):
+            op.info_nce(builder(*four), torch.tensor(1.0), row_keys, column_keys)
+    four[1][2, 1], four[3][1, 2] = 0, -21.5
+    with pytest.raises(ValueError, match=r"column logvar holds -21\.5 at \(1, 2\), beyond 21"):
+        op.pairwise("bhattacharyya", *four)
+    assert bool(op.pairwise("bhattacharyya", *(each.double() for each in four)).isfinite().all())
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_autocast_changes_nothing(stored: bool) -> None:
+    four = gaussians(90, 80, 16, dtype=torch.float32)
+    row_keys, column_keys = keys(90, 80, largest=20)
+
+    def found() -> list[Tensor]:
+        inputs = leaves((*four, torch.tensor(0.2)))
+        pairs = expansion.squared_wasserstein(*inputs[:4], precision="fp32")
+        loss = op.info_nce(pairs, inputs[4], row_keys, column_keys, stored=stored)
+        return [loss, *gradients(loss, inputs), *op.top_k(pairs, 3), op.pairwise("bhattacharyya", *four)]
+
+    alone = found()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = found()
+    for ours, theirs in zip(within, alone, strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "split", "fp32"])
+def test_what_is_not_finite_stays_so_when_rounded(precision: expansion.Precision) -> None:
+    odd = torch.tensor([0x7FFFFFFF, 0x7F800001, 0x7F800000, -0x800000], dtype=torch.int32).view(torch.float32)
+    got = expansion.rounded(odd, precision)
+    assert bool(got[:2].isnan().all()) and not bool(got[2:].isfinite().any())
 
 
 def test_memory_grows_with_rows_and_not_with_pairs() -> None:

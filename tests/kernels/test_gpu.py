@@ -29,6 +29,16 @@ def test_the_device_chooses_the_path() -> None:
     ]
 
 
+def test_fp64_has_the_same_bits_every_time() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    four = [torch.randn(1500, 8, generator=generator, device="cuda", dtype=torch.float64) for _ in range(4)]
+    pairs, scale = expansion.squared_wasserstein(*four), torch.tensor(0.1, device="cuda", dtype=torch.float64)
+    keys = torch.randint(3, (1500,), generator=generator, device="cuda")
+    for stored in (True, False):
+        losses = [op.info_nce(pairs, scale, keys, keys, stored=stored) for _ in range(5)]
+        assert all(torch.equal(each, losses[0]) for each in losses)
+
+
 def test_memory_grows_with_rows_and_not_with_pairs() -> None:
     def added(n: int) -> int:
         four = [torch.randn(n, 64, device="cuda").requires_grad_() for _ in range(4)]
