@@ -8,28 +8,34 @@ switched off. The device is an argument: on the CPU the same comparisons hold be
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from core import collectives
+from core.losses.contrast import Similarity
 from core.models.attention import DenseLayout, Layout, PackedLayout, dense_attention
 from core.world import World
-from kernels.gaussian_similarity import expansion, op, reference
+from kernels.gaussian_similarity import expansion, op, reference, sweep
 from kernels.gaussian_similarity.expansion import Precision
 from shards.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 # Relative errors (Frobenius norms) that rounding explains, with room; a wrong part is off by a tenth and more.
-KERNEL_BOUND: dict[Precision, float] = {"fp32": 1e-4, "bf16": 1e-2}
+KERNEL_BOUND: dict[Precision, float] = {"fp32": 1e-4, "split": 1e-4, "tf32": 3e-3, "bf16": 1e-2}
 ATTENTION_BOUND = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 KERNEL_ROWS, KERNEL_COLUMNS = 203, 331  # no multiple of any tile
+# Of the sweeps' own bounds on what is held at once: under these, the rows above are several slabs, strips and tiles.
+SMALL_PIECES = {"SLAB_ROWS": 128, "STRIP_ELEMENTS": 128 * 256, "TILE_ROWS": 64, "TILE_COLUMNS": 128}
 ATTENTION_LENGTHS = (7, 130, 64, 1, 45, 197)
 
 
@@ -99,8 +105,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(exact).clamp_min(1e-30))
 
 
-def kernel_part(device: torch.device, dimensions: int) -> Part:
-    """The all-pairs losses of Gaussians in `dimensions`, tile by tile, against the stored formulas in fp64."""
+def kernel_part(device: torch.device, dimensions: int, contrasts: Sequence[tuple[Similarity, Precision]]) -> Part:
+    """The all-pairs losses of embeddings in `dimensions`, tile by tile, against the stored formulas in fp64.
+
+    `contrasts`: the similarities that the run's task takes, each with the precision of its product; both losses of each
+    are compared, in several slabs of rows and strips of seeds, which else only a large batch has.
+    """
 
     def compare() -> Iterator[Difference]:
         generator = torch.Generator().manual_seed(0)
@@ -108,36 +118,62 @@ def kernel_part(device: torch.device, dimensions: int) -> Part:
         def draw(rows: int, spread: float) -> Tensor:
             return spread * torch.randn(rows, dimensions, generator=generator, dtype=torch.float64)
 
-        # Distances of about 2, so that logits have the spread of those in training.
-        width = dimensions**-0.5
-        exact = [draw(KERNEL_ROWS, width), draw(KERNEL_ROWS, 0.5) - 4]
-        exact += [draw(KERNEL_COLUMNS, width), draw(KERNEL_COLUMNS, 0.5) - 4]
-        exact += [torch.tensor(value, dtype=torch.float64) for value in (3.0, -1.0)]
+        # Distances of 2 to 4 at any size, so that logits have the spread of those in training.
+        width, logvar = dimensions**-0.5, -math.log(dimensions)
+        gaussians = [draw(KERNEL_ROWS, width), draw(KERNEL_ROWS, 0.5) + logvar]
+        gaussians += [draw(KERNEL_COLUMNS, width), draw(KERNEL_COLUMNS, 0.5) + logvar]
+        vectors = [normalize(mean, dim=1) for mean in gaussians[::2]]
         keys = torch.arange(KERNEL_ROWS) % 150, torch.arange(KERNEL_COLUMNS) % 150
+        own = [each.to(device) for each in keys]
+        for similarity, precision in contrasts:
+            # Cosines of random vectors spread by 1 / sqrt(D).
+            scale = 2 * dimensions**0.5 if similarity == "cosine" else 3.0
+            exact = [torch.tensor(value, dtype=torch.float64) for value in (scale, -1.0)]
+            exact = [*(vectors if similarity == "cosine" else gaussians), *exact]
 
-        *four, scale, bias = leaves = [value.requires_grad_() for value in exact]
-        logits = scale * expansion.squared_wasserstein(*four, precision="fp32").similarity()
-        wanted = _with_gradients(
-            reference.info_nce(logits, *keys), reference.pairwise_sigmoid(logits + bias, *keys), leaves
-        )
-        for precision, bound in KERNEL_BOUND.items():
-            *four, scale, bias = leaves = [value.detach().float().to(device).requires_grad_() for value in exact]
-            pairs = expansion.squared_wasserstein(*four, precision=precision)
-            own = [each.to(device) for each in keys]
-            found = _with_gradients(
-                op.info_nce(pairs, scale, *own, stored=False),
-                op.pairwise_sigmoid(pairs, scale, bias, *own, stored=False),
-                leaves,
+            *embeddings, scale_of, bias = leaves = [value.clone().requires_grad_() for value in exact]
+            logits = scale_of * _PAIRS[similarity](*embeddings, precision="fp32").similarity()
+            wanted = _with_gradients(
+                reference.info_nce(logits, *keys), reference.pairwise_sigmoid(logits + bias, *keys), leaves
             )
+            *embeddings, scale_of, bias = leaves = [value.float().to(device).requires_grad_() for value in exact]
+            with _small_pieces(device):
+                pairs = _PAIRS[similarity](*embeddings, precision=precision)
+                found = _with_gradients(
+                    op.info_nce(pairs, scale_of, *own, stored=False),
+                    op.pairwise_sigmoid(pairs, scale_of, bias, *own, stored=False),
+                    leaves,
+                )
             for name, value in wanted.items():
-                yield Difference(f"{name} in {precision}", relative(found[name], value), bound)
+                what = f"{name} of {similarity} in {precision}"
+                yield Difference(what, relative(found[name], value), KERNEL_BOUND[precision])
 
     return Part(name="the kernel of Gaussian similarities", switch="--set engine.kernel=pytorch", compare=compare)
 
 
+_PAIRS: dict[Similarity, Callable[..., expansion.Expansion]] = {
+    "cosine": expansion.inner_product,
+    "wasserstein": expansion.squared_wasserstein,
+    "sampled": expansion.sampled_distance,
+}
+
+
+@contextmanager
+def _small_pieces(device: torch.device) -> Iterator[None]:
+    """Have the sweeps of this device cut what they walk over into pieces of a few tiles."""
+    path = sweep.path_of(torch.empty(0, device=device))
+    before = {name: getattr(path, name) for name in SMALL_PIECES if hasattr(path, name)}
+    vars(path).update({name: SMALL_PIECES[name] for name in before})
+    try:
+        yield
+    finally:
+        vars(path).update(before)
+
+
 def _with_gradients(info_nce: Tensor, sigmoid: Tensor, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Both losses and their gradients by name; the bias has none in the first."""
-    of = ("row mean", "row logvar", "column mean", "column logvar", "scale", "bias")
+    """Both losses and their gradients by name; the bias, which comes last, has none in the first."""
+    sides = ("row mean", "row logvar", "column mean", "column logvar") if len(leaves) > 4 else ("row", "column")
+    of = (*sides, "scale", "bias")
     found = {}
     for name, loss, inputs in (("InfoNCE", info_nce, leaves[:-1]), ("pairwise sigmoid", sigmoid, leaves)):
         gradients = torch.autograd.grad(loss, inputs, retain_graph=True)

@@ -37,9 +37,12 @@ from core.evaluation.embed import Encoders, GaussianTask, embed_split, parts_of_
 from core.evaluation.retrieval import Retrieval
 from core.evaluation.uncertainty import Uncertainty
 from core.evaluation.zero_shot import ZeroShot
+from core.losses.contrast import DEFAULT_PRECISION, Similarity
 from core.metrics import Events, Metrics, Uploader
+from core.models.contrast import GaussianContrast
 from core.trainer import Evaluator, StopRequest, TooManySkipsError, train, validation_loss
 from core.world import World
+from kernels.gaussian_similarity.expansion import Precision
 from launchers import past_run
 from shards.dataset import DataSet
 from shards.decode import Decoder
@@ -256,8 +259,11 @@ def _train(
 def _parts_to_prove(config: TrainConfig, device: torch.device) -> list[self_proof.Part]:
     """The fast paths that this run would take."""
     parts = []
-    if config.engine.kernel == "auto":
-        parts.append(self_proof.kernel_part(device, getattr(config.task, "embed_dim", 512)))
+    embed_dim: int | None = getattr(config.task, "embed_dim", None)
+    if embed_dim is None:
+        log.warning("self-proof: the task has no embed_dim, so its losses over all pairs, if any, are not compared")
+    elif config.engine.kernel == "auto":
+        parts.append(self_proof.kernel_part(device, embed_dim, _contrasts(config.task)))
     if config.engine.attention == "auto":
         parts.append(self_proof.attention_part(device, half_precision=config.engine.precision != "fp32"))
     decode = config.data.decode
@@ -271,6 +277,13 @@ def _parts_to_prove(config: TrainConfig, device: torch.device) -> list[self_proo
             self_proof.Part(name="decoding on the GPU", switch="--set data.decode.device=cpu", compare=compare)
         )
     return parts
+
+
+def _contrasts(task: object) -> list[tuple[Similarity, Precision]]:
+    """Similarity and precision of each loss over all pairs: as the task's config says, else CLIP's."""
+    chosen = [value for value in vars(task).values() if isinstance(value, GaussianContrast.Config)]
+    named = {(each.similarity, each.precision or DEFAULT_PRECISION[each.similarity]) for each in chosen}
+    return sorted(named) or [("cosine", DEFAULT_PRECISION["cosine"])]
 
 
 def _tokenizer(config: TrainConfig, run_dir: str, folder: Path, world: World) -> Tokenizer | None:

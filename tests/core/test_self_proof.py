@@ -11,14 +11,17 @@ import pytest
 import torch
 
 from core import self_proof
+from core.losses.contrast import Similarity
 from core.models import attention
 from core.self_proof import Difference, Part, attention_part, kernel_part, prove
 from core.world import World
 from kernels.gaussian_similarity import blocked
+from kernels.gaussian_similarity.expansion import Precision
 from shards.errors import ConfigError
 from tests.distributed import run_distributed
 
 CPU = torch.device("cpu")
+CONTRASTS: list[tuple[Similarity, Precision]] = [("cosine", "fp32"), ("sampled", "bf16"), ("wasserstein", "bf16")]
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +33,27 @@ def _default_attention() -> Iterator[None]:
 @pytest.mark.parametrize("half", [True, False])
 def test_the_paths_of_the_cpu_agree_and_say_so(caplog: pytest.LogCaptureFixture, half: bool) -> None:
     with caplog.at_level(logging.INFO, logger=self_proof.__name__):
-        prove([kernel_part(CPU, 20), attention_part(CPU, half_precision=half)], World())
+        prove([kernel_part(CPU, 20, CONTRASTS), attention_part(CPU, half_precision=half)], World())
     lines = [record.message for record in caplog.records if record.name == self_proof.__name__]
     assert [line.split(" agrees")[0] for line in lines] == [
         "self-proof: the kernel of Gaussian similarities",
         "self-proof: fused attention",
     ]
+
+
+def test_the_kernel_is_proved_in_several_pieces_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, seen, before = blocked.statistics, [], (blocked.TILE_ROWS, blocked.TILE_COLUMNS)
+
+    def statistics(problem: Any, **keywords: Any) -> Any:
+        seen.append((len(problem.rows) > 2 * blocked.TILE_ROWS, len(problem.columns) > 2 * blocked.TILE_COLUMNS))
+        return right(problem, **keywords)
+
+    monkeypatch.setattr(blocked, "statistics", statistics)
+    names = [difference.what for difference in kernel_part(CPU, 20, CONTRASTS).compare()]
+    assert seen and all(rows and columns for rows, columns in seen)
+    assert (blocked.TILE_ROWS, blocked.TILE_COLUMNS) == before
+    for similarity, precision in CONTRASTS:
+        assert f"pairwise sigmoid, gradient of scale of {similarity} in {precision}" in names
 
 
 def wrong_gradients(**factors: float) -> Any:
@@ -52,13 +70,13 @@ def wrong_gradients(**factors: float) -> Any:
 def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(blocked, "gradients", wrong_gradients(**{name: 1.05}))
     with pytest.raises(ConfigError, match=r"kernel of Gaussian.* wrong .*InfoNCE.*--set engine\.kernel=pytorch"):
-        prove([kernel_part(CPU, 20)], World())
+        prove([kernel_part(CPU, 20, CONTRASTS)], World())
 
 
 def test_a_kernel_that_leaves_nan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked, "gradients", wrong_gradients(rows=float("nan")))
     with pytest.raises(ConfigError, match=r"is off by nan"):
-        prove([kernel_part(CPU, 20)], World())
+        prove([kernel_part(CPU, 20, CONTRASTS)], World())
 
 
 @pytest.mark.parametrize("wrong", ["value", "mask", "gradient"])
