@@ -27,7 +27,7 @@ from tests.kernels.kernel_parity import on, problem
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-STACK_BYTES = {"fp32": 16}  # of a precision that is for checks and uses no tensor cores; of all others 0
+STACK_BYTES = {"fp32": 16}  # without tensor cores products need more registers; of all others 0
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 ROWS, COLUMNS, K = 300, 200, 1024
 
@@ -46,8 +46,10 @@ class Launch:
         return " ".join([self.kernel.__name__, *named])
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, architecture: int, precision: Precision) -> list[Launch]:
-    """All that the sweeps start, once each."""
+def launches(
+    monkeypatch: pytest.MonkeyPatch, architecture: int, precision: Precision, taught_in: Precision
+) -> list[Launch]:
+    """All that the sweeps start, once each, with a teacher of its own precision."""
     found: dict[str, Launch] = {}
 
     def record(called: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -62,7 +64,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, architecture: int, precision: Prec
         one = on("cpu", problem(ROWS, COLUMNS, K, precision=precision, groups=groups))
         shifts = {"row_shift": one.row_bias, "column_shift": one.column_bias}
         targets = {"row_target": one.row_bias, "column_target": one.column_bias}
-        for teacher in (None, Teacher(problem=one, **shifts)):
+        other = on("cpu", problem(ROWS, COLUMNS, K, precision=taught_in, groups=groups))
+        for teacher in (None, Teacher(problem=other, **shifts)):
             kernel.statistics(one, teacher=teacher)
             kernel.gradients(one, **shifts, **targets, teacher=teacher)
         kernel.sigmoid_statistics(one, bias)
@@ -106,9 +109,15 @@ def faults(launch: Launch, architecture: int, cubin: Path, stack_bytes: int = 0)
 
 
 def check(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, architecture: int, precision: Precision, names: set[str] | None
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    architecture: int,
+    precision: Precision,
+    names: set[str] | None,
+    taught_in: Precision | None = None,
 ) -> None:
-    chosen = [each for each in launches(monkeypatch, architecture, precision) if names is None or each.name in names]
+    every = launches(monkeypatch, architecture, precision, taught_in or precision)
+    chosen = [each for each in every if names is None or each.name in names]
     assert len(chosen) == (18 + 2 if names is None else len(names)), [each.name for each in chosen]
     cubin, stack_bytes = folder / "kernel.cubin", STACK_BYTES.get(precision, 0)
     found = [fault for launch in chosen for fault in faults(launch, architecture, cubin, stack_bytes)]
@@ -122,6 +131,16 @@ def test_default_precision_on_hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 @pytest.mark.parametrize("architecture", [80, 100])
 def test_a_contrast_alone_on_its_neighbours(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     check(monkeypatch, tmp_path, architecture, "bf16", {"_statistics", "_times_strip", "_times_strip TRANSPOSED"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TENSOR_CORES)
+@pytest.mark.parametrize(("precision", "taught_in"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_teacher_of_another_precision(
+    precision: Precision, taught_in: Precision, architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = {f"{name} TEACHER" for name in ("_statistics", "_seed", "_statistics GROUPED", "_seed GROUPED")}
+    check(monkeypatch, tmp_path, architecture, precision, names, taught_in)
 
 
 @pytest.mark.slow
