@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from shards import keyed
 from shards.errors import ConfigError, DataError
+from shards.reports.lexicon.diseases import DISEASES
 
 Exist = Literal["yes", "no", "unsure"]
 Verdict = Literal["present", "absent", "uncertain"]
@@ -84,66 +85,6 @@ def parse(data: Mapping[str, Any]) -> StructuredReport:
         known = {*StructuredReport.model_fields, *Item.model_fields, *Observation.model_fields}
         place = ".".join(str(part) if isinstance(part, int) or part in known else "?" for part in fault["loc"])
         raise DataError(f"structured report: {fault['type']} at {place or 'its top'}; see shards/README.md") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Disease:
-    """What is known of a disease before any patient: `name` in words, with its article in `one`."""
-
-    name: str
-    one: str
-    definition: str
-    appearance: str
-
-
-DISEASES: dict[str, Disease] = {
-    "atelectasis": Disease(
-        name="atelectasis", one="atelectasis",
-        definition="Atelectasis is lung that has lost its air and shrunk.",
-        appearance="It shows as a dense line or band, most often at the lung bases, with a raised hemidiaphragm or a "
-        "shift of fissures and mediastinum towards it.",
-    ),
-    "cardiomegaly": Disease(
-        name="cardiomegaly", one="cardiomegaly",
-        definition="Cardiomegaly is a heart that is larger than normal.",
-        appearance="The cardiac silhouette is wider than half of the thorax; look at both heart borders above the "
-        "diaphragm.",
-    ),
-    "consolidation": Disease(
-        name="consolidation", one="consolidation",
-        definition="Consolidation is lung whose air spaces are filled with fluid, pus or cells.",
-        appearance="It shows as a cloudy white area with blurred borders in any lung zone, which hides vessels and may "
-        "hold air-filled bronchi.",
-    ),
-    "edema": Disease(
-        name="pulmonary edema", one="pulmonary edema",
-        definition="Pulmonary edema is fluid that has leaked from the vessels into the tissue and air of the lungs.",
-        appearance="It shows as haze around both hila, blurred vessels and short horizontal lines at the lower chest "
-        "wall.",
-    ),
-    "effusion": Disease(
-        name="pleural effusion", one="a pleural effusion",
-        definition="A pleural effusion is fluid between the lung and the chest wall.",
-        appearance="It blunts the costophrenic angle; larger ones hide the hemidiaphragm and end in a curve that rises "
-        "along the chest wall.",
-    ),
-    "hernia": Disease(
-        name="hiatal hernia", one="a hiatal hernia",
-        definition="A hiatal hernia is a part of the stomach that has slipped through the diaphragm into the chest.",
-        appearance="It shows as a round shadow behind the heart, often with an air-fluid level.",
-    ),
-    "nodule": Disease(
-        name="pulmonary nodule", one="a pulmonary nodule",
-        definition="A pulmonary nodule is a rounded lesion of the lung of at most three centimetres.",
-        appearance="It shows as a round white spot with a visible border in any lung zone; compare both sides so as "
-        "not to take a nipple for one.",
-    ),
-    "pneumothorax": Disease(
-        name="pneumothorax", one="a pneumothorax",
-        definition="A pneumothorax is free air between the lung and the chest wall.",
-        appearance="It shows as a thin white pleural line, most often at the apex, with no lung markings beyond it.",
-    ),
-}  # fmt: skip
 
 
 def source_text(sections: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from shards import keyed
 from shards.errors import ConfigError, DataError
 from shards.ingest.phantom_chest import _report, split_seed
 from shards.ingest.phantom_chest_degrade import draw_degradation
@@ -140,11 +141,19 @@ def test_bad_observations(bad: dict[str, Any]) -> None:
 
 
 def test_tables_cover_the_labels_and_say_nothing_of_a_patient() -> None:
-    assert set(LABELS) <= set(DISEASES)
+    assert tuple(DISEASES)[: len(LABELS)] == LABELS and len(DISEASES) >= 30
+    assert len({disease.definition for disease in DISEASES.values()}) == len(DISEASES)
     for disease in DISEASES.values():
+        assert disease.name in disease.one
         for text in (disease.definition, disease.appearance):
             assert text.endswith(".")
             assert not re.search(r"\b(left|right)\b", text), "one side would be one patient's"
+
+
+def test_words_of_the_phantoms_diseases_do_not_change() -> None:
+    """They stand in packed phantoms, whose bytes are compared."""
+    words = repr([(name, DISEASES[name].definition, DISEASES[name].appearance) for name in sorted(LABELS)])
+    assert keyed.text_key(words) == 6305170718567581905, "make a new phantom instead"
 
 
 def test_phantoms_reports_tell_what_their_words_tell() -> None:
