@@ -1,0 +1,195 @@
+"""The parts of a report by their headings, English and French, under one set of English names.
+
+A heading stands at the start of a line or of a sentence. Sections lie one behind the other and together are the whole
+document, headings included; what a section says is its `body`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from shards.reports.language import Span
+
+SectionName = Literal["header", "history", "indication", "technique", "comparison", "findings", "impression", "other"]
+SECTION_NAMES: tuple[SectionName, ...] = get_args(SectionName)
+
+_HEADINGS: dict[SectionName, tuple[str, ...]] = {
+    "history": (
+        "clinical history", "past medical history", "medical history", "surgical history", "patient history",
+        "history of present illness", "history", "antécédents", "antécédent", "histoire de la maladie",
+        "antécédents médicaux", "antécédents chirurgicaux",
+    ),
+    "indication": (
+        "indication", "indications", "clinical indication", "clinical information", "clinical data",
+        "clinical details", "clinical question", "clinical context", "reason for exam", "reason for examination",
+        "reason for study", "reason for this examination", "reason for the exam", "reason for test",
+        "indication clinique", "indication de l'examen", "motif", "motif de l'examen", "motif de la demande",
+        "renseignements cliniques", "renseignement clinique", "données cliniques", "contexte clinique", "contexte",
+        "question posée",
+    ),
+    "technique": (
+        "technique", "techniques", "procedure", "protocol", "exam", "examination", "type of exam", "study", "method",
+        "technical information", "technical quality", "technique d'examen", "protocole", "modalités", "incidences",
+        "examen", "examen réalisé", "type d'examen", "procédure", "réalisation", "technique de l'examen",
+    ),
+    "comparison": (
+        "comparison", "comparisons", "comparison study", "comparison studies", "prior studies", "prior study",
+        "comparaison", "comparatif", "examens antérieurs", "examen antérieur", "examen de référence",
+        "examens de comparaison", "étude comparative",
+    ),
+    "findings": (
+        "findings", "finding", "observations", "description", "report", "radiological findings", "imaging findings",
+        "radiographic findings", "résultats", "résultat", "constatations", "observation", "interprétation", "analyse",
+        "compte rendu", "compte-rendu", "description des lésions",
+    ),
+    "impression": (
+        "impression", "impressions", "conclusion", "conclusions", "opinion", "summary", "diagnosis",
+        "final diagnosis", "assessment", "impression and recommendation", "impression and recommendations",
+        "findings and impression", "synthèse", "au total", "en conclusion", "avis", "diagnostic",
+        "conclusion et recommandations",
+    ),
+    "other": (
+        "recommendation", "recommendations", "recommandations", "recommandation", "notification", "addendum",
+        "signature", "signed by", "electronically signed by", "dictated by", "transcribed by", "read by",
+        "reviewed by", "validé par", "signé par", "rédigé par", "dicté par", "signé électroniquement par",
+        "conduite à tenir",
+    ),
+}  # fmt: skip
+# Openings of a summary that need no colon, and closings of a letter, which are no finding.
+_SUMMARY_OPENINGS = ("in conclusion", "in summary", "en conclusion", "au total", "en résumé", "en synthèse")
+_CLOSINGS = (
+    "electronically signed", "dictated by", "transcribed by", "reviewed by", "signed by", "bien confraternellement",
+    "confraternellement", "bien cordialement", "cordialement", "sincerely", "validé", "signé", "dicté",
+)  # fmt: skip
+
+_FINDINGS_FOLLOW: frozenset[SectionName] = frozenset({"header", "history", "indication", "technique", "comparison"})
+_FOLDED = str.maketrans("àâäçèéêëîïôöùûüœ’", "aaaceeeeiioouuuo'")
+_ACCENTS = {"a": "[aàâ]", "c": "[cç]", "e": "[eéèêë]", "i": "[iîï]", "o": "[oô]", "u": "[uùû]", "'": "['’]"}
+
+
+def _fold(words: str) -> str:
+    """For comparison: accents are often missing, in capitals nearly always."""
+    return words.lower().translate(_FOLDED)
+
+
+def _any_of(phrases: tuple[str, ...]) -> str:
+    """Longest first, with or without accents."""
+    ordered = sorted({_fold(phrase) for phrase in phrases}, key=len, reverse=True)
+    return "|".join("".join(_ACCENTS.get(letter, re.escape(letter)) for letter in phrase) for phrase in ordered)
+
+
+_NAMES: dict[str, SectionName] = {_fold(phrase): name for name, phrases in _HEADINGS.items() for phrase in phrases}
+_NAMES |= {_fold(phrase): "impression" for phrase in _SUMMARY_OPENINGS}
+_NAMES |= {_fold(phrase): "other" for phrase in _CLOSINGS}
+_HEADING = re.compile(
+    rf"""
+    (?:(?P<line>^[#*_>•\- ]{{0,6}}(?:\d{{1,2}}[.)/] ?)?)|(?<=[.!?;:\])"»*] ))
+    (?P<words>
+        (?P<heading>{_any_of(tuple(phrase for phrases in _HEADINGS.values() for phrase in phrases))})
+        (?:\ ?\([^()\n]{{0,60}}\)|\ ?[/&]\ ?[^\W\d_]{{3,20}}(?:\ [^\W\d_]{{3,20}})?)?
+        (?P<mark>[*_]{{0,3}}\ ?:[*_]{{0,3}}|[*_]{{0,3}}\.?[*_]{{0,3}}$|\ ?[-–—]\ |\.\ |\ (?=[A-ZÀ-Ý0-9]))
+      | (?P<summary>{_any_of(_SUMMARY_OPENINGS)})\ ?[,:]
+      | (?P<closing>{_any_of(_CLOSINGS)})\b[^\n]*$
+    )
+    """,
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
+_PROSE = re.compile(r"(?:[^\W\d_]+[ ,;'’-]+){3,}[^\W\d_]+ ?\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Characters [start, end) of the document under one heading; `heading` is None where the text has none."""
+
+    name: SectionName
+    start: int
+    end: int
+    heading: Span | None
+
+    @property
+    def body(self) -> Span:
+        """What the section says, after its heading."""
+        return (self.heading[1] if self.heading else self.start), self.end
+
+
+def sections(text: str) -> tuple[Section, ...]:
+    """Sections of a document, in order; together they are all of it. Text with no heading is one "findings"."""
+    if not text:
+        return ()
+    found = [
+        (name, span) for match in _HEADING.finditer(text) if (name := _name(match, text)) and (span := _span(match))
+    ]
+    if not found:
+        return (Section(name="findings", start=0, end=len(text), heading=None),)
+    ends = [span[0] for _, span in found[1:]] + [len(text)]
+    parts = [
+        Section(name=name, start=span[0], end=end, heading=span) for (name, span), end in zip(found, ends, strict=True)
+    ]
+    if (first := parts[0].start) > 0:
+        parts.insert(0, Section(name="header", start=0, end=first, heading=None))
+    if not any(part.name == "findings" for part in parts):
+        parts = _with_unnamed_findings(text, parts)
+    return tuple(parts)
+
+
+def _span(match: re.Match[str]) -> Span:
+    """The heading with its number, colon and marks; a closing is all content, so only the place where it starts."""
+    start = match.start("line") if match["line"] is not None else match.start("words")
+    return (start, start) if match["closing"] else (start, match.end())
+
+
+def _name(match: re.Match[str], text: str) -> SectionName | None:
+    """Whether these words are a heading here: prose may start with each of them ("Impression of a mass", "Study was
+    limited"), so that, short of a colon or a line of its own, capitals or the start of a line must speak for it."""
+    at_line_start = match["line"] is not None
+    if match["closing"]:
+        return "other" if at_line_start else None
+    if match["summary"]:
+        return "impression"
+    heading, mark = match["heading"], match["mark"]
+    capital = heading[0].isupper()
+    if ":" in mark:
+        accepted = at_line_start or capital
+    elif not mark.strip():
+        alone = match.end() == len(text) or text[match.end()] == "\n"
+        following = text[match.end() : match.end() + 1]
+        accepted = (
+            (at_line_start and capital)
+            if alone
+            else heading.isupper() and _mixed_case(text, match.end()) and (following.isupper() or following.isdigit())
+        )
+    else:
+        accepted = at_line_start and capital
+    return _NAMES[_fold(heading)] if accepted else None
+
+
+def _mixed_case(text: str, start: int) -> bool:
+    """Whether the line goes on in small letters; in a line all in capitals they single out nothing."""
+    end = text.find("\n", start)
+    return any(letter.islower() for letter in text[start : min(start + 200, end if end >= 0 else len(text))])
+
+
+def _with_unnamed_findings(text: str, parts: list[Section]) -> list[Section]:
+    """Findings without heading: prose before the first heading, or the paragraphs after the first one of the last
+    section before the impression ("TECHNIQUE: two views.", empty line, the findings, "IMPRESSION: ...")."""
+    before = 0
+    while before < len(parts) and parts[before].name in _FINDINGS_FOLLOW:
+        before += 1
+    if before == 0:
+        return parts
+    last = parts[before - 1]
+    gap = text.find("\n\n", last.body[0] if last.heading else last.start, last.end)
+    if last.heading is not None and gap >= 0 and _PROSE.search(text, gap, last.end):
+        start = gap + 2
+        kept = replace(last, end=start)
+        return [
+            *parts[: before - 1],
+            kept,
+            Section(name="findings", start=start, end=last.end, heading=None),
+            *parts[before:],
+        ]
+    if parts[0].name == "header" and _PROSE.search(text, 0, parts[0].end):
+        return [replace(parts[0], name="findings"), *parts[1:]]
+    return parts
