@@ -36,6 +36,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "torch.utils.tensorboard": ("core/metrics.py",),
     "pydicom": ("shards/ingest/dicom.py",),
     "triton": ("kernels/",),
+    "openai": ("shards/reports/llm.py",),
     "ray": ("launchers/submit.py", "launchers/ray_pretrain.py", "launchers/ray_data.py"),
     "streaming": (),
     "litdata": (),
