@@ -280,10 +280,10 @@ def _parts_to_prove(config: TrainConfig, device: torch.device) -> list[self_proo
 
 
 def _contrasts(task: object) -> list[tuple[Similarity, Precision]]:
-    """Similarity and precision of each loss over all pairs: as the task's config says, else CLIP's."""
+    """Similarity and precision of each loss over all pairs: as the task's config says, else cosines."""
     chosen = [value for value in vars(task).values() if isinstance(value, GaussianContrast.Config)]
     named = {(each.similarity, each.precision or DEFAULT_PRECISION[each.similarity]) for each in chosen}
-    return sorted(named) or [("cosine", DEFAULT_PRECISION["cosine"])]
+    return sorted(named) or [("cosine", getattr(task, "precision", None) or DEFAULT_PRECISION["cosine"])]
 
 
 def _tokenizer(config: TrainConfig, run_dir: str, folder: Path, world: World) -> Tokenizer | None:

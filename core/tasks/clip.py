@@ -35,7 +35,7 @@ class CLIP(TwoTowerTask):
 
     def objective(self, gathered: Gathered, local: dict[str, Tensor]) -> LossOutput:
         scale = self.logit_scale()
-        shares = contrast.info_nce(gathered, scale=scale)
+        shares = contrast.info_nce(gathered, scale=scale, precision=self.config.precision)
         return LossOutput(
             loss=shares.loss,
             metrics={

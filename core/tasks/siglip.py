@@ -38,7 +38,7 @@ class SigLIP(TwoTowerTask):
 
     def objective(self, gathered: Gathered, local: dict[str, Tensor]) -> LossOutput:
         scale, bias = self.logit_scale(), self.logit_bias()
-        loss = contrast.pairwise_sigmoid(gathered, scale=scale, bias=bias)
+        loss = contrast.pairwise_sigmoid(gathered, scale=scale, bias=bias, precision=self.config.precision)
         return LossOutput(
             loss=loss,
             metrics={

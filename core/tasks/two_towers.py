@@ -10,6 +10,7 @@ from core.models.text import TextEncoder
 from core.models.towers import TwoTowers
 from core.models.vision import VisionEncoder
 from core.tasks import Encoded, Task
+from kernels.gaussian_similarity.expansion import Precision
 from shards.batch import Batch
 
 
@@ -20,11 +21,12 @@ class TwoTowerTask(Task):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """Of the towers."""
+        """Of the towers. `precision`: of the inputs of the product that compares all pairs; None: fp32."""
 
         vision: VisionEncoder.Config
         text: TextEncoder.Config
         embed_dim: int = 512
+        precision: Precision | None = None
 
     def __init__(self, config: TwoTowerTask.Config, *, vocab_size: int | None = None) -> None:
         super().__init__()

@@ -103,6 +103,16 @@ def test_equal_reports_are_no_negatives() -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_the_precision_of_the_product_is_the_recipes(name: str) -> None:
+    losses = []
+    for precision in (None, "fp32", "bf16"):
+        config = replace(build(name).config, precision=precision)
+        losses.append(loss_of(config.build(vocab_size=40, seed=0), batch_of(5, [1, 1, 1, 1, 1])).loss)
+    assert losses[0] == losses[1] != losses[2]
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_embeddings_for_evaluation(name: str) -> None:
     task = build(name)
     batch = batch_of(4, [1, 2, 3, 1])

@@ -196,6 +196,8 @@ def test_a_run_proves_the_fast_paths_that_it_would_take() -> None:
         "decoding on the GPU",
     ]
     assert pretrain._contrasts(config.task) == [("cosine", "fp32")]
+    rounded = schema.apply_overrides(config, ["task.precision=tf32"])
+    assert pretrain._contrasts(rounded.task) == [("cosine", "tf32")]
     of_gaussians = schema.load_recipe("tiny:dmlm").task
     assert pretrain._contrasts(of_gaussians) == [("sampled", "bf16"), ("wasserstein", "bf16")]
     # What a refusal tells users to set leaves the part out, and but for the pixels is no other run.
