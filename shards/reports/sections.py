@@ -7,7 +7,9 @@ document, headings included; what a section says is its `body`.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal, get_args
 
 from shards.reports.language import Span
@@ -52,11 +54,18 @@ _HEADINGS: dict[SectionName, tuple[str, ...]] = {
     ),
     "other": (
         "recommendation", "recommendations", "recommandations", "recommandation", "notification", "addendum",
-        "signature", "signed by", "electronically signed by", "dictated by", "transcribed by", "read by",
-        "reviewed by", "validé par", "signé par", "rédigé par", "dicté par", "signé électroniquement par",
-        "conduite à tenir",
+        "signature", "conduite à tenir",
     ),
 }  # fmt: skip
+# Inside a line these are rather prose with a colon ("Examen: abdomen souple") than the heading of a report's part.
+_AT_LINE_START = frozenset(
+    {
+        "exam", "examination", "study", "report", "method", "procedure", "protocol", "summary", "history",
+        "description", "observation", "observations", "diagnosis", "assessment", "opinion", "examen", "analyse",
+        "avis", "contexte", "motif", "diagnostic", "interpretation", "modalites", "incidences", "realisation",
+        "compte rendu", "compte-rendu", "resultat", "antecedents", "antecedent", "signature", "notification",
+    }
+)  # fmt: skip
 # Openings of a summary that need no colon, and closings of a letter, which are no finding.
 _SUMMARY_OPENINGS = ("in conclusion", "in summary", "en conclusion", "au total", "en résumé", "en synthèse")
 _CLOSINGS = (
@@ -83,20 +92,26 @@ def _any_of(phrases: tuple[str, ...]) -> str:
 _NAMES: dict[str, SectionName] = {_fold(phrase): name for name, phrases in _HEADINGS.items() for phrase in phrases}
 _NAMES |= {_fold(phrase): "impression" for phrase in _SUMMARY_OPENINGS}
 _NAMES |= {_fold(phrase): "other" for phrase in _CLOSINGS}
+# Where a heading may stand: at the start of a line, behind a mark or number, or with a capital at that of a sentence.
+# Looking there first, and at the first word, keeps the long alternation below away from most of the text.
+_LEAD = r"(?P<lead>[#*_>•\- ]{0,6}(?:\d{1,2}[.)/] ?)?)"
+_FIRST_PLACE = re.compile(_LEAD)
+_PLACE = re.compile(rf"[.!?;:\])\"»*\n](?:(?<=\n)\n*{_LEAD}|(?<!\n) (?=[A-ZÀ-Ý]))")
+_FIRST_WORDS = frozenset(re.split("[ '-]", phrase)[0] for phrase in _NAMES)
+_FIRST_WORD = re.compile(r"[^\W\d_]+")
 _HEADING = re.compile(
     rf"""
-    (?:(?P<line>^[#*_>•\- ]{{0,6}}(?:\d{{1,2}}[.)/] ?)?)|(?<=[.!?;:\])"»*] ))
     (?P<words>
         (?P<heading>{_any_of(tuple(phrase for phrases in _HEADINGS.values() for phrase in phrases))})
         (?:\ ?\([^()\n]{{0,60}}\)|\ ?[/&]\ ?[^\W\d_]{{3,20}}(?:\ [^\W\d_]{{3,20}})?)?
-        (?P<mark>[*_]{{0,3}}\ ?:[*_]{{0,3}}|[*_]{{0,3}}\.?[*_]{{0,3}}$|\ ?[-–—]\ |\.\ |\ (?=[A-ZÀ-Ý0-9]))
+        (?P<mark>[*_]{{0,3}}\ ?:[*_]{{0,3}}|[*_]{{0,3}}\.?[*_]{{0,3}}$|\ ?[-–—]\ |\.\ |\ (?-i:(?=[A-ZÀ-Ý0-9])))
       | (?P<summary>{_any_of(_SUMMARY_OPENINGS)})\ ?[,:]
       | (?P<closing>{_any_of(_CLOSINGS)})\b[^\n]*$
     )
     """,
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
-_PROSE = re.compile(r"(?:[^\W\d_]+[ ,;'’-]+){3,}[^\W\d_]+ ?\.")
+_PROSE = re.compile(r"(?:[^\W\d_]+[ ,;'’-]+){3,12}[^\W\d_]+ ?\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +133,7 @@ def sections(text: str) -> tuple[Section, ...]:
     """Sections of a document, in order; together they are all of it. Text with no heading is one "findings"."""
     if not text:
         return ()
-    found = [
-        (name, span) for match in _HEADING.finditer(text) if (name := _name(match, text)) and (span := _span(match))
-    ]
+    found = list(_headings(text))
     if not found:
         return (Section(name="findings", start=0, end=len(text), heading=None),)
     ends = [span[0] for _, span in found[1:]] + [len(text)]
@@ -134,34 +147,38 @@ def sections(text: str) -> tuple[Section, ...]:
     return tuple(parts)
 
 
-def _span(match: re.Match[str]) -> Span:
-    """The heading with its number, colon and marks; a closing is all content, so only the place where it starts."""
-    start = match.start("line") if match["line"] is not None else match.start("words")
-    return (start, start) if match["closing"] else (start, match.end())
+def _headings(text: str) -> Iterator[tuple[SectionName, Span]]:
+    """Names and spans, each with its number, colon and marks."""
+    done = 0
+    first = _FIRST_PLACE.match(text)
+    assert first is not None
+    for place in chain([first], _PLACE.finditer(text)):
+        if place.start() < done or not (word := _FIRST_WORD.match(text, place.end())):
+            continue
+        if _fold(word[0]) not in _FIRST_WORDS or not (match := _HEADING.match(text, place.end())):
+            continue
+        at_line_start = place["lead"] is not None
+        if name := _name(text, match, at_line_start):
+            start = place.start("lead") if at_line_start else match.start()
+            done = start if match["closing"] else match.end()  # a closing is content from its first word
+            yield name, (start, done)
 
 
-def _name(match: re.Match[str], text: str) -> SectionName | None:
+def _name(text: str, match: re.Match[str], at_line_start: bool) -> SectionName | None:
     """Whether these words are a heading here: prose may start with each of them ("Impression of a mass", "Study was
     limited"), so that, short of a colon or a line of its own, capitals or the start of a line must speak for it."""
-    at_line_start = match["line"] is not None
     if match["closing"]:
         return "other" if at_line_start else None
-    if match["summary"]:
-        return "impression"
+    if match["summary"]:  # inside a line only where it is the shorter part; what comes before a summary is longer
+        return "impression" if at_line_start or match.start() > len(text) / 2 else None
     heading, mark = match["heading"], match["mark"]
     capital = heading[0].isupper()
-    if ":" in mark:
-        accepted = at_line_start or capital
-    elif not mark.strip():
-        alone = match.end() == len(text) or text[match.end()] == "\n"
-        following = text[match.end() : match.end() + 1]
-        accepted = (
-            (at_line_start and capital)
-            if alone
-            else heading.isupper() and _mixed_case(text, match.end()) and (following.isupper() or following.isdigit())
-        )
-    else:
-        accepted = at_line_start and capital
+    if not at_line_start and (not capital or _fold(heading) in _AT_LINE_START):
+        return None
+    if mark == " ":
+        accepted = heading.isupper() and _mixed_case(text, match.end())
+    else:  # a colon; else a line of its own, a dash or a stop
+        accepted = ":" in mark or (at_line_start and capital)
     return _NAMES[_fold(heading)] if accepted else None
 
 

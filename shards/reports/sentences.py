@@ -11,6 +11,7 @@ import re
 from shards.reports.language import Language, Span
 
 MAX_BRACKET = 200  # characters; an opening bracket without its end within these was never closed
+MAX_QUOTATION = 500
 MAX_TOKEN = 40  # characters looked at before a stop
 MIN_WRAP_WIDTH = 40  # characters; shorter lines are a list, not wrapped prose
 
@@ -19,7 +20,7 @@ _TITLES = frozenset(
     {
         "dr", "drs", "pr", "prof", "mr", "mrs", "mme", "mmes", "mlle", "mlles", "st", "ste", "me", "cf", "vs", "e.g",
         "i.e", "eg", "ie", "viz", "ca", "approx", "env", "n°", "nr", "fig", "figs", "ref", "réf", "tel", "tél",
-        "dept", "resp", "incl", "excl",
+        "dept", "assist", "assoc", "resp", "incl", "excl",
     }
 )  # fmt: skip
 # After these it goes on before a small letter or a figure, and ends before a capital.
@@ -54,23 +55,23 @@ _CONNECTING = frozenset(
         "the", "a", "an", "of", "in", "on", "at", "with", "without", "and", "or", "to", "for", "from", "by", "is",
         "are", "was", "were", "than", "no", "measuring", "le", "la", "les", "l'", "un", "une", "de", "du", "des",
         "d'", "et", "ou", "à", "au", "aux", "en", "dans", "avec", "sans", "sur", "sous", "par", "pour", "est", "sont",
-        "mesurant",
+        "mesurant", "dr", "pr", "prof", "mr", "mrs", "mme",
     }
 )  # fmt: skip
 
-_CANDIDATE = re.compile(
-    r"""(?P<stop>[.!?…]+)[)\]"'»”’]*\.?(?=\s|$|(?P<joined>[A-ZÀ-Ý][A-Za-zÀ-ÿ' ]))
-      | (?P<lines>\n+)
-      | (?P<number>\d+)[.)](?=\s|$)""",
-    re.VERBOSE,
-)
+# One class of characters first, which the regular expression engine scans for at the speed of C.
+_CANDIDATE = re.compile(r"""[.!?…)\n•·▪◦●■►"][.!?…)\]"'»”’]*""")
+_SEPARATORS = '•·▪◦●■►"'  # between blanks; a quotation mark there is what some exports make of a bullet
+_CLOSERS = ")]\"'»”’"
+_JOINED = re.compile(r"[A-ZÀ-Ý][A-Za-zÀ-ÿ' ]")  # "clear.No effusion": the blank was forgotten
+_OPENERS = "([\"“«'’/"
 # What may stand before a sentence: white space, stray punctuation, a bullet, a number or a letter of a list.
 _MARK = re.compile(
-    r"""\s+ | [,;:|]+(?=\s|$) | ["”»'’]+(?=\s) | [-–—•*·▪◦●■►→>+#_]+(?=\s|$) | [•▪◦●■►]
-      | \(?(?P<number>\d{1,2})(?:[.)/]|\ ?-)(?=\s+[^\d\s]) | \(?[a-hA-H]\)(?=\s)""",
+    r"""\s+ | [,;:|¦]+(?=\s|$) | o(?=\s+[A-ZÀ-Ý\d(]) | ["”»'’]+(?=\s) | [-–—•*·▪◦●■►→>+#_]+(?=\s|$) | [•▪◦●■►]
+      | \(?(?P<number>\d{1,2})(?:[.)/]|\ ?-)(?=\s+[^\d\s]|\s*$) | \(?[a-hA-H]\)(?=\s)""",
     re.VERBOSE,
 )
-_LIST_ITEM = re.compile(r"[-–—•*·▪◦●■►→>+]+\s|[•▪◦●■►]|\(?\d{1,2}[.)/]\s|\(?[a-hA-H]\)\s")
+_LIST_ITEM = re.compile(r"[|¦]|o\s+[A-ZÀ-Ý\d(]|[-–—•*·▪◦●■►→>+]+\s|[•▪◦●■►]|\(?\d{1,2}[.)/]\s|\(?[a-hA-H]\)\s")
 _BLANK_DECIMAL = re.compile(r"\s\d{1,2} ?(?:mm|cm|m|ml|cc|%|x)\b")  # "1. 5 cm", as OCR and dictation leave it
 _INITIALS = re.compile(r"(?:[A-ZÀ-Ý][.-])*[A-ZÀ-Ý]$")
 _NEXT_WORD = re.compile(r"\s*([^\W\d_]+)")
@@ -94,15 +95,19 @@ class _Splitter:
     def split(self) -> list[Span]:
         self.begin = self._after_marks(self.start)
         for match in _CANDIDATE.finditer(self.text, self.start, self.end):
-            if match.start() < self.begin:
+            start, end = match.span()
+            if start < self.begin:
                 continue
-            if match["lines"]:
-                if self._line_ends(match):
-                    self._cut(match.start(), match.end())
-            elif match["number"] and self._starts_item(match):
-                self._cut(match.start(), match.start())
-            elif self._stop_ends(match):
-                self._cut(match.end(), match.end())
+            if self.text[start] == "\n":
+                if self._line_ends(start):
+                    self._cut(start, start)
+            elif self.text[start] in _SEPARATORS:
+                if end - start == 1 and self._separates(start):
+                    self._cut(start if self.text[start - 1].isspace() else end, end)
+            elif (number := self._number_before(start)) is not None:
+                self._cut(number, number)
+            elif self._stop_ends(start, end):
+                self._cut(end, end)
         self._cut(self.end, self.end)
         return self.spans
 
@@ -121,53 +126,86 @@ class _Splitter:
             position = mark.end()
         return position
 
-    def _starts_item(self, match: re.Match[str]) -> bool:
-        """ "1. Clear lungs 2. Normal heart": the next number of a list, with no stop before it."""
-        number, before = int(match["number"][:3]), self.text[: match.start()][-2:]
-        return before[-1:].isspace() and (number == self.number + 1 if self.number else number == 1 and ":" in before)
+    def _separates(self, mark: int) -> bool:
+        """A bullet within a line, or a quotation mark that no other opened or closes, before a capital or a figure."""
+        text = self.text
+        if not text[mark + 1 : mark + 2].isspace():
+            return False
+        following = _following(text, mark + 1, self.end)
+        if not (following.isupper() or following.isdecimal()):
+            return False
+        if text[mark] == '"':
+            return text.rfind('"', max(self.begin, mark - MAX_QUOTATION), mark) < 0
+        return text[mark - 1].isspace()
 
-    def _stop_ends(self, match: re.Match[str]) -> bool:
-        text, position = self.text, match.end()
-        stop = match.start("stop") if match["stop"] else match.end("number")
-        token_start = max(self.begin, stop - MAX_TOKEN)
-        token = re.split(r"[\s(\[\"“«'’/]", text[token_start:stop])[-1]
-        following = _following(text, position, self.end)
+    def _number_before(self, stop: int) -> int | None:
+        """Where the number stands, if the stop ends the next number of a list: "1. Clear lungs 2. Normal heart"."""
+        text, start = self.text, stop
+        while stop - start < 3 and text[start - 1 : start].isdecimal():
+            start -= 1
+        if start == stop or not text[start - 1 : start].isspace() or not text[stop + 1 : stop + 2].isspace():
+            return None
+        expected = self.number + 1 if self.number or text[start - 2 : start - 1] == ":" else 0
+        return start if int(text[start:stop]) == expected else None
+
+    def _stop_ends(self, start: int, end: int) -> bool:
+        """Whether the stops and closing marks in [start, end) end the open sentence."""
+        text = self.text
+        if end >= self.end:
+            return True
+        spaced = text[end].isspace()
+        stops = text[start:end].strip(_CLOSERS)
+        if not stops or not (spaced or _JOINED.match(text, end)):
+            return False
+        following = _following(text, end, self.end)
         if not following:
             return True
-        if self._in_bracket(position):
+        if following in ",;:)]" or self._in_bracket(end):
             return False
-        mark = match["stop"] or text[stop]
-        if mark == ")" or following in ",;:)]":
-            return False
-        if mark[0] in "?!":
-            return not (following.islower() and not token)
-        if len(mark) > 1 or mark == "…":
+        if stops != ".":
             return not following.islower()
-        word = token.lower()
-        if word in _TITLES or (token in ("M", "MM") and following.isupper()):
+        if text[start] != ".":  # after a bracket or quotation, which is no shortened word
+            return True
+        token_start = max(self.begin, start - MAX_TOKEN)
+        if text[start - 1].isspace():  # "normal . Heart" ends, "name @ site . com" and "08 . 04 . 1941" do not
+            return not following.islower() and not (following.isdecimal() and text[start - 2].isdecimal())
+        token = text[token_start:start].rsplit(None, 1)[-1:]
+        return self._word_ends(token[0].lstrip(_OPENERS) if token else "", following, end, spaced)
+
+    def _word_ends(self, word: str, following: str, end: int, spaced: bool) -> bool:
+        """Whether a single stop after `word` ends the sentence, or only shortens the word or follows a number."""
+        lowered = word.lower()
+        if lowered in _TITLES or (word in ("M", "MM") and following.isupper()):
             return False
-        if match["joined"] and len(token) < 3:
-            return False
-        if word in self.shortened:
+        if lowered in self.shortened:
             return following.isupper()
-        if _INITIALS.match(token):
-            next_word = _NEXT_WORD.match(text, position)
-            return not (following.isdigit() or (next_word and next_word[1].lower() not in _STARTERS))
-        if token.isdigit() and len(token) < 4 and _BLANK_DECIMAL.match(text, position):
+        if _INITIALS.fullmatch(word):
+            next_word = _NEXT_WORD.match(self.text, end)
+            return spaced and not following.isdecimal() and (next_word is None or next_word[1].lower() in _STARTERS)
+        if not spaced:
+            long_enough = len(word) > (3 if self.text[end + 1 : end + 2].isupper() else 2)
+            return long_enough and word.isalpha() and "@" not in self.text[end : end + MAX_TOKEN].split(None, 1)[0]
+        if word.isdecimal() and len(word) < 4 and _BLANK_DECIMAL.match(self.text, end):
             return False
-        return not following.islower() or len(token) > 3 or not token.isalpha()
+        return not following.islower() or len(word) > 3 or not word.isalpha()
 
     def _in_bracket(self, position: int) -> bool:
         begin = max(self.begin, position - MAX_BRACKET)
         opened = self.text.rfind("(", begin, position)
         if opened < 0 or self.text.find(")", opened, position) >= 0:
             return False
-        return self.text.find(")", position, min(opened + MAX_BRACKET, self.end)) >= 0
+        closed = self.text.find(")", position, min(opened + MAX_BRACKET, self.end))
+        return closed >= 0 and self.text.find("(", position, closed) < 0
 
-    def _line_ends(self, match: re.Match[str]) -> bool:
+    def _line_ends(self, stop: int) -> bool:
         """Whether the line end is meant; prose wrapped at a width breaks only where the next word had no room."""
-        text, stop, following = self.text, match.start(), match.end()
-        if following - stop > 1 or following >= self.end or text[stop - 1] == ":" or _LIST_ITEM.match(text, following):
+        text, following = self.text, stop + 1
+        if (
+            following >= self.end
+            or text[following] == "\n"
+            or text[stop - 1] == ":"
+            or _LIST_ITEM.match(text, following)
+        ):
             return True
         if text[stop - 1] in ".!?…,":  # a stop that ends a sentence was taken before
             return False

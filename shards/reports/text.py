@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import ftfy
-
 from shards.errors import DataError
 
 MAX_SIZE = 5_000_000  # bytes or characters; a long CT report has 10,000
@@ -39,18 +37,22 @@ BYTE_ORDER_MARKS = (
 )
 # Windows, DOS and old Macintosh exports. They differ in where the accents are, so the accents tell which it was.
 OLD_CHARSETS = ("cp1252", "cp850", "mac_roman")
-ACCENTED_LETTERS = frozenset("àâäçèéêëîïôöùûüœßÀÂÄÇÈÉÊËÎÏÔÖÙÛÜŒ")
+# How much a letter speaks for its charset: small ones and é most.
+LETTER_WEIGHTS = dict.fromkeys("ÀÂÄÇÈÉÊËÎÏÔÖÙÛÜŒâäëïöûüœß", 1) | dict.fromkeys("àèêçîôù", 2) | {"é": 4}
 
 _UTF8_SEQUENCE = re.compile(
     rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}|([\x80-\xff])"
 )
-_MOJIBAKE = re.compile(
-    r"[\u00c2-\u00c5\u00cb\u00ce\u00cf\u00e2][\u0080-\u00bf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]"
-)
+# UTF-8 read as cp1252 (or latin-1): the lead byte of an accented letter, a sign or a typographic mark with the bytes
+# after it. Leads of other alphabets are left out: "É”" is a French quotation more often than a broken letter.
+_BYTE_OF = {bytes([byte]).decode("cp1252", "ignore") or chr(byte): byte for byte in range(0x80, 0x100)}
+_BYTE_OF |= {chr(byte): byte for byte in range(0x80, 0xC0)}
+_FOLLOWING = "".join(character for character, byte in _BYTE_OF.items() if byte < 0xC0)
+_MOJIBAKE = re.compile(f"[ÂÃÅ][{_FOLLOWING}]|â[{_FOLLOWING}]{{2}}")
 
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x1f\x7f-\x9f]")
 _BROKEN = re.compile(r"[\ud800-\udfff\ufffe\uffff]")
-_LINE_END = re.compile(r"\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]")
+_LINE_END = re.compile(r"\r\n?|[\v\f\x1c-\x1e\u2028\u2029]")
 _SOFT_HYPHEN = re.compile(r"\u00ad\n?")
 _ZERO_WIDTH = re.compile(r"[\u180e\u200b-\u200d\u2060\ufeff]")
 _DIRECTION_MARK = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -58,20 +60,35 @@ _SPACE = re.compile(r"[\t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 _LIGATURES = {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st"}
 _LIGATURE = re.compile("[ﬀ-ﬆ]")
 _SYMBOL_BULLET = re.compile("[\uf0a7\uf0b7\uf0d8\uf0fc]")  # bullets of the Symbol and Wingdings fonts
+# Unicode sorts a run of combining marks in quadratic time; no spelling stacks more than a few on a letter.
+MAX_COMBINING = 8
+_COMBINING = "".join(chr(code) for code in range(0x300, 0x1F000) if unicodedata.combining(chr(code)))
+_SURPLUS = re.compile(rf"(?<=[{_COMBINING}]{{{MAX_COMBINING}}})[{_COMBINING}]+")
 _UNUSUAL = re.compile(r"[^\n\x20-\x7e\u00a1-\u00ac\u00ae-\u017f\u2010-\u2027\u2030-\u205e\u2070-\u2fff]")
 
-# Only names of HTML: "<5 mm" and "<patient>" stay.
-_BLOCK = (
-    "address|article|blockquote|body|br|caption|center|dd|div|dl|dt|h[1-6]|head|hr|html|li|ol|p|pre|section|table|tbody"
-    "|tfoot|thead|title|tr|ul"
+# By what they leave between the words around them: a line end at either tag, at the opening one, a blank, nothing. Only
+# names of HTML: "<5 mm" and "<patient>" stay.
+_BLOCKS = frozenset(
+    {
+        "address", "article", "blockquote", "body", "caption", "center", "div", "dl", "h1", "h2", "h3", "h4", "h5",
+        "h6", "head", "header", "footer", "html", "main", "ol", "p", "pre", "section", "table", "tbody", "tfoot",
+        "thead", "title", "ul", "!doctype", "?xml",
+    }
+)  # fmt: skip
+_LINES = frozenset({"br", "dd", "dt", "hr", "li", "tr"})
+_CELLS = frozenset({"td", "th", "col", "colgroup"})
+_INLINE = frozenset(
+    {
+        "a", "abbr", "acronym", "b", "big", "em", "font", "i", "img", "input", "label", "link", "mark", "meta", "o:p",
+        "s", "small", "span", "strike", "strong", "sub", "sup", "tt", "u",
+    }
+)  # fmt: skip
+_TAG = re.compile(r"</?([!?]?[A-Za-z][A-Za-z0-9:]{0,10})(?:\s[^<>]{0,2000})?/?>")
+_HIDDEN = (
+    (re.compile("<!--"), re.compile("-->")),
+    (re.compile(r"<script\b[^<>]{0,500}>", re.I), re.compile(r"</script\s*>", re.I)),
+    (re.compile(r"<style\b[^<>]{0,500}>", re.I), re.compile(r"</style\s*>", re.I)),
 )
-_INLINE = "a|abbr|acronym|b|big|em|font|i|img|input|label|link|mark|meta|o:p|s|small|span|strike|strong|sub|sup|tt|u"
-_HIDDEN = re.compile(r"<!--.{0,20000}?-->|<(script|style)\b[^<>]{0,500}>.{0,20000}?</\1\s*>", re.I | re.S)
-_BLOCK_TAG = re.compile(
-    rf"</?(?:{_BLOCK})(?:\s[^<>]{{0,2000}})?/?>|<!doctype[^<>]{{0,500}}>|<\?xml[^<>]{{0,500}}>", re.I
-)
-_CELL_TAG = re.compile(r"</?(?:td|th|col|colgroup)(?:\s[^<>]{0,2000})?/?>", re.I)
-_INLINE_TAG = re.compile(rf"</?(?:{_INLINE})(?:\s[^<>]{{0,2000}})?/?>", re.I)
 _ENTITY = re.compile(r"&(?:amp;)*(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 
 
@@ -93,10 +110,13 @@ def clean(raw: bytes | str) -> Cleaned:
         raise DataError(f"report of {len(raw)} {unit} is larger than {MAX_SIZE}; split the file into its reports")
     repairs: Counter[str] = Counter()
     text = _decode(raw, repairs) if isinstance(raw, bytes) else raw
-    _refuse_binary(text)
     if "<" in text or "&" in text:
         text = _without_markup(text, repairs)
+    if not text.isascii():
+        text, count = _MOJIBAKE.subn(_once_decoded, text)
+        _count(repairs, "mojibake", count)
     if _UNUSUAL.search(text):
+        _refuse_binary(text)
         text = _repair_characters(text, repairs)
     if not unicodedata.is_normalized("NFC", text):
         composed = unicodedata.normalize("NFC", text)
@@ -145,7 +165,9 @@ def _decode_old(raw: bytes, repairs: Counter[str]) -> str:
     high = bytes(match[1][0] for match in _UTF8_SEQUENCE.finditer(raw) if match[1])
     if len(high) > MAX_HIGH_BYTE_SHARE * len(raw) and len(raw) > 8:
         raise DataError(f"report of {len(raw)} bytes is binary: {len(high)} of them belong to no text")
-    charset = max(OLD_CHARSETS, key=lambda name: sum(map(ACCENTED_LETTERS.__contains__, high.decode(name, "replace"))))
+    charset = max(
+        OLD_CHARSETS, key=lambda name: sum(LETTER_WEIGHTS.get(letter, 0) for letter in high.decode(name, "replace"))
+    )
     repairs["charset"] += 1
     parts: list[str] = []
     start = 0
@@ -158,32 +180,48 @@ def _decode_old(raw: bytes, repairs: Counter[str]) -> str:
 
 
 def _refuse_binary(text: str) -> None:
-    controls = sum(1 for _ in _CONTROL.finditer(text)) + text.count("\ufffd")
-    if controls > max(MAX_CONTROL_SHARE * len(text), 1):
+    controls = sum(match[0] < "\x80" for match in _CONTROL.finditer(text)) + text.count("\ufffd")
+    if controls > max(MAX_CONTROL_SHARE * len(text), 2):
         raise DataError(f"report of {len(text)} characters is binary: {controls} of them are control characters")
 
 
 def _without_markup(text: str, repairs: Counter[str]) -> str:
+    def left_by(tag: re.Match[str]) -> str:
+        name = tag[1].lower()
+        if name in _BLOCKS or name in _LINES:
+            left = "\n" if name in _BLOCKS or not tag[0].startswith("</") else ""
+        elif name in _CELLS or name in _INLINE:
+            left = " " if name in _CELLS else ""
+        else:
+            return tag[0]
+        repairs["html_tags"] += 1
+        return left
+
+    for opening, closing in _HIDDEN:
+        text = _without_hidden(text, opening, closing, repairs)
     for _ in range(MAX_MARKUP_ROUNDS):  # escaped markup shows only after its entities are read
-        text, hidden = _HIDDEN.subn(" ", text)
-        text, blocks = _BLOCK_TAG.subn("\n", text)
-        text, cells = _CELL_TAG.subn(" ", text)
-        text, inline = _INLINE_TAG.subn("", text)
+        text = _TAG.sub(left_by, text)
         text, entities = _ENTITY.subn(lambda match: html.unescape(f"&{match[1]};"), text)
-        _count(repairs, "html_tags", hidden + blocks + cells + inline)
         _count(repairs, "html_entities", entities)
         if not entities:
             break
     return text
 
 
+def _without_hidden(text: str, opening: re.Pattern[str], closing: re.Pattern[str], repairs: Counter[str]) -> str:
+    """Text without comments or scripts; one that never ends stays, since what follows it may be the report."""
+    kept: list[str] = []
+    start = 0
+    while (first := opening.search(text, start)) and (last := closing.search(text, first.end())):
+        kept.append(text[start : first.start()])
+        start = last.end()
+        repairs["html_tags"] += 1
+    return " ".join([*kept, text[start:]])
+
+
 def _repair_characters(text: str, repairs: Counter[str]) -> str:
     text, count = _LINE_END.subn("\n", text)
     _count(repairs, "line_ends", count)
-    if _MOJIBAKE.search(text):
-        fixed = ftfy.fix_encoding(text)
-        _count(repairs, "mojibake", int(fixed != text))
-        text = fixed
     for kind, pattern, replacement in (
         ("soft_hyphens", _SOFT_HYPHEN, ""),
         ("zero_width", _ZERO_WIDTH, ""),
@@ -191,6 +229,7 @@ def _repair_characters(text: str, repairs: Counter[str]) -> str:
         ("spaces", _SPACE, " "),
         ("bullets", _SYMBOL_BULLET, "•"),
         ("broken", _BROKEN, "\ufffd"),
+        ("surplus_marks", _SURPLUS, ""),
     ):
         text, count = pattern.subn(replacement, text)
         _count(repairs, kind, count)
@@ -199,6 +238,10 @@ def _repair_characters(text: str, repairs: Counter[str]) -> str:
     text, count = _LIGATURE.subn(lambda match: _LIGATURES[match[0]], text)
     _count(repairs, "ligatures", count)
     return text
+
+
+def _once_decoded(match: re.Match[str]) -> str:
+    return bytes(_BYTE_OF[character] for character in match[0]).decode("utf-8", "replace")
 
 
 def _windows_character(match: re.Match[str]) -> str:

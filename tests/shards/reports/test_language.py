@@ -1,0 +1,45 @@
+"""Language of a report, short ones and ones in two languages, and of neighbours that are neither."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards.reports.language import detect, languages_of
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("The heart is normal in size. No pleural effusion.", "en"),
+        ("No active disease.", "en"),
+        ("NORMAL CHEST", "en"),
+        ("Stable XXXX opacity of the XXXX lobe.", "en"),
+        ("Pas d'épanchement pleural. Silhouette cardiaque de taille normale.", "fr"),
+        ("PAS DE FRACTURE VISIBLE SUR LES INCIDENCES REALISEES", "fr"),
+        ("Cardiomégalie.", "fr"),
+        ("Radiographie du thorax face", "fr"),
+        ("Geen pleuravocht. Het hart is niet vergroot, normale longen.", "unknown"),
+        ("Kein Erguss. Das Herz ist nicht vergrößert, keine Fraktur.", "unknown"),
+        ("Non versamento pleurico. Il cuore è nei limiti della norma.", "unknown"),
+        ("El corazón es normal y no hay derrame en los pulmones.", "unknown"),
+        ("12.5 x 3 mm", "unknown"),
+        ("XXXX", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_language_of_a_document(text: str, language: str) -> None:
+    assert detect(text) == language
+
+
+def test_spans_of_a_mixed_report_each_have_their_language() -> None:
+    french, english, none = "Pas de fracture du radius.", "There is no effusion.", "XXXX."
+    text = f"{french} {english} {none}"
+    spans = [(0, len(french)), (len(french) + 1, len(french) + 1 + len(english)), (len(text) - len(none), len(text))]
+    assert languages_of(text, spans) == ("fr", "en", detect(text))
+
+
+@given(st.text())
+def test_any_text_has_a_language(text: str) -> None:
+    assert detect(text) in ("en", "fr", "unknown")

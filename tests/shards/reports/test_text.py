@@ -1,0 +1,133 @@
+"""Repair of report text: every encoding and mark of old systems, what is counted, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards.errors import DataError
+from shards.reports.text import MAX_SIZE, Cleaned, clean
+
+FRENCH = "Épanchement pleural à gauche, opacité très étendue ; côte fêlée"
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+def test_every_charset_gives_the_same_document(charset: str) -> None:
+    assert clean(FRENCH.encode(charset)).text == FRENCH
+
+
+@pytest.mark.parametrize("charset", ["cp850", "mac_roman"])
+def test_accents_tell_dos_and_macintosh_from_windows(charset: str) -> None:
+    assert clean(FRENCH.encode(charset)) == Cleaned(text=FRENCH, repairs={"charset": 1})
+
+
+def test_two_charsets_in_one_file_are_each_read_as_their_own() -> None:
+    assert clean("Fracture déplacée. ".encode() + "Réduite.".encode("cp1252")).text == "Fracture déplacée. Réduite."
+
+
+def test_utf8_once_read_as_windows_is_read_again() -> None:
+    broken = FRENCH.replace("à ", "à d’").encode().decode("cp1252")
+    assert clean(broken) == Cleaned(text=FRENCH.replace("à ", "à d’"), repairs={"mojibake": 9})
+    assert clean("ÂGE : 80 ANS, « FORÊT », “DÉPLACÉ”").repairs == {}
+
+
+def test_composed_and_decomposed_accents_are_one_document() -> None:
+    cleaned = clean(unicodedata.normalize("NFD", FRENCH))
+    assert cleaned.text == FRENCH
+    assert cleaned.repairs["composed"] == len(unicodedata.normalize("NFD", FRENCH)) - len(FRENCH)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text", "kind", "count"),
+    [
+        ("pneumo\u00adthorax and pleu\u00ad\nral", "pneumothorax and pleural", "soft_hyphens", 2),
+        ("no\u200b effusion\ufeff", "no effusion", "zero_width", 2),
+        ("\u202bleft\u202c lung\u200f", "left lung", "direction_marks", 3),
+        ("5\u00a0mm\u202f:\tstable", "5 mm : stable", "spaces", 3),
+        ("one\r\ntwo\rthree\u2028four", "one\ntwo\nthree\nfour", "line_ends", 3),
+        ("clear\x00 lungs, no effusion\x07", "clear lungs, no effusion", "controls", 2),
+        ("l\x92aorte", "l’aorte", "controls", 1),
+        ("ﬁbrosis", "fibrosis", "ligatures", 1),
+        ("\uf0b7 Clear", "• Clear", "bullets", 1),
+        ("a\ud800b", "a\ufffdb", "broken", 1),
+        ("e" + "\u0301\u0316" * 50, "é" + "\u0316" * 4 + "\u0301" * 3, "surplus_marks", 1),
+    ],
+)
+def test_each_kind_of_mark_is_repaired_and_counted(raw: str, text: str, kind: str, count: int) -> None:
+    cleaned = clean(raw)
+    assert cleaned.text == text
+    assert cleaned.repairs[kind] == count
+
+
+def test_markup_leaves_lines_and_cells_but_no_comparison_is_taken_for_a_tag() -> None:
+    raw = (
+        "<!-- form --><p class=x>Nodule &lt; 5&nbsp;mm in <b>left</b> lobe</p><script>if (a < b) c()</script>"
+        "<table><tr><td>Aorta</td><td>32 mm</td></tr><tr><td>Heart</td><td>normal</td></tr></table>"
+    )
+    assert clean(raw).text == "Nodule < 5 mm in left lobe\n\nAorta 32 mm\nHeart normal"
+    assert (
+        clean("diameter <5 mm and >3 mm, p<0.05, <name>, R&D").text == "diameter <5 mm and >3 mm, p<0.05, <name>, R&D"
+    )
+    assert clean("&amp;lt;br/&amp;gt;Normal.&amp;eacute;").text == "Normal.é"  # escaped twice on its way
+
+
+def test_white_space_is_single_and_paragraphs_stay() -> None:
+    assert clean("  a  b \n\n\n\n c \n d\n").text == "a b\n\nc\nd"
+
+
+@pytest.mark.parametrize("raw", ["", b"", "a", b"a", " \n", b"\xef\xbb\xbf"])
+def test_empty_and_one_character_reports_are_documents(raw: bytes | str) -> None:
+    assert clean(raw).text in ("", "a")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"%PDF-1.7 secret",
+        b"{\\rtf1 secret}",
+        bytes(range(256)) * 4,
+        b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR secret",
+        "secret\x00\x01\x02\x03",
+        b"secret " * (MAX_SIZE // 7 + 1),
+        "secret " * (MAX_SIZE // 7 + 1),
+    ],
+    ids=["pdf", "rtf", "bytes", "png", "controls", "large bytes", "large text"],
+)
+def test_what_is_no_report_is_refused_without_a_word_of_it(raw: bytes | str) -> None:
+    with pytest.raises(DataError, match=r"^report (of \d+|is)") as error:
+        clean(raw)
+    assert "secret" not in str(error.value)
+
+
+def test_largest_reports_of_one_repeated_mark_end_in_time() -> None:
+    for unit in ("<!--", "<p ", "<script>", "&amp;", "&#38;", "a\u0301\u0316", "\u0301\u0316", " ", "\n ", "Ã©", "<"):
+        clean(unit * (100_000 // len(unit)))
+
+
+@given(st.text())
+def test_clean_text_needs_no_further_repair(raw: str) -> None:
+    try:
+        document = clean(raw).text
+    except DataError:
+        return
+    assert unicodedata.is_normalized("NFC", document)
+    document.encode()  # no lone surrogate is left
+    assert document == document.strip()
+    assert not any(pair in document for pair in ("  ", " \n", "\n ", "\n\n\n", "\r", "\t", "\xa0"))
+
+
+@given(st.binary())
+def test_any_bytes_are_a_document_or_refused(raw: bytes) -> None:
+    with contextlib.suppress(DataError):
+        clean(raw).text.encode()
+
+
+@given(
+    st.lists(st.sampled_from(["No", "effusion.", "Épanchement", "3.5", "cm", "<5", "(left)", "R&D;", "XXXX", "95 %"]))
+)
+def test_words_are_never_changed(words: list[str]) -> None:
+    assert clean("\u00a0\n".join(words)).text.split() == " ".join(words).split()
