@@ -11,18 +11,13 @@ import hashlib
 import io
 import json
 import logging
-import multiprocessing
-import os
-import signal
 import tarfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from multiprocessing.connection import Connection, wait
-from typing import cast
 
 import numpy as np
 from awscrt.checksums import crc32c as crc32c_of
@@ -34,6 +29,7 @@ from shards.manifest import Manifest, Shard
 from shards.members import MembersTable, is_pickle
 from shards.store import Store, open_store
 from shards.tar_index import CHUNK_BYTES, TAR_BLOCK, TarIndex, describe_shard
+from shards.workers import WorkerDiedError, in_order
 
 logger = logging.getLogger(__name__)
 
@@ -275,84 +271,16 @@ def plan_digest(source: Source, splits: Mapping[str, Sequence[Item]], config: Wr
     return digest.hexdigest()
 
 
-def _work(connection: Connection, source: Source) -> None:
-    """Loop of a worker process; ends when the pipe closes, so that it never outlives a killed parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it
-    while True:
-        try:
-            item = connection.recv()
-        except (EOFError, ConnectionError):
-            return
-        try:
-            answer: Loaded | BaseException = source.load(item)
-        except Exception as error:
-            answer = error
-        try:
-            connection.send(answer)
-        except (BrokenPipeError, ConnectionError):
-            return
-
-
 def load_in_order(source: Source, items: Sequence[Item], workers: int) -> Generator[Loaded, None, None]:
-    """`source.load` of every item, in the order of the items, by `workers` processes (1: in this one).
-
-    Pipes only, no queue or semaphore: nothing is left behind after SIGKILL. A worker holds one item at a time, and at
-    most 4 x workers results wait for their turn, so memory is bounded. Raises DataError when a worker dies.
-    """
-    if workers == 1 or len(items) <= 1:
-        yield from map(source.load, items)
-        return
-    context = multiprocessing.get_context("spawn")
-    connections: list[Connection] = []
-    processes = []
-    # Workers are many and small: one thread each, or their libraries fight over the cores.
-    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-    os.environ.update({name: "1" for name, value in threads.items() if value is None})
+    """`source.load` of every item, in the order of the items; see `in_order`. Raises DataError when a worker dies."""
     try:
-        for _ in range(min(workers, len(items))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, source), daemon=True)
-            process.start()
-            theirs.close()
-            connections.append(ours)
-            processes.append(process)
-        idle = deque(connections)
-        busy: dict[Connection, int] = {}
-        results: dict[int, Loaded] = {}
-        sent = 0
-        for position in range(len(items)):
-            while position not in results:
-                while idle and sent < len(items) and sent < position + 4 * workers:
-                    connection = idle.popleft()
-                    busy[connection] = sent
-                    connection.send(items[sent])
-                    sent += 1
-                for ready in wait(list(busy)):
-                    connection = cast(Connection, ready)
-                    index = busy.pop(connection)
-                    try:
-                        answer = connection.recv()
-                    except (EOFError, ConnectionError):
-                        raise DataError(
-                            f"a worker died while loading sample {items[index].key} (out of memory?); "
-                            "run again with fewer --workers, finished shards are kept"
-                        ) from None
-                    if isinstance(answer, BaseException):
-                        raise answer
-                    results[index] = answer
-                    idle.append(connection)
-            yield results.pop(position)
-    finally:
-        for name, value in threads.items():
-            if value is None:
-                os.environ.pop(name, None)
-        for connection in connections:
-            connection.close()
-        for process in processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        with closing(in_order(source.load, items, workers)) as loads:
+            yield from loads
+    except WorkerDiedError as died:
+        raise DataError(
+            f"a worker died while loading sample {items[died.position].key} (out of memory?); "
+            "run again with fewer --workers, finished shards are kept"
+        ) from None
 
 
 def _receipt(store: Store, name: str, plan: str) -> Receipt | None:
