@@ -29,7 +29,7 @@ _HEADINGS: dict[SectionName, tuple[str, ...]] = {
         "reason for study", "reason for this examination", "reason for the exam", "reason for test",
         "indication clinique", "indication de l'examen", "motif", "motif de l'examen", "motif de la demande",
         "renseignements cliniques", "renseignement clinique", "données cliniques", "contexte clinique", "contexte",
-        "question posée",
+        "question posée", "renseignements",
     ),
     "technique": (
         "technique", "techniques", "procedure", "protocol", "exam", "examination", "type of exam", "study", "method",
@@ -72,7 +72,7 @@ _CLOSINGS = (
     "electronically signed", "dictated by", "transcribed by", "reviewed by", "signed by", "bien confraternellement",
     "confraternellement", "bien cordialement", "cordialement", "sincerely", "validé", "signé", "dicté",
 )  # fmt: skip
-
+_READERS = ("dr", "pr", "docteur", "professeur")  # on the last line: the signature
 _FINDINGS_FOLLOW: frozenset[SectionName] = frozenset({"header", "history", "indication", "technique", "comparison"})
 _FOLDED = str.maketrans("àâäçèéêëîïôöùûüœ’", "aaaceeeeiioouuuo'")
 _ACCENTS = {"a": "[aàâ]", "c": "[cç]", "e": "[eéèêë]", "i": "[iîï]", "o": "[oô]", "u": "[uùû]", "'": "['’]"}
@@ -91,7 +91,7 @@ def _any_of(phrases: tuple[str, ...]) -> str:
 
 _NAMES: dict[str, SectionName] = {_fold(phrase): name for name, phrases in _HEADINGS.items() for phrase in phrases}
 _NAMES |= {_fold(phrase): "impression" for phrase in _SUMMARY_OPENINGS}
-_NAMES |= {_fold(phrase): "other" for phrase in _CLOSINGS}
+_NAMES |= {_fold(phrase): "other" for phrase in (*_CLOSINGS, *_READERS)}
 # Where a heading may stand: at the start of a line, behind a mark or number, or with a capital at that of a sentence.
 # Looking there first, and at the first word, keeps the long alternation below away from most of the text.
 _LEAD = r"(?P<lead>[#*_>•\- ]{0,6}(?:\d{1,2}[.)/] ?)?)"
@@ -101,17 +101,17 @@ _FIRST_WORDS = frozenset(re.split("[ '-]", phrase)[0] for phrase in _NAMES)
 _FIRST_WORD = re.compile(r"[^\W\d_]+")
 _HEADING = re.compile(
     rf"""
-    (?P<words>
-        (?P<heading>{_any_of(tuple(phrase for phrases in _HEADINGS.values() for phrase in phrases))})
-        (?:\ ?\([^()\n]{{0,60}}\)|\ ?[/&]\ ?[^\W\d_]{{3,20}}(?:\ [^\W\d_]{{3,20}})?)?
-        (?P<mark>[*_]{{0,3}}\ ?:[*_]{{0,3}}|[*_]{{0,3}}\.?[*_]{{0,3}}$|\ ?[-–—]\ |\.\ |\ (?-i:(?=[A-ZÀ-Ý0-9])))
-      | (?P<summary>{_any_of(_SUMMARY_OPENINGS)})\ ?[,:]
-      | (?P<closing>{_any_of(_CLOSINGS)})\b[^\n]*$
-    )
+    (?P<heading>{_any_of(tuple(phrase for phrases in _HEADINGS.values() for phrase in phrases))})
+    (?:\ ?\([^()\n]{{0,60}}\)|\ ?[/&]\ ?[^\W\d_]{{3,20}}(?:\ [^\W\d_]{{3,20}})?)?
+    (?P<mark>[*_]{{0,3}}\ ?:[*_]{{0,3}}|[*_]{{0,3}}\.?[*_]{{0,3}}$|\ ?[-–—]\ |\.\ |\ (?-i:(?=[A-ZÀ-Ý0-9])))
+  | (?P<summary>{_any_of(_SUMMARY_OPENINGS)})\ ?[,:]
+  | (?P<closing>{_any_of(_CLOSINGS)})\b[^\n]*$
+  | (?P<reader>(?:{_any_of(_READERS)})\.?\ [^\n]{{1,60}}\Z)
     """,
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
-_PROSE = re.compile(r"(?:[^\W\d_]+[ ,;'’-]+){3,12}[^\W\d_]+ ?\.")
+_SENTENCE = r"(?:[^\W\d_]+[ ,;'’-]+){%s,12}[^\W\d_]+ ?\."
+_PROSE = re.compile(rf"{_SENTENCE % 3}|{_SENTENCE % 1}\s+{_SENTENCE % 1}")  # one long sentence or two short ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +160,16 @@ def _headings(text: str) -> Iterator[tuple[SectionName, Span]]:
         at_line_start = place["lead"] is not None
         if name := _name(text, match, at_line_start):
             start = place.start("lead") if at_line_start else match.start()
-            done = start if match["closing"] else match.end()  # a closing is content from its first word
+            done = (
+                start if match["closing"] or match["reader"] else match.end()
+            )  # a closing is content from its first word
             yield name, (start, done)
 
 
 def _name(text: str, match: re.Match[str], at_line_start: bool) -> SectionName | None:
     """Whether these words are a heading here: prose may start with each of them ("Impression of a mass", "Study was
     limited"), so that, short of a colon or a line of its own, capitals or the start of a line must speak for it."""
-    if match["closing"]:
+    if match["closing"] or match["reader"]:
         return "other" if at_line_start else None
     if match["summary"]:  # inside a line only where it is the shorter part; what comes before a summary is longer
         return "impression" if at_line_start or match.start() > len(text) / 2 else None
@@ -179,7 +181,7 @@ def _name(text: str, match: re.Match[str], at_line_start: bool) -> SectionName |
         accepted = heading.isupper() and _mixed_case(text, match.end())
     else:  # a colon; else a line of its own, a dash or a stop
         accepted = ":" in mark or (at_line_start and capital)
-    return _NAMES[_fold(heading)] if accepted else None
+    return _NAMES.get(_fold(heading)) if accepted else None
 
 
 def _mixed_case(text: str, start: int) -> bool:

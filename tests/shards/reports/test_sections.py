@@ -33,7 +33,7 @@ def test_english_report() -> None:
 def test_french_report() -> None:
     text = (
         "Renseignements cliniques : chute.\nTechnique : face et profil\nRésultats :\nFracture du radius.\n"
-        "CONCLUSION : fracture déplacée.\nConduite à tenir : avis chirurgical.\nBien confraternellement, le radiologue"
+        "CONCLUSION : fracture déplacée.\nConduite à tenir : avis chirurgical.\nDr X"
     )
     assert parts(text) == [
         ("indication", "chute."),
@@ -41,7 +41,7 @@ def test_french_report() -> None:
         ("findings", "Fracture du radius."),
         ("impression", "fracture déplacée."),
         ("other", "avis chirurgical."),
-        ("other", "Bien confraternellement, le radiologue"),
+        ("other", "Dr X"),
     ]
 
 
@@ -87,6 +87,8 @@ def test_findings_without_heading_are_told_from_what_comes_before() -> None:
     assert [name for name, _ in parts(technique)] == ["technique", "findings", "impression"]
     prose = "The heart is of normal size. No effusion.\nCONCLUSION: Normal."
     assert [name for name, _ in parts(prose)] == ["findings", "impression"]
+    short = "RX THORAX: HEART NORMAL. NO EFFUSION. IMPRESSION: NORMAL CHEST."
+    assert [name for name, _ in parts(short)] == ["findings", "impression"]
     letterhead = "Centre de radiologie\n1 rue Haute\nCONCLUSION: Normal."
     assert [name for name, _ in parts(letterhead)] == ["header", "impression"]
 
@@ -112,3 +114,7 @@ def test_sections_are_the_whole_document_and_hold_their_heading(text: str) -> No
         assert section.name in SECTION_NAMES and section.start < section.end
         assert section.start <= section.body[0] <= section.body[1] == section.end
         assert section.heading is None or section.heading[0] == section.start
+
+
+def test_letters_that_only_look_like_those_of_a_heading_open_no_section() -> None:
+    assert [name for name, _ in parts("Final diagno\u017fis: none")] == ["findings"]
