@@ -1,0 +1,133 @@
+"""Labels of a study from the findings of its report, for the label sets that public data carry.
+
+A label is 1 (present), 0 (absent), -1 (possible, or said in doubt) or missing: not mentioned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shards.errors import ConfigError
+from shards.reports.entities import Entity
+from shards.reports.sections import Section
+
+LabelValue = Literal[-1, 0, 1]
+Span = tuple[int, int]
+
+# Sections that speak of other times or of what is asked.
+NOT_FINDINGS = frozenset({"history", "indication", "technique", "comparison"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """`concepts` make the label; those of `doubtful` are no more than a hint of it: -1 when present."""
+
+    concepts: tuple[str, ...]
+    doubtful: tuple[str, ...] = field(default=())
+
+
+_MATERIAL = ("support_device", "surgical_material", "orthopedic_hardware", "joint_prosthesis")
+_CHEXPERT14: dict[str, Label] = {
+    "Enlarged Cardiomediastinum": Label(concepts=("enlarged_cardiomediastinum",)),
+    "Cardiomegaly": Label(concepts=("cardiomegaly",)),
+    "Lung Lesion": Label(
+        concepts=("nodule", "nodular_opacity", "mass", "malignancy", "metastasis", "cavity", "lung_lesion", "lung_cyst")
+    ),
+    "Lung Opacity": Label(
+        concepts=(
+            "lung_opacity", "increased_density", "infiltrate", "ground_glass_opacity", "interstitial_opacity",
+            "scarring", "peribronchial_thickening", "bronchial_wall_thickening", "tree_in_bud", "centrilobular_nodule",
+            "septal_thickening",
+        )
+    ),
+    "Edema": Label(concepts=("pulmonary_edema", "heart_failure"), doubtful=("vascular_congestion",)),
+    "Consolidation": Label(concepts=("consolidation",)),
+    "Pneumonia": Label(concepts=("pneumonia", "infection", "aspiration")),
+    "Atelectasis": Label(concepts=("atelectasis",)),
+    "Pneumothorax": Label(concepts=("pneumothorax",)),
+    "Pleural Effusion": Label(concepts=("pleural_effusion",)),
+    "Pleural Other": Label(concepts=("pleural_thickening", "pleural_plaque", "fibrosis")),
+    "Fracture": Label(concepts=("fracture", "vertebral_compression")),
+    "Support Devices": Label(concepts=_MATERIAL),
+}  # fmt: skip
+_NIH14: dict[str, Label] = {
+    "Atelectasis": Label(concepts=("atelectasis",)),
+    "Cardiomegaly": Label(concepts=("cardiomegaly",)),
+    "Effusion": Label(concepts=("pleural_effusion",)),
+    "Infiltration": Label(concepts=("infiltrate",)),
+    "Mass": Label(concepts=("mass",)),
+    "Nodule": Label(concepts=("nodule", "calcified_nodule")),
+    "Pneumonia": Label(concepts=("pneumonia",)),
+    "Pneumothorax": Label(concepts=("pneumothorax",)),
+    "Consolidation": Label(concepts=("consolidation",)),
+    "Edema": Label(concepts=("pulmonary_edema",)),
+    "Emphysema": Label(concepts=("emphysema",)),
+    "Fibrosis": Label(concepts=("fibrosis",)),
+    "Pleural_Thickening": Label(concepts=("pleural_thickening",)),
+    "Hernia": Label(concepts=("hiatal_hernia", "hernia")),
+}
+_CT_RATE18: dict[str, Label] = {
+    "Medical material": Label(concepts=_MATERIAL),
+    "Arterial wall calcification": Label(concepts=("arterial_calcification",)),
+    "Cardiomegaly": Label(concepts=("cardiomegaly",)),
+    "Pericardial effusion": Label(concepts=("pericardial_effusion",)),
+    "Coronary artery wall calcification": Label(concepts=("coronary_calcification",)),
+    "Hiatal hernia": Label(concepts=("hiatal_hernia",)),
+    "Lymphadenopathy": Label(concepts=("lymphadenopathy", "lymph_node", "calcified_lymph_node")),
+    "Emphysema": Label(concepts=("emphysema",)),
+    "Atelectasis": Label(concepts=("atelectasis",)),
+    "Lung nodule": Label(concepts=("nodule", "nodular_opacity", "calcified_nodule", "centrilobular_nodule")),
+    "Lung opacity": Label(concepts=("lung_opacity", "ground_glass_opacity")),
+    "Pulmonary fibrotic sequela": Label(concepts=("scarring", "fibrosis")),
+    "Pleural effusion": Label(concepts=("pleural_effusion",)),
+    "Mosaic attenuation pattern": Label(concepts=("mosaic_attenuation",)),
+    "Peribronchial thickening": Label(concepts=("peribronchial_thickening",)),
+    "Consolidation": Label(concepts=("consolidation",)),
+    "Bronchiectasis": Label(concepts=("bronchiectasis",)),
+    "Interlobular septal thickening": Label(concepts=("septal_thickening",)),
+}
+ONTOLOGIES: Mapping[str, Mapping[str, Label]] = {"chexpert14": _CHEXPERT14, "nih14": _NIH14, "ct_rate18": _CT_RATE18}
+
+
+def labels(
+    found: Sequence[Entity], sentences: Sequence[Span], ontology: str, sections: Sequence[Section] = ()
+) -> dict[str, LabelValue]:
+    """Label -> value for the labels that the report speaks of, in the order of the ontology.
+
+    Of several mentions a present one decides, then a possible one. Findings in a section on history, indication,
+    technique or comparison do not count, unless the report has no other. Raises ConfigError for an unknown ontology.
+    """
+    if ontology not in ONTOLOGIES:
+        raise ConfigError(f"ontology={ontology!r} is unknown; use {', '.join(ONTOLOGIES)}")
+    outside = [(section.start, section.end) for section in sections if section.name in NOT_FINDINGS]
+    if len(outside) == len(sections):  # a report under one heading that says more than it
+        outside = []
+    counted = [entity for entity in found if not any(start <= entity.start < end for start, end in outside)]
+    values: dict[str, LabelValue] = {}
+    worth = {"present": 1, "possible": -1, "absent": 0}
+    told: dict[str, set[int]] = {}
+    for entity in counted:
+        told.setdefault(entity.concept, set()).add(worth[entity.status])
+    for name, label in ONTOLOGIES[ontology].items():
+        seen = set().union(*(told.get(concept, ()) for concept in label.concepts))
+        seen |= {-1 if value else 0 for concept in label.doubtful for value in told.get(concept, ())}
+        for value in (1, -1, 0):
+            if value in seen:
+                values[name] = value
+                break
+    if ontology == "chexpert14" and sentences and _nothing_found(values, counted):
+        values = {"No Finding": 1, **values}
+    return values
+
+
+# Present, these are no abnormality of the chest, or say themselves that there is none.
+_NO_ABNORMALITY = frozenset({"abnormality", "lymph_node", *_MATERIAL})
+
+
+def _nothing_found(values: Mapping[str, LabelValue], counted: Sequence[Entity]) -> bool:
+    """Nothing is present or possible but devices. CheXpert's "No Finding" also looks beyond its own 13 labels."""
+    if any(value != 0 for name, value in values.items() if name != "Support Devices"):
+        return False
+    return not any(entity.status == "present" and entity.concept not in _NO_ABNORMALITY for entity in counted)
