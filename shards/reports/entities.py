@@ -6,7 +6,7 @@ are said of, cues decide the status, and what is left of the words between two f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -75,9 +75,8 @@ def _in_sentence(tokens: Tokens, number: int, words: Vocabulary) -> list[Entity]
         cues = reaches(tokens, inside, clause, known, begins)
         told = [_status(mention, cues, begins) for mention in mentions]
         _open_choices(mentions, told, known)
-        sited = _places(
-            tokens, mentions, [place for place in places if clause.first <= place.first < clause.end], known
-        )
+        inner = [place for place in places if clause.first <= place.first < clause.end]
+        sited = _places(tokens, mentions, inner, known, {cue.cue for cue in cues if cue.before}, words.place_follows)
         taken = {i for first, last, term in inside if not term.plain for i in range(first, last + 1)}
         for mention, status, (side, position) in zip(mentions, told, sited, strict=True):
             if status != "history":
@@ -219,13 +218,18 @@ def _adjoins(tokens: Tokens, last: int, first: int, known: Marks) -> bool:
 
 
 def _places(
-    tokens: Tokens, mentions: Sequence[_Mention], places: Sequence[Match], known: Marks
+    tokens: Tokens,
+    mentions: Sequence[_Mention],
+    places: Sequence[Match],
+    known: Marks,
+    cues: Set[int],
+    follows: bool,
 ) -> list[tuple[Side | None, str]]:
-    """Side and position of each mention. `places`: words of place inside of the clause.
+    """Side and position of each mention. `places`: words of place inside of the clause; `cues`: where cues begin.
 
-    Words between two findings belong to the second, unless a preposition leads them ("effusion in the left base"), in
-    which case they belong to the first up to the last comma or joining word. In a list the findings before the last
-    one share what follows it.
+    Words between two findings belong to the second, unless a preposition leads them ("effusion in the left base") or
+    the language puts them behind, in which case they belong to the first up to the last comma, joining word or cue.
+    In a list the findings before the last one share what follows it.
     """
     if not places:
         return [(None, "")] * len(mentions)
@@ -242,7 +246,9 @@ def _places(
                 left = i
             elif right is None:
                 right = i
-        if right is not None and (left is None or not _trails(tokens, place, mentions[left], mentions[right], known)):
+        if right is not None and (
+            left is None or not _trails(tokens, place, mentions[left], mentions[right], known, cues, follows)
+        ):
             own[right].append(place)
         elif left is not None:
             trailing[left].append(place)
@@ -261,13 +267,15 @@ def _places(
     return found
 
 
-def _trails(tokens: Tokens, place: Match, left: _Mention, right: _Mention, known: Marks) -> bool:
+def _trails(
+    tokens: Tokens, place: Match, left: _Mention, right: _Mention, known: Marks, cues: Set[int], follows: bool
+) -> bool:
     """Whether a place between two findings is told of the first."""
     gap = range(left.last + 1, right.first)
-    parting = max((i for i in gap if i in known.joins or tokens.stems[i] in SOFT), default=None)
+    parting = max((i for i in gap if i in known.joins or i in cues or tokens.stems[i] in SOFT), default=None)
     if parting is not None:
         return place.first < parting
-    return not known.behind.isdisjoint(range(gap.start, place.first))
+    return follows or not known.behind.isdisjoint(range(gap.start, place.first))
 
 
 def _read_places(matches: Sequence[Match]) -> tuple[Side | None, str]:

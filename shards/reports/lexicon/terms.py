@@ -251,10 +251,14 @@ class Trie:
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """All tables of one language. `places` is searched apart, since "apical scarring" is a finding and a place."""
+    """All tables of one language. `places` is searched apart, since "apical scarring" is a finding and a place.
+
+    `place_follows`: words of place stand behind what they are told of, as French adjectives do.
+    """
 
     terms: Trie
     places: Trie
+    place_follows: bool
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -305,4 +309,7 @@ def vocabulary(language: Language) -> Vocabulary:
         for name, table in tables.items()
         for phrase in table[language]
     ]
-    return Vocabulary(terms=Trie(terms, language, changes, verbs), places=Trie(place_terms, language, changes))
+    return Vocabulary(
+        terms=Trie(terms, language, changes, verbs), places=Trie(place_terms, language, changes),
+        place_follows=language == "fr",
+    )  # fmt: skip
