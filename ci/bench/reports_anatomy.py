@@ -11,11 +11,23 @@ from typing import Literal
 from ci.bench.figure import Figure, figure
 from ci.bench.reports_data import Report, ct_rate
 from shards.reports.anatomy import AnatomyText, Survey, survey
+from shards.reports.entities import entities
 from shards.reports.language import Span
 from shards.reports.sections import Section
 from shards.reports.sentences import sentences
 
 QUICK_REPORTS = 40
+
+# CT-RATE's labels of one anatomy: those of a lung, heart or esophagus that is not normal.
+LABELS_OF = {
+    "lung": (
+        "Emphysema", "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion",
+        "Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis",
+        "Interlobular septal thickening",
+    ),
+    "heart": ("Cardiomegaly", "Pericardial effusion", "Coronary artery wall calcification"),
+    "esophagus": ("Hiatal hernia",),
+}  # fmt: skip
 
 # The set joins findings and impression without a heading: the impression begins at a quotation mark or a bullet.
 _IMPRESSION = re.compile('["•“]')
@@ -35,7 +47,7 @@ def _read(reports: Sequence[Report]) -> Iterator[tuple[str, Survey]]:
     for report in reports:
         parts = _sections(report.text)
         spans = [span for part in parts for span in sentences(report.text, *part.body, "en")]
-        yield report.text, survey(report.text, parts, spans, (), "en")
+        yield report.text, survey(report.text, parts, spans, entities(report.text, spans, "en"), "en")
 
 
 def _exact(text: str, places: Sequence[AnatomyText]) -> bool:
@@ -71,8 +83,14 @@ def figures_anatomy(quick: bool) -> list[Figure]:
     if quick:
         reports = reports[:QUICK_REPORTS]
     uses: Counter[str] = Counter()
+    labelled: Counter[bool] = Counter()
+    unlabelled: Counter[bool] = Counter()
     exact = same = compared = concluded_on = described_too = 0
-    for text, found in _read(reports):
+    for report, (text, found) in zip(reports, _read(reports), strict=True):
+        abnormal = {one.anatomy for one in found.anatomies if one.status == "abnormal"}
+        for anatomy, labels in LABELS_OF.items():
+            diseased = any(report.labels[label] for label in labels)
+            (labelled if diseased else unlabelled)[anatomy in abnormal] += 1
         exact += _exact(text, found.anatomies + found.elsewhere)
         for sentence in found.sentences:
             uses[sentence.use] += 1
@@ -103,6 +121,12 @@ def figures_anatomy(quick: bool) -> list[Figure]:
         figure(
             "reports.sentences_same_alone", same / compared, unit="fraction", better="higher",
             note="two passes: sentences that name a place, read in the whole report and by themselves, same places",
+        ),
+        figure(
+            "reports.labelled_anatomies_abnormal", labelled[True] / max(labelled.total(), 1), unit="fraction",
+            better="higher",
+            note=f"{labelled.total()} lungs, hearts, esophagi that a label of CT-RATE calls diseased; of "
+            f"{unlabelled.total()} others {unlabelled[True]} are abnormal, which other findings can explain",
         ),
         figure(
             "reports.impression_in_findings", described_too / max(concluded_on, 1), unit="fraction", better="higher",

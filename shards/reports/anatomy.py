@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from shards.reports.language import Language, Span
+from shards.reports.lexicon.terms import lower
 from shards.reports.sections import Section
 
 # What a segmentation of the whole body gives, sides and lobes fused.
@@ -95,12 +96,17 @@ class SentenceUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """A report by place. `negatives`: statements on the report as a whole that deny or call it normal."""
+    """A report by place.
+
+    `negatives`: statements on the report as a whole that deny or call it normal. `parts`: stretches between separators
+    with what each says, whatever its place.
+    """
 
     anatomies: tuple[AnatomyText, ...]
     elsewhere: tuple[AnatomyText, ...]
     sentences: tuple[SentenceUse, ...]
     negatives: tuple[Span, ...]
+    parts: tuple[tuple[int, int, Status | None], ...]
 
 
 class Cue(IntFlag):
@@ -149,9 +155,7 @@ _END = ""  # key of a node's entry; no token is empty
 
 def fold(text: str) -> str:
     """Lower case without accents, character for character: offsets stay those of `text`."""
-    lowered = text.lower()
-    if len(lowered) != len(text):  # a few capitals have two small characters
-        lowered = "".join(small if len(small := letter.lower()) == 1 else letter for letter in text)
+    lowered = lower(text)
     if lowered.isascii():
         return lowered
     # Without its accents, side ("côté") would read as rib ("côte").
@@ -361,8 +365,11 @@ class _Reader:
             if level < part.level:
                 part.level = level
             part.nodes |= "lymph nodes" in places
-        if part.first >= part.last and len(parts) > 1:
-            parts.pop()
+        if part.first >= part.last:  # nothing follows the last separator
+            if len(parts) > 1:
+                parts.pop()
+            else:
+                part.first = first
         return parts
 
     def places(self, hits: Sequence[_Hit]) -> list[str]:
@@ -525,6 +532,7 @@ def survey(
     abnormal: set[str] = set()
     uses: list[SentenceUse] = []
     negatives: list[Span] = []
+    read: list[tuple[int, int, Status | None]] = []
     starts, hits = reader.starts, reader.hits
     hit_starts = [hit[0] for hit in hits]
     token = hit = current = 0
@@ -544,6 +552,10 @@ def survey(
         text = texts[sections[current].name]
         parts = reader.parts(hits[first_hit:hit], first, token)
         verdicts = reader.verdicts(parts)
+        read += [
+            (starts[part.first], reader.ends[part.last - 1], verdict)
+            for part, verdict in zip(parts, verdicts, strict=True)
+        ]
         cues = 0
         for part in parts:
             cues |= part.cues
@@ -577,7 +589,7 @@ def survey(
         uses.append(SentenceUse(span=(start, end), use=use, places=tuple(places)))
     return Survey(
         anatomies=_by_place(ANATOMIES, texts, abnormal), elsewhere=_by_place(ELSEWHERE, texts, abnormal),
-        sentences=tuple(uses), negatives=tuple(negatives),
+        sentences=tuple(uses), negatives=tuple(negatives), parts=tuple(read),
     )  # fmt: skip
 
 

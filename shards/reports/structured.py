@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from shards import keyed
 from shards.errors import ConfigError, DataError
-from shards.reports.lexicon.diseases import DISEASES
+from shards.reports.entities import Entity
+from shards.reports.language import Span
+from shards.reports.lexicon.diseases import DISEASE_OF_CONCEPT, DISEASES, LOOKED_FOR, OF_THE_LUNG, BodyPart
 
 Exist = Literal["yes", "no", "unsure"]
 Verdict = Literal["present", "absent", "uncertain"]
@@ -138,6 +140,54 @@ def make_item(disease: str, observations: Sequence[Observation]) -> Item:
         disease=disease, definition=known.definition, appearance=known.appearance, observations=list(observations),
         verdict=verdict, verdict_text=verdict_text(disease, verdict),
     )  # fmt: skip
+
+
+_EXIST: dict[str, Exist] = {"present": "yes", "absent": "no", "possible": "unsure"}
+
+
+def structured_by_rules(
+    study: str, document: str, entities: Sequence[Entity], lung: Sequence[Span] | None = None
+) -> StructuredReport | None:
+    """An item for every disease of the table that the entities name, and for those looked for in the same body part.
+
+    Spans count in `document`. `lung`: where it speaks of the lung; findings that any organ may have ("mass") count only
+    there. None where no disease of the table is named and no part of the body can be told.
+    """
+    told: dict[str, dict[tuple[Exist, str], Span]] = {}
+    for entity in entities:
+        disease = DISEASE_OF_CONCEPT.get(entity.concept, entity.concept)
+        if disease not in DISEASES:
+            continue
+        if disease in OF_THE_LUNG and lung is not None and not _within(entity, lung):
+            continue
+        place = (_EXIST[entity.status], _position(entity))
+        told.setdefault(disease, {}).setdefault(place, (entity.start, entity.end))
+    # A chest CT that tells of a rib looks for no dislocation, and one that names the lung only calls it normal.
+    parts: set[BodyPart] = {"chest"} if lung else {DISEASES[disease].part for disease in told}
+    names = [name for name in DISEASES if name in told or name in {one for part in parts for one in LOOKED_FOR[part]}]
+    if not names:
+        return None
+    items = [
+        make_item(
+            name,
+            [observe(name, exist, position=place, span=span) for (exist, place), span in told[name].items()]
+            if name in told
+            else [observe(name, "no")],
+        )
+        for name in names
+    ]
+    return checked(StructuredReport(study=study, items=items), document)
+
+
+def _within(entity: Entity, spans: Sequence[Span]) -> bool:
+    return any(start <= entity.start and entity.end <= end for start, end in spans)
+
+
+def _position(entity: Entity) -> str:
+    side = {"left": "left", "right": "right", "bilateral": "both sides", None: ""}[entity.laterality]
+    if not side or not entity.position:
+        return entity.position or (f"{side} side" if side in ("left", "right") else side)
+    return f"{entity.position}, {side}" if side == "both sides" else f"{side} {entity.position}"
 
 
 def checked(report: StructuredReport, text: str) -> StructuredReport:

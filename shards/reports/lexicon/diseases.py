@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Part = Literal["chest", "abdomen", "bone"]
+BodyPart = Literal["chest", "abdomen", "bone"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Disease:
     one: str
     definition: str
     appearance: str
-    part: Part = "chest"
+    part: BodyPart = "chest"
 
 
 DISEASES: dict[str, Disease] = {
@@ -83,7 +83,7 @@ DISEASES: dict[str, Disease] = {
         appearance="It shows as a large dense shadow with smooth, lobed or spiculated borders, which may hold a "
         "cavity or reach the pleura.",
     ),
-    "lung_opacity": Disease(
+    "opacity": Disease(
         name="lung opacity", one="a lung opacity",
         definition="A lung opacity is any area of the lung that lets fewer rays through than it should.",
         appearance="It shows as an area whiter than the lung around it, of any shape and border; compare the same "
@@ -169,7 +169,7 @@ DISEASES: dict[str, Disease] = {
         appearance="The vessels of the upper zones are as wide as those of the lower ones or wider, and the hila are"
         " full and less sharp.",
     ),
-    "pulmonary_hypertension": Disease(
+    "pulmonary_artery_enlargement": Disease(
         name="enlargement of the pulmonary artery", one="enlargement of the pulmonary artery",
         definition="Enlargement of the pulmonary artery is a widening of its trunk, mostly from raised pressure in "
         "the lungs' vessels.",
@@ -200,14 +200,14 @@ DISEASES: dict[str, Disease] = {
         "atherosclerosis.",
         appearance="On CT it shows as bright dots and tracks along the grooves of the heart's surface.",
     ),
-    "aortic_calcification": Disease(
+    "arterial_calcification": Disease(
         name="arterial wall calcification", one="arterial wall calcification",
         definition="Arterial wall calcification is chalk in the wall of the aorta or its branches, a sign of "
         "atherosclerosis.",
         appearance="It shows as thin bright lines or plaques along the outline of the vessel, on radiographs mostly "
         "at the arch.",
     ),
-    "aortic_aneurysm": Disease(
+    "aortic_dilation": Disease(
         name="dilatation of the aorta", one="dilatation of the aorta",
         definition="Dilatation of the aorta is a segment that is wider than normal; beyond one and a half times its "
         "width it is an aneurysm.",
@@ -239,14 +239,14 @@ DISEASES: dict[str, Disease] = {
         appearance="It shows as dark streaks and bubbles in the chest wall and neck, which part the fibres of the "
         "muscles.",
     ),
-    "elevated_hemidiaphragm": Disease(
+    "elevated_diaphragm": Disease(
         name="elevated hemidiaphragm", one="an elevated hemidiaphragm",
         definition="An elevated hemidiaphragm is a dome of the diaphragm that stands too high, from weakness, lost "
         "lung volume or pressure from below.",
         appearance="One dome stands clearly higher than the usual small difference, often with a band of collapsed "
         "lung above it.",
     ),
-    "goitre": Disease(
+    "thyroid_enlargement": Disease(
         name="enlargement of the thyroid", one="enlargement of the thyroid",
         definition="Enlargement of the thyroid, a goitre, is a gland that is larger than normal, often with nodules.",
         appearance="It shows as a soft-tissue mass at the base of the neck that may push the trachea aside and reach"
@@ -269,10 +269,9 @@ DISEASES: dict[str, Disease] = {
         appearance="On CT without contrast it shows as a small very bright spot in a calyx, the renal pelvis or the "
         "ureter.",
     ),
-    "cyst": Disease(
-        name="cyst", one="a cyst", part="abdomen",
-        definition="A cyst is a thin-walled space filled with fluid, mostly harmless, in the liver, a kidney or "
-        "another organ.",
+    "renal_cyst": Disease(
+        name="renal cyst", one="a renal cyst", part="abdomen",
+        definition="A renal cyst is a thin-walled space filled with fluid in a kidney, mostly harmless.",
         appearance="On CT it shows as a round dark lesion of the density of water with a sharp border and no "
         "enhancement.",
     ),
@@ -305,9 +304,10 @@ DISEASES: dict[str, Disease] = {
         appearance="The body is wedged, sunken or flat compared with its neighbours, and its end plates are bent or "
         "dense.",
     ),
-    "degenerative_change": Disease(
-        name="degenerative change", one="degenerative change", part="bone",
-        definition="Degenerative change is wear of joints or discs with new bone at their margins.",
+    "osteoarthritis": Disease(
+        name="osteoarthritis", one="osteoarthritis", part="bone",
+        definition="Osteoarthritis is wear of the cartilage of a joint, of the spine or the limbs, with new bone at "
+        "its margins.",
         appearance="The joint or disc space is narrow, with bony spurs, dense bone below the surface and small cysts.",
     ),
     "osteopenia": Disease(
@@ -345,4 +345,28 @@ DISEASES: dict[str, Disease] = {
         appearance="The soft tissue beside the bone is thick and dense, and the dark planes of fat within it are "
         "blurred or displaced.",
     ),
+}  # fmt: skip
+
+# Concepts of the finding vocabulary that are another name for a disease of the table; the rest are called as there.
+DISEASE_OF_CONCEPT = {
+    "bronchial_wall_thickening": "peribronchial_thickening",
+    "calcified_nodule": "granuloma",
+    "hiatal_hernia": "hernia",
+    "infiltrate": "opacity",
+    "lytic_lesion": "bone_lesion",
+    "nodular_opacity": "nodule",
+    "pleural_effusion": "effusion",
+    "pulmonary_edema": "edema",
+    "sclerotic_lesion": "bone_lesion",
+}
+# Their words fit any organ: they count as the lung's only where the report speaks of the lung.
+OF_THE_LUNG = frozenset({"cavity", "consolidation", "granuloma", "mass", "nodule", "opacity"})
+# What every report on a body part looks for: absent where it says nothing of it.
+LOOKED_FOR: dict[BodyPart, tuple[str, ...]] = {
+    "chest": (
+        "atelectasis", "cardiomegaly", "consolidation", "edema", "effusion", "mass", "nodule", "pneumonia",
+        "pneumothorax",
+    ),
+    "abdomen": (),
+    "bone": ("fracture", "dislocation"),
 }  # fmt: skip

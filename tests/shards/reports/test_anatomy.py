@@ -197,7 +197,7 @@ def test_a_device_or_node_makes_no_organ_abnormal() -> None:
 
 def test_empty_and_unread_documents() -> None:
     for text in ("", " ", ".", "\n\n"):
-        assert read(text) == Survey(anatomies=(), elsewhere=(), sentences=(), negatives=())
+        assert read(text) == Survey(anatomies=(), elsewhere=(), sentences=(), negatives=(), parts=())
     assert decompose("Normal heart.", (), [(0, 13)], (), "en") == ()
 
 

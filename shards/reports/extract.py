@@ -1,0 +1,237 @@
+"""Everything that is read out of one report, by rules or by a model: one form, one check of every span.
+
+The form is versioned, holds spans and words of our own lists, and no text of the report but through its spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shards.batch import LabelValue
+from shards.errors import DataError
+from shards.reports.anatomy import ANATOMIES, ELSEWHERE, AnatomyText, Words, survey
+from shards.reports.distil import ENTITIES, Context, context
+from shards.reports.distil import sentence as distilled_sentence
+from shards.reports.entities import Entity, entities
+from shards.reports.labels import ONTOLOGIES, labels
+from shards.reports.language import Language, Span, detect
+from shards.reports.sections import Section, sections
+from shards.reports.sentences import sentences
+from shards.reports.structured import (
+    Item,
+    Observation,
+    StructuredReport,
+    checked,
+    source_text,
+    structured_by_rules,
+)
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class Extraction(BaseModel):
+    """What a report says. Spans are [start, end) in characters of the de-identified document.
+
+    `sentences` are those of all sections; an entity's `sentence` counts in them. `anatomy` holds the 36 anatomies that
+    findings or impression speak of, `elsewhere` the places outside of them. `labels`: ontology -> label -> value.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    language: Language
+    sections: tuple[Section, ...] = ()
+    sentences: tuple[Span, ...] = ()
+    entities: tuple[Entity, ...] = ()
+    labels: dict[str, dict[str, LabelValue]] = Field(default_factory=dict)
+    anatomy: tuple[AnatomyText, ...] = ()
+    elsewhere: tuple[AnatomyText, ...] = ()
+    context: Context = Field(default_factory=Context)
+    structured: StructuredReport | None = None
+
+
+def by_rules(document: str, language: Language | None = None, *, study: str = "") -> Extraction:
+    """The extraction of a document that was cleaned and de-identified, without a model.
+
+    `language`: None to detect it; `study` is the id that the structured report carries.
+    """
+    spoken = detect(document) if language is None else language
+    parts = sections(document)
+    spans = tuple(span for part in parts for span in sentences(document, *part.body, spoken))
+    return extraction(document, spoken, parts, spans, entities(document, spans, spoken), study=study)
+
+
+def extraction(
+    document: str,
+    language: Language,
+    parts: Sequence[Section],
+    spans: Sequence[Span],
+    found: Sequence[Entity],
+    *,
+    anatomy: Sequence[AnatomyText] | None = None,
+    study: str = "",
+) -> Extraction:
+    """All that follows from sections, sentences and entities, whoever found them.
+
+    `anatomy`: the 36 anatomies as a model decomposed them; None for the rules' own.
+    """
+    words = Words(document)
+    surveyed = survey(document, parts, spans, found, language, words)
+    read = [(part.start, part.end) for part in parts if part.name in ("findings", "impression")]
+    counted = [one for one in found if any(start <= one.start and one.end <= end for start, end in read)]
+    places = surveyed.anatomies if anatomy is None else tuple(anatomy)
+    lung = [span for one in places if one.anatomy == "lung" for span in one.findings + one.impression]
+    return Extraction(
+        language=language,
+        sections=tuple(parts),
+        sentences=tuple(spans),
+        entities=tuple(found),
+        labels={ontology: labels(found, spans, ontology, parts) for ontology in ONTOLOGIES},
+        anatomy=places,
+        elsewhere=surveyed.elsewhere,
+        context=context(document, surveyed, counted, language, words),
+        structured=structured_by_rules(study, document, counted, lung),
+    )
+
+
+def verify(found: Extraction, document: str) -> Extraction:
+    """The extraction if it can be true of the document, with verdicts that observations do not bear out made uncertain.
+
+    Every span lies in the document and holds a word; sections cover it in order; entities lie in their sentence;
+    anatomies are of the list, each once, with spans in a section of their kind; distilled sentences are the templates'.
+    Raises DataError that names place and fault and no character of the document.
+    """
+    length = len(document)
+    previous = 0
+    for number, part in enumerate(found.sections):
+        if part.start != previous or not part.start < part.end <= length:
+            raise DataError(f"sections.{number}: [{part.start}, {part.end}) does not follow the section before")
+        if part.heading is not None and not part.start <= part.heading[0] <= part.heading[1] <= part.end:
+            raise DataError(f"sections.{number}: its heading lies outside of it")
+        previous = part.end
+    if found.sections and previous != length:
+        raise DataError(f"sections: they end at {previous} of {length} characters")
+    _words_in(document, "sentences", found.sentences)
+    for number, entity in enumerate(found.entities):
+        _words_in(document, f"entities.{number}", [(entity.start, entity.end)])
+        if entity.descriptor is not None:
+            _words_in(document, f"entities.{number}.descriptor", [entity.descriptor])
+        if not 0 <= entity.sentence < len(found.sentences):
+            raise DataError(f"entities.{number}: sentence {entity.sentence} of {len(found.sentences)}")
+        start, end = found.sentences[entity.sentence]
+        if not start <= entity.start < entity.end <= end:
+            raise DataError(f"entities.{number}: it lies outside of its sentence {entity.sentence}")
+    _verify_labels(found.labels)
+    _verify_places(found, document)
+    _words_in(document, "context.boilerplate", found.context.boilerplate)
+    _words_in(document, "context.descriptors", found.context.descriptors)
+    for number, one in enumerate(found.context.distilled):
+        if one.entity not in ENTITIES:
+            raise DataError(f"context.distilled.{number}: its entity is none of the {len(ENTITIES)}")
+        if one.sentence != distilled_sentence(one.entity, one.status, found.language):
+            raise DataError(f"context.distilled.{number}: its sentence is not the one of its entity and status")
+        _words_in(document, f"context.distilled.{number}", one.spans)
+    if found.structured is None:
+        return found
+    return found.model_copy(update={"structured": checked(found.structured, document)})
+
+
+def _words_in(document: str, place: str, spans: Iterable[Span]) -> None:
+    for start, end in spans:
+        if not 0 <= start < end <= len(document):
+            raise DataError(f"{place}: span [{start}, {end}) lies outside of the report of {len(document)} characters")
+        if not any(map(str.isalnum, document[start:end])):
+            raise DataError(f"{place}: span [{start}, {end}) holds no word")
+
+
+def _verify_labels(told: Mapping[str, Mapping[str, int]]) -> None:
+    for ontology, values in told.items():
+        if ontology not in ONTOLOGIES:
+            raise DataError(f"labels: an ontology is unknown; there are {', '.join(ONTOLOGIES)}")
+        if not set(values) <= {*ONTOLOGIES[ontology], "No Finding"}:
+            raise DataError(f"labels.{ontology}: a label is unknown")
+
+
+def _verify_places(found: Extraction, document: str) -> None:
+    bodies = {
+        name: [(part.start, part.end) for part in found.sections if part.name == name]
+        for name in ("findings", "impression")
+    }
+    for member, known, places in (
+        ("anatomy", ANATOMIES, found.anatomy), ("elsewhere", ELSEWHERE, found.elsewhere),
+    ):  # fmt: skip
+        seen = set()
+        for number, one in enumerate(places):
+            if one.anatomy not in known or one.anatomy in seen:
+                raise DataError(f"{member}.{number}: its name is unknown or stands twice")
+            seen.add(one.anatomy)
+            if not one.findings and not one.impression:
+                raise DataError(f"{member}.{number}: it has no text")
+            for name, spans in (("findings", one.findings), ("impression", one.impression)):
+                _words_in(document, f"{member}.{number}.{name}", spans)
+                for start, end in spans:
+                    if not any(first <= start and end <= last for first, last in bodies[name]):
+                        raise DataError(f"{member}.{number}.{name}: span [{start}, {end}) lies in no such section")
+
+
+def record_members(found: Extraction, document: str, ontology: str = "chexpert14") -> dict[str, Any]:
+    """What of an extraction a `StudyRecord` holds: report, anatomy, entities, labels, structured_report, language.
+
+    Sections of one name are joined by a line break, and the structured report's spans moved to `source_text` of them.
+    An anatomy's text is its impression, then its findings. Text stands in the result: no log may take it.
+    """
+    kept: dict[str, list[Span]] = {}
+    for part in found.sections:
+        start, end = part.body
+        text = document[start:end]
+        start, end = start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
+        if start < end:
+            kept.setdefault(part.name, []).append((start, end))
+    report = {name: "\n".join(document[start:end] for start, end in spans) for name, spans in kept.items()}
+    moves: list[tuple[int, int, int]] = []  # start, end in the document, start in the source text
+    place = 0
+    for name in sorted(kept):
+        for start, end in kept[name]:
+            moves.append((start, end, place))
+            place += end - start + 1
+    return {
+        "language": found.language,
+        "report": report,
+        "anatomy": {
+            one.anatomy: " ".join(_closed(document[start:end]) for start, end in one.impression + one.findings)
+            for one in found.anatomy
+        },
+        "entities": [
+            {
+                "concept": one.concept, "text": document[one.start : one.end], "status": one.status,
+                "laterality": one.laterality, "position": one.position,
+            }
+            for one in found.entities
+        ],
+        "labels": found.labels.get(ontology, {}),
+        "structured_report": None if found.structured is None else _moved(found.structured, moves, report),
+    }  # fmt: skip
+
+
+def _closed(text: str) -> str:
+    """A clause out of its sentence ends like one, or it would run into the next."""
+    return text + "." if text[-1].isalnum() else text
+
+
+def _moved(
+    report: StructuredReport, moves: Sequence[tuple[int, int, int]], sections: Mapping[str, str]
+) -> dict[str, Any]:
+    def moved(observation: Observation) -> Observation:
+        if observation.span is None:
+            return observation
+        start, end = observation.span
+        first, _, place = next(move for move in moves if move[0] <= start and end <= move[1])
+        return observation.model_copy(update={"span": (start - first + place, end - first + place)})
+
+    items: list[Item] = [
+        item.model_copy(update={"observations": [moved(one) for one in item.observations]}) for item in report.items
+    ]
+    return checked(StructuredReport(study=report.study, items=items), source_text(sections)).model_dump()
