@@ -273,6 +273,7 @@ class _Part:
     listed: bool = False  # after a mark between entries of a list
     level: int = _NO_PLACE  # of the firmest place it names
     nodes: bool = False  # it names lymph nodes
+    denies: bool = False  # a denial stands before any finding
     preposition: bool = False  # it begins with one
     predicate: bool = False  # it begins with a verb or a relative, whose subject stands before
 
@@ -360,6 +361,8 @@ class _Reader:
             if begin == part.first:
                 part.preposition = bool(cues & _PREPOSITION)
                 part.predicate = bool(cues & _RELATIVE) or cues & (_VERB | _SEEN) == _VERB
+            if cues & _NEGATION and not part.cues & (_FINDING | _ABNORMAL):
+                part.denies = True
             part.hits.append(hit)
             part.cues |= cues
             if level < part.level:
@@ -438,6 +441,8 @@ class _Reader:
             # "No nodule or mass is seen": up to the predicate; "no nodule is seen, no mass": up to the next one.
             denied = (denied or bool(cues & _NEGATION)) and not (denied and cues & _VERB)
             told = self.statuses(self.starts[part.first], self.ends[part.last - 1]) if self.entities else ()
+            if part.denies and not cues & _CHANGE and "absent" not in told:
+                told = ()  # an entity of such a part was hardly stated; "a nodule without calcification" is none
             result.append(_verdict(cues, negated, told))
         return result
 

@@ -183,10 +183,17 @@ def test_what_could_not_be_seen_is_neither_normal_nor_abnormal() -> None:
     assert read(text).sentences[0].use == "technique"
 
 
+def statuses_of(text: str, *entities: Said) -> list[str]:
+    return [one.status for one in read(text, entities=entities).anatomies]
+
+
 def test_entities_decide_before_cues() -> None:
     text = "The right lung is normal."
     said = Said("nodule", 4, 9, "possible")
     assert [one.status for one in read(text, entities=(said,)).anatomies] == ["abnormal"]
+    nodule = Said("nodule", 2, 8, "present")
+    assert statuses_of("A nodule without calcification in the lung.", nodule) == ["abnormal"]
+    assert statuses_of("No nodule in the lung.", Said("nodule", 3, 9, "possible")) == ["normal"]
     device = Said("support_device", 4, 9, "present")
     assert [one.status for one in read(text, entities=(device,)).anatomies] == ["normal"]
 
