@@ -10,10 +10,10 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from shards.reports.language import Span
 from shards.reports.lexicon.terms import SOFT, Language, Match, Tokens, Vocabulary, lower, tokenise, vocabulary
 from shards.reports.status import Clause, Marks, Reach, Status, clauses, marks, reaches, status_of
 
-Span = tuple[int, int]
 Side = Literal["left", "right", "bilateral"]
 
 MAX_DESCRIPTOR = 3  # words before a finding that are taken to describe it

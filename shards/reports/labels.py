@@ -11,10 +11,10 @@ from typing import Literal
 
 from shards.errors import ConfigError
 from shards.reports.entities import Entity
+from shards.reports.language import Span
 from shards.reports.sections import Section
 
 LabelValue = Literal[-1, 0, 1]
-Span = tuple[int, int]
 
 # Sections that speak of other times or of what is asked.
 NOT_FINDINGS = frozenset({"history", "indication", "technique", "comparison"})
