@@ -41,30 +41,15 @@ from shards.batch import EncodedImage, Sample, StudyRecord, ViewRecord
 from shards.errors import ConfigError
 from shards.ingest import Item, Loaded, Plan, Refusal, hashed_key, key_fingerprint
 from shards.ingest.image_file import ImageLimits
+from shards.reports.identity.header import BODY_PARTS, MODALITIES, VIEWS, age_years_of, sex_of
 
 DEIDENTIFIER = "dicom headers dropped 1"
 REPORT_SECTIONS = ("report", "indication", "technique", "comparison", "findings", "impression")
 # Radiography by its DICOM terms; DR is no standard term but common. Others come by the `modalities` option.
 RADIOGRAPHY = ("CR", "DX", "DR")
-MODALITIES = (
-    "AR", "BI", "BMD", "CR", "CT", "DG", "DR", "DX", "ECG", "EPS", "ES", "GM", "HC", "IO", "IVOCT", "IVUS", "KO", "LS",
-    "MG", "MR", "NM", "OCT", "OP", "OT", "PR", "PT", "PX", "REG", "RF", "RG", "RTDOSE", "RTIMAGE", "RTPLAN", "RTSTRUCT",
-    "RWV", "SC", "SEG", "SM", "SR", "TG", "US", "XA", "XC",
-)  # fmt: skip
-VIEWS = {
-    "PA": "PA", "AP": "AP", "LL": "LATERAL", "RL": "LATERAL", "LAT": "LATERAL", "LATERAL": "LATERAL", "LLD": "LLD",
-    "RLD": "RLD", "LLO": "LLO", "RLO": "RLO", "LAO": "LAO", "RAO": "RAO", "LPO": "LPO", "RPO": "RPO",
-}  # fmt: skip
-BODY_PARTS = frozenset((
-    "ABDOMEN", "ANKLE", "ARM", "BREAST", "CALCANEUS", "CHEST", "CLAVICLE", "COCCYX", "CSPINE", "ELBOW", "EXTREMITY",
-    "FEMUR", "FINGER", "FOOT", "FOREARM", "HAND", "HEAD", "HIP", "HUMERUS", "JAW", "KNEE", "LEG", "LSPINE", "NECK",
-    "PELVIS", "RIB", "SCAPULA", "SHOULDER", "SKULL", "SPINE", "SSPINE", "STERNUM", "TIBIA", "TOE", "TSPINE", "WRIST",
-))  # fmt: skip
-OLDEST_AGE_YEARS = 90.0  # higher ages point at persons
 BITS_MAX = 16
 # Without any window: the values shown black and white leave out this share of pixels at either end.
 TAIL_SHARE = 0.005
-_AGE_UNITS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 _PLAN_THREADS = 8
 
 # Its messages and its validation warnings quote header values.
@@ -569,13 +554,8 @@ def _upright(pixels: np.ndarray, dataset: Dataset, view: str | None) -> tuple[np
 
 
 def _person(dataset: Dataset) -> dict[str, Any]:
-    """Sex and age in years; ages above 90 read 90."""
-    sex, age = _text(dataset, "PatientSex").upper(), _text(dataset, "PatientAge").upper()
-    number, unit = (age[:-1], age[-1:]) if age[-1:] in _AGE_UNITS else (age, "Y")
-    age_years = None
-    if number.isascii() and number.isdigit() and len(number) <= 3:
-        age_years = min(OLDEST_AGE_YEARS, round(int(number) * _AGE_UNITS[unit], 2))
-    return {"sex": sex if sex in ("F", "M", "O") else None, "age_years": age_years}
+    """Sex and age in years, as far as the header policy lets them pass."""
+    return {"sex": sex_of(_text(dataset, "PatientSex")), "age_years": age_years_of(_text(dataset, "PatientAge"))}
 
 
 def _provenance(dataset: FileDataset, view_id: str) -> dict[str, str | int | float | bool | None]:

@@ -1,0 +1,385 @@
+"""Dates in French and English, in digits and in words: found, read, and written again in the format they had.
+
+Day-month order is read from the numbers where they tell, otherwise from the language; a date that is only partly given
+(month and year, a year, day and month) stays partial.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from shards.reports.identity.gazetteers import MONTHS, NUMBERS, Word, table
+from shards.reports.identity.view import LOWER, View
+
+Order = Literal["day first", "month first"]
+
+YEAR = r"(?:19|20)\d\d"
+_SEPARATOR = r" ?[./|\-\\,_]{1,2} ?"
+_DIGITS_BEFORE, _DIGITS_AFTER = r"(?<!\w)(?<!\d[.,/])", r"(?![\d\w]|[.,/]\d)"
+NUMERIC = re.compile(
+    rf"{_DIGITS_BEFORE}(?:"
+    rf"(?P<iso>{YEAR}{_SEPARATOR}[01]?\d{_SEPARATOR}[0-3]?\d)"
+    rf"|(?P<full>\d\d?{_SEPARATOR}\d\d?{_SEPARATOR}{YEAR}\d?"
+    rf"|[0-3]?\d(?:{_SEPARATOR}| )[0-3]?\d(?:{_SEPARATOR}| ){YEAR}(?! \d{{3}}))"
+    rf"|(?P<short>[0-3]?\d(?P<s1>[./|\-])[0-3]?\d(?P=s1)\d\d)"
+    rf"|(?P<month_year>(?:0?[1-9]|1[0-2])[/.\-]{YEAR}|(?:0[1-9]|1[0-2]) {YEAR}(?! \d\d?(?!:)))"
+    rf"|(?P<spaced>\d ?\d ?\d ?\d ?(?:1 ?9|2 ?0) ?\d ?\d|(?:1 ?9|2 ?0) ?\d ?\d ?\d ?\d ?\d ?\d)"
+    rf"|(?P<tight>[0-3]\d[01]\d\d\d|[0-3]\d [01]\d \d\d(?! \d))"
+    rf"|(?P<day_month>[0-3]?\d ?[./] ?[01]?\d)"
+    rf"|(?P<year>{YEAR}s?)"
+    rf"){_DIGITS_AFTER}"
+)
+_GLUED = re.compile(
+    rf"(?<!\w)[0-3]?\d ?-?({'|'.join(sorted(MONTHS, key=len, reverse=True))})\.?-?(\d{{4}}|\d\d)?(?![a-z\d])"
+)
+_DAY_BEFORE = re.compile(r"(?<![\d.,])([0-3]?\d)(?: ?(?:er|ere|st|nd|rd|th))?[ ,\-/._]{0,3}(?:of |de |du mois de )?$")
+_YEAR_AFTER = re.compile(r"[ ,.\-/_]{0,3}(?:of |de )?('?\d\d(?!\d|[,.]\d|:\d| ?(?:mm|cm|h))|\d{4})(?!\d)")
+_DAY_AFTER = re.compile(r"\.? ?([0-3]?\d)(?: ?(?:st|nd|rd|th))?(?!\d|:\d|[.,]\d)(?:[ ,]{1,2}('\d\d|\d{4})(?!\d))?")
+_MISSPELT = re.compile(rf"(?<![\d.,])([0-3]?\d)(?:er|st|nd|rd|th)? ([^\W\d_]{{3,10}})\.?,? ({YEAR})(?!\d)")
+_YEAR_CUE = re.compile(
+    r"(?:^|[\s('’])(?:en|depuis|in|since|fin|debut|mi|annee|annees|ete|printemps|automne|hiver|from|until|de|a|to|vers"
+    r"|circa|dated|year|years|courant|avant|apres|before|after|between|entre|et|and|or|ou|of|early|late|mid|summer|winter"
+    r"|spring|fall|jusqu'en|the)[\s\-]*\(?$"
+)
+_EXTENDS = re.compile(
+    r"(?<!\w)(?:(?:fin|debut|mi|courant|early|late|mid|ete|printemps|automne|hiver|summer|winter|spring|fall"
+    r"|autumn)(?: (?:de|of))?[ \-]+"
+    r"|(?:lundi|mardi|mercredi|jeudi|vendredi|samedi|dimanche|monday|tuesday|wednesday|thursday|friday|saturday"
+    r"|sunday),? "
+    r"|(?<![\d.,/])(?<!\d )[0-3]?\d(?:er|st|nd|rd|th)?(?:/[01]\d)? ?(?:au|et|and|to|,|&|-|–|/) ?)$"
+)
+_FIELD = re.compile(r"(?:^|[|(,;¦\0]) ?$"), re.compile(r" ?(?:$|[|),;.¦\0])")
+_UNIT_AFTER = re.compile(
+    r" ?(?:mg|ml|g|kg|mcg|ui|u|iu|mm|cm|hu|uh|ms|ng|pg|µg|μg|%|/mm|/ml|cc|kcal|cal|gy|cgy|mgy|bq|mbq|volts?|hz"
+    r"|j|cases|cas"
+    r"|patients?|elements|leucocytes|copies|x|×|fois)(?![a-z])|\^"
+)
+_DATE_CUE = re.compile(
+    r"(?:^|[\s(\[])(?:le|du|au|on|dated|date|since|depuis|rdv|from|until|jusqu'au)[\s:,]*\(?$"
+    r"|(?:date|rdv|rendez-vous)[^\n:]{0,40}: ?$|(?:^|\n)\s*[-•*]\s+$|[a-z] - $"
+)
+_BIRTH_CUE = re.compile(
+    r"(?:\bnee?\b[^.\n]{0,12}|naiss\w*\.?|\bnais\b\.?|\bddn\b|\bdob\b|d\.o\.b\.?|\bborn\b|birth\w*"
+    r"|mise au monde|birthdate)"
+    r"[^\d\n]{0,25}$"
+)
+_NO_YEAR = re.compile(r"(?:[=<>~≈±°º#*x×]|\d|\bn|\ba|\bde|\bdes|\bles|\bou|\btaux|\w-|[a-z]:) ?$")
+_WEEKDAY = re.compile(r"(?<!\w)(?:lundi|mardi|mercredi|jeudi|vendredi|samedi|dimanche) (?:[0-3]?\d)(?![\d:h]|[.,/]\d)")
+_LEGAL = re.compile(
+    r"(?:\bloi|\bdecret|\barrete|\bordonnance|\bdirective|\bcirculaire)s?(?: n[°o] ?[\d\-]+)?(?: du)? (?:n[°o] ?)?$"
+)
+_LIST_BEFORE = re.compile(r"(?:^|\n|\s)\s*[-•*:]\s+$|(?:^|\n)\s*[-•*]\s*$|\d{4}\)?\s?[-–/]\s?$|\(\s*$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A date at [start, end) of the document."""
+
+    start: int
+    end: int
+    birth: bool
+
+
+def find(view: View) -> list[Found]:
+    """Every date of the document; spans may touch but do not overlap."""
+    text = view.masked
+    spans: list[tuple[int, int]] = []
+    weak: list[tuple[int, int]] = []  # day and month, or year: a date only where the context says so
+    if any(character.isdigit() for character in text):
+        for match in NUMERIC.finditer(text):
+            kind = match.lastgroup if match.lastgroup != "s1" else "short"
+            kind = next(
+                name
+                for name in ("iso", "full", "short", "month_year", "spaced", "tight", "day_month", "year")
+                if match[name]
+            )
+            start, end = match.span()
+            if kind == "full" and " " not in match.group():
+                spans.append((start, end))  # also a mistyped one: 31/02/2019 is no quantity
+            elif kind in ("iso", "full", "short", "spaced"):
+                if _is_date(match.group(), spaced=kind == "spaced") and not (
+                    kind == "short" and _UNIT_AFTER.match(text, end)
+                ):
+                    spans.append((start, end))
+            elif kind == "month_year":
+                if not _UNIT_AFTER.match(text, end):
+                    spans.append((_number_words_before(view, start), end))
+            else:
+                weak.append((start, end))
+        spans += [match.span() for match in _GLUED.finditer(text)]
+        spans += [match.span() for match in _WEEKDAY.finditer(text)]
+        spans += [m.span() for m in _MISSPELT.finditer(text) if m[2] not in MONTHS and _near_month(m[2])]
+    spans += _in_words(view)
+    lines_with_dates = {text.count("\n", 0, start) for start, _ in spans} if weak else set()
+    for start, end in weak:
+        before = text[max(0, start - 24) : start]
+        if _UNIT_AFTER.match(text, end) or any(start < e and s < end for s, e in spans):
+            continue
+        written = text[start:end]
+        if end - start >= 6 and "/" not in written and "." not in written:  # six digits, or three pairs
+            digits = written.replace(" ", "")
+            alone = _FIELD[0].search(before.rpartition("\n")[2]) and _FIELD[1].match(
+                text[end : end + 2].partition("\n")[0]
+            )
+            if _possible(int(digits[:2]), int(digits[2:4])) and (
+                _DATE_CUE.search(before) or (" " in written and alone) or re.search(r"\($", before)
+            ):
+                spans.append((start, end))
+            continue
+        if end - start >= 4 and written.rstrip("s").isdigit():  # a year
+            cue = (
+                _YEAR_CUE.search(before)
+                or _LIST_BEFORE.search(before)
+                or re.match(r"\s?[-–/)]\s?(?:\d{4}|juil)", text[end : end + 8])
+            )
+            if cue or (1930 <= int(written[:4]) < 2040 and not _NO_YEAR.search(before)):
+                spans.append((start, end))
+            continue
+        day, month = (int(part) for part in re.findall(r"\d+", text[start:end]))
+        dated = _DATE_CUE.search(before) is not None
+        if not (1 <= min(day, month) <= 12 and max(day, month) <= 31):
+            continue
+        decimal = "." in written
+        if (
+            (dated and re.fullmatch(r"[0-3]\d ?[./] ?[01]\d", written))
+            or (
+                not decimal
+                and re.search(r"(?:^|\s)(?:le|on) $", before)
+                and not re.match(r" (?:sup|inf|moy|mo|prox|dis)", text[end:])
+            )
+            or (
+                not before.rpartition("\n")[2].strip()
+                and not text[end : end + 40].partition("\n")[0].strip()
+                and re.fullmatch(r"[0-3]\d/[01]\d", written)
+            )
+            or (
+                text.count("\n", 0, start) in lines_with_dates
+                and re.fullmatch(r"[0-3]\d ?[./] ?[01]\d", written)
+                and re.search(r"(?:\w\d+|[,;])\s$|\($", before)
+            )
+        ):
+            spans.append((start, end))
+    merged: list[Found] = []
+    for start, end in sorted(set(spans)):
+        if _LEGAL.search(text, max(0, start - 40), start):
+            continue
+        while (extension := _EXTENDS.search(text, max(0, start - 24), start)) and extension.group().strip():
+            start = extension.start()
+        if merged and start < merged[-1].end:
+            last = merged.pop()
+            start, end = last.start, max(end, last.end)
+        birth = _BIRTH_CUE.search(text, max(0, start - 48), start) is not None
+        merged.append(Found(start=start, end=end, birth=birth))
+    return merged
+
+
+def _is_date(written: str, spaced: bool = False) -> bool:
+    """Whether the three numbers of a numeric date can be one."""
+    if spaced:
+        digits = re.sub(r"\D", "", written)
+        parts = [digits[:2], digits[2:4], digits[4:]]
+        if not _possible(int(parts[0]), int(parts[1])) or not 1900 <= int(parts[2]) < 2100:
+            parts = [digits[:4], digits[4:6], digits[6:]]
+    else:
+        parts = re.findall(r"\d+", written)
+    if len(parts) != 3:
+        return False
+    first, second, third = (int(part) for part in parts)
+    if len(parts[0]) == 4:
+        return 1900 <= first < 2100 and 1 <= second <= 12 and 1 <= third <= 31
+    return _possible(first, second)
+
+
+def _possible(first: int, second: int) -> bool:
+    return 1 <= min(first, second) <= 12 and max(first, second) <= 31
+
+
+def _near_month(word: str) -> bool:
+    return any(abs(len(word) - len(month)) <= 1 and distance(word, month) <= 2 for month in MONTHS if len(month) > 3)
+
+
+def distance(first: str, second: str, limit: int = 3) -> int:
+    """Edit distance with swaps of neighbours (optimal string alignment), `limit` when it is at least that."""
+    if abs(len(first) - len(second)) >= limit:
+        return limit
+    before, row = [], list(range(len(second) + 1))
+    for i, a in enumerate(first, 1):
+        before, previous, row = row, before, [i]
+        for j, b in enumerate(second, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
+            if i > 1 and j > 1 and a == second[j - 2] and first[i - 2] == b:
+                cost = min(cost, previous[j - 2] + 1)
+            row.append(cost)
+        if min(row) >= limit:
+            return limit
+    return min(row[-1], limit)
+
+
+_YEAR_WORDS = frozenset(["mil", "mille", "milles", "thousand", "nineteen", "twenty"])
+_FRENCH_MONTHS = table("french_months")
+_MONTH_CUES = table("month_cues")
+_AMBIGUOUS = table("ambiguous")
+
+
+def _in_words(view: View) -> list[tuple[int, int]]:
+    """Dates with a month's name, and years in words."""
+    spans = []
+    read_up_to = 0
+    for index in view.marked:
+        flags = view.flags[index]
+        if flags & Word.MONTH:
+            span = _around_month(view, index)
+            if span is not None:
+                spans.append(span)
+        if flags & Word.NUMBER and index >= read_up_to:
+            read_up_to = _number_run(view, index)
+            words = view.words[index:read_up_to]
+            if len(words) > 1 and not _YEAR_WORDS.isdisjoint(words) and 1900 <= value_of(words) < 2100:
+                spans.append((view.starts[index], view.ends[read_up_to - 1]))
+    return spans
+
+
+def _number_words_before(view: View, start: int) -> int:
+    """Start of a day in words that stands before a numeric month ("vingt-six 02 2012"); `start` without one."""
+    index = view.first_word_from(start) - 1
+    while index >= 0 and view.flags[index] & Word.NUMBER and view.text[view.ends[index] : start].strip(" -") == "":
+        start, index = view.starts[index], index - 1
+    return start
+
+
+def _number_run(view: View, index: int) -> int:
+    """First index after a run of number words; a misspelt one ("troiss") goes on a run that already has two."""
+    stop = index
+    while stop < len(view.words) and (stop == index or view.gap(stop - 1).strip(" -\n") in ("", "et", "and")):
+        word = view.words[stop]
+        known = view.flags[stop] & Word.NUMBER or (
+            word in ("et", "and") and stop > index and stop + 1 < len(view.words) and view.flags[stop + 1] & Word.NUMBER
+        )
+        if not known and not (
+            stop >= index + 2 and len(word) > 3 and any(distance(word, n, 2) < 2 for n in NUMBERS if len(n) > 3)
+        ):
+            break
+        stop += 1
+    return stop
+
+
+def value_of(words: list[str]) -> int:
+    """Value of a number in words: French, English, and the English "nineteen eighty-four"."""
+    total = current = 0
+    pairs: list[int] = []
+    for word in words:
+        if word in ("et", "and"):
+            continue
+        value = NUMBERS.get(word) or NUMBERS.get(word.rstrip("s")) or 0
+        if value == 1000:
+            total, current = total + max(1, current) * 1000, 0
+        elif value == 100:
+            current = max(1, current) * 100
+        elif value == 20 and current % 100 == 4:
+            current += 76  # quatre-vingt
+        else:
+            pairs.append(value)
+            current += value
+    if not total and words and words[0] in ("nineteen", "twenty") and len(pairs) > 1:
+        return NUMBERS[words[0]] * 100 + sum(pairs[1:])
+    return total + current
+
+
+def _around_month(view: View, index: int) -> tuple[int, int] | None:
+    """The date around a month's name, or None where the name stands for something else ("may", "Dr Avril")."""
+    text, word = view.masked, view.words[index]
+    start, end = view.starts[index], view.ends[index]
+    month_end = end + 1 if text[end : end + 1] == "." and len(word) <= 5 else end
+    before = text[max(0, start - 24) : start]
+    day = _DAY_BEFORE.search(before)
+    year = _YEAR_AFTER.match(text, month_end)
+    if day and 1 <= int(day[1]) <= 31 and not re.search(r"\d\s*$", before[: day.start()]):
+        begin = start - (len(before) - day.start(1))
+        if year is None:
+            words_end = _words_after(view, index)
+            return begin, words_end or end
+        return begin, year.end()
+    in_words = index > 0 and view.flags[index - 1] & Word.NUMBER and view.words[index - 1] not in ("second",)
+    if in_words and view.gap(index - 1).strip(" -") == "":
+        begin = index - 1
+        while (
+            begin > 0
+            and (
+                view.flags[begin - 1] & Word.NUMBER
+                or (view.words[begin - 1] == "et" and begin > 1 and view.flags[begin - 2] & Word.NUMBER)
+            )
+            and view.gap(begin - 1).strip(" -") == ""
+        ):
+            begin -= 1
+        return view.starts[begin], year.end() if year else _words_after(view, index) or end
+    if (
+        index > 1
+        and view.words[index - 1] == "of"
+        and view.flags[index - 2] & Word.NUMBER
+        and view.words[index - 2] not in ("one", "second")
+    ):
+        return view.starts[index - 2], year.end() if year else _words_after(view, index) or end
+    after = _DAY_AFTER.match(text, month_end)
+    upper = view.shapes[index] != LOWER
+    if (
+        after
+        and 1 <= int(after[1]) <= 31
+        and (upper or len(word) > 3)
+        and (after[2] or word not in ("mai", "mars"))
+        and not _UNIT_AFTER.match(text, after.end())
+    ):
+        return start, after.end()
+    if year is not None and len(year[1]) == 4 and 1900 <= int(year[1]) < 2100:
+        return start, year.end()
+    full = len(word) > 4 and word not in _AMBIGUOUS
+    if year is not None and (
+        year[1][0] == "'" or (len(year[1]) == 2 and (full or (len(word) > 3 and _DATE_CUE.search(before))))
+    ):
+        return start, year.end()
+    if (
+        index + 1 < len(view.words)
+        and view.flags[index + 1] & Word.NUMBER
+        and view.gap(index).strip(" ,") in ("", "the")
+    ):
+        stop = _number_run(view, index + 1)
+        if upper or stop > index + 2:
+            return start, view.ends[stop - 1]
+    previous = view.words[index - 1] if index else ""
+    following = re.match(r"\.? ?(?:a|au|-|to|et|and|/) ?(?:\d\d? )?([^\W\d_]{3,9})", text[end : end + 24])
+    if following and following[1] in MONTHS and (word not in ("may", "sept", "mar") or upper):
+        return start, month_end
+    if (
+        previous in _MONTH_CUES
+        and view.gap(index - 1).strip(" -") == ""
+        and (upper or word not in ("may", "mar", "sept", "dec", "jan", "sep"))
+    ):
+        if word in ("may", "jan", "mar") and previous in ("de", "du", "of", "from"):
+            return None
+        if previous in ("de", "du", "of") and upper and word in _AMBIGUOUS:
+            return None
+        return start, end
+    if (
+        full
+        and not (index and view.flags[index - 1] & (Word.TITLE | Word.FIRST | Word.STREET))
+        and ((view.shapes[index] == LOWER) == (word in _FRENCH_MONTHS))
+    ):
+        return start, end
+    return None
+
+
+def _words_after(view: View, index: int) -> int | None:
+    """End of a year in words after word `index`, if there is one."""
+    if index + 1 < len(view.words) and view.flags[index + 1] & Word.NUMBER and view.gap(index).strip(" ,") == "":
+        return view.ends[_number_run(view, index + 1) - 1]
+    return None
+
+
+def valid(year: int, month: int, day: int) -> datetime.date | None:
+    """The date, or None when the calendar has none."""
+    try:
+        return datetime.date(year, month, day)
+    except ValueError:
+        return None

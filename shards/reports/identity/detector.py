@@ -1,0 +1,63 @@
+"""All layers over one document, and the union of what they found. Recall comes before precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import shards.reports.identity.known_patient as known_patient
+import shards.reports.identity.names as names
+import shards.reports.identity.patterns as patterns
+import shards.reports.identity.places as places
+from shards.reports.identity.known_patient import KnownPatient
+from shards.reports.identity.plugin import Recogniser
+from shards.reports.identity.view import Identifier, view_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detector:
+    """Finds identifiers; holds no state, so one instance serves all threads and documents.
+
+    `recognisers` are optional models that may add spans, never remove any.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """`recognisers` run after the rules, in this order."""
+
+        recognisers: tuple[Recogniser, ...] = field(default=(), compare=False)
+
+    config: Config = field(default_factory=Config)
+
+    def find(self, text: str, language: str = "unknown", patient: KnownPatient | None = None) -> tuple[Identifier, ...]:
+        """Identifiers in the order of the text, without overlap."""
+        if not text:
+            return ()
+        view = view_of(text)
+        if patient is not None:
+            known_patient.find(view, patient)
+        patterns.find_addresses_of_mail(view)
+        places.find_addresses(view)
+        patterns.find(view)
+        places.find_addressed(view)
+        strong = names.find_by_cue(view)  # before cities: many towns are surnames
+        places.find_cities(view)
+        names.find_by_shape(view, strong)
+        found = list(view.identifiers)
+        for recogniser in self.config.recognisers:
+            found += recogniser(text, language)
+        return union(found)
+
+
+def union(found: Sequence[Identifier]) -> tuple[Identifier, ...]:
+    """Overlapping spans become one, with the kind and layer of the longest; touching spans stay apart."""
+    merged: list[Identifier] = []
+    for one in sorted(found, key=lambda identifier: (identifier.start, -identifier.end)):
+        if merged and one.start < merged[-1].end:
+            last = merged[-1]
+            widest = last if last.end - last.start >= one.end - one.start else one
+            end = max(last.end, one.end)
+            merged[-1] = Identifier(start=last.start, end=end, kind=widest.kind, layer=widest.layer)
+        elif one.start < one.end:
+            merged.append(one)
+    return tuple(merged)

@@ -1,0 +1,170 @@
+"""Words the detector knows: names, places, institutions, titles, months, and the medical and common words it must keep.
+
+One dictionary maps the plain form of a word to a set of flags, so that a report costs one look-up per word. Lists are
+made by `python -m ci.data.identity_lists`; the short tables below are ours.
+"""
+
+from __future__ import annotations
+
+import tomllib
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+LISTS = Path(__file__).with_name("lists")
+_TABLES = tomllib.loads((LISTS / "context.toml").read_text("utf-8"))
+
+
+def table(name: str) -> frozenset[str]:
+    """The words of one table of context.toml."""
+    return frozenset(_TABLES[name].split())
+
+
+def _plain_table() -> dict[int, str]:
+    """Code point -> its lower-case base letter, always one character, so that offsets survive."""
+    table: dict[int, str] = {ord("’"): "'", ord("‘"): "'", ord("ʼ"): "'", ord("`"): "'", ord("´"): "'"}
+    table |= dict.fromkeys((ord(c) for c in "‐‑‒–—−"), "-") | dict.fromkeys((0xA0, 0x202F, 0x2009, 0x2007, 0x09), " ")
+    for code in range(0x41, 0x250):
+        character = chr(code)
+        base = unicodedata.normalize("NFD", character)[0].lower()
+        if character.isalpha() and len(base) == 1:
+            table[code] = {"ø": "o", "ł": "l", "đ": "d", "ð": "d", "ı": "i"}.get(base, base)
+    return table
+
+
+_PLAIN = _plain_table()
+
+
+def plain(text: str) -> str:
+    """Lower case without accents, apostrophes and dashes made one kind; as long as `text`, position by position."""
+    return text.translate(_PLAIN)
+
+
+class Word:
+    """What a word may be, as bits of an int (an IntFlag costs ten times as much to test).
+
+    Several may hold ("Rose", "Tours", "Avril"): context decides.
+    """
+
+    COMMON = 1  # a word of the language or of medicine
+    FIRST = 2
+    LAST = 4
+    TITLE = 8  # Dr, Mme, Monsieur: a name follows
+    ROLE = 16  # radiologue, interne, signed, patient: a name may follow, after a colon even in lower case
+    PARTICLE = 32  # de, van, el: inside names
+    MONTH = 64
+    NUMBER = 128  # vingt, twelve
+    STREET = 256  # rue, avenue, Street
+    HOSPITAL = 512  # hôpital, CHU, Hospital: a name follows or comes before
+    CITY_START = 1024  # first word of a place name
+    EPONYM = 2048  # Paget, Carpentier: kept in eponym contexts
+    EPONYM_HEAD = 4096  # maladie, signe, ring: makes the name beside it an eponym
+    STOP = 8192  # ends a name even where it could be one: RDV, DATE, TEL
+    WEEKDAY = 16384
+    KIN = 32768  # père, fille, frère: a name may follow
+    DEMONYM = 65536  # lyonnais
+
+
+MONTHS: dict[str, int] = {
+    "janvier": 1, "janv": 1, "jan": 1, "january": 1, "fevrier": 2, "fevr": 2, "fev": 2, "february": 2, "feb": 2,
+    "mars": 3, "march": 3, "mar": 3, "avril": 4, "avr": 4, "april": 4, "apr": 4, "mai": 5, "may": 5, "juin": 6,
+    "june": 6, "jun": 6, "juillet": 7, "juil": 7, "july": 7, "jul": 7, "aout": 8, "august": 8, "aug": 8,
+    "septembre": 9, "september": 9, "sept": 9, "sep": 9, "octobre": 10, "october": 10, "oct": 10, "novembre": 11,
+    "november": 11, "nov": 11, "decembre": 12, "december": 12, "dec": 12,
+}  # fmt: skip
+
+NUMBERS: dict[str, int] = {
+    "un": 1, "premier": 1, "deux": 2, "trois": 3, "quatre": 4, "cinq": 5, "six": 6, "sept": 7, "huit": 8, "neuf": 9,
+    "dix": 10, "onze": 11, "douze": 12, "treize": 13, "quatorze": 14, "quinze": 15, "seize": 16, "vingt": 20,
+    "vingts": 20, "trente": 30, "quarante": 40, "cinquante": 50, "soixante": 60, "septante": 70, "huitante": 80,
+    "octante": 80, "nonante": 90, "cent": 100, "cents": 100, "mil": 1000, "mille": 1000, "milles": 1000,
+    "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11,
+    "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16, "seventeen": 17, "eighteen": 18,
+    "nineteen": 19, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80,
+    "ninety": 90, "hundred": 100, "thousand": 1000, "first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5,
+    "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10, "eleventh": 11, "twelfth": 12, "thirteenth": 13,
+    "fourteenth": 14, "fifteenth": 15, "sixteenth": 16, "seventeenth": 17, "eighteenth": 18, "nineteenth": 19,
+    "twentieth": 20, "thirtieth": 30,
+}  # fmt: skip
+
+TITLES = table("titles")
+# Titles only with a capital and, where one letter, with a following capitalised word.
+SHORT_TITLES = ("m", "mm")
+
+ROLES = table("roles")
+
+KIN = table("kin")
+
+PARTICLES = table("particles")
+
+STREETS = table("streets")
+
+HOSPITALS = table("hospitals")
+
+STOPS = table("stops")
+
+# Names of diseases, signs, devices and tests, in plain form. Titles win over them; eponym contexts keep them.
+EPONYMS = table("eponyms")
+
+EPONYM_HEADS = table("eponym_heads")
+
+WEEKDAYS = table("weekdays")
+
+DEMONYMS = table("demonyms")
+
+# First names of French-speaking countries that the lists lack.
+FIRST_NAMES = table("first_names")
+
+# Words of reports that are also names: they count as names after a title or beside a name only.
+MEDICAL = table("medical")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gazetteer:
+    """`flags` of plain words; `cities` by first plain word -> the rest of each place name, longest first."""
+
+    flags: dict[str, int]
+    cities: dict[str, tuple[tuple[str, ...], ...]]
+
+
+@cache
+def gazetteer() -> Gazetteer:
+    """Read once; about a tenth of a second and 30 MB."""
+    flags: dict[str, int] = {}
+
+    def mark(words: Iterable[str], value: int) -> None:
+        for word in words:
+            flags[word] = flags.get(word, 0) | value
+
+    mark(read_list("words.txt"), Word.COMMON)
+    for name_list, flag in (("first_names.txt", Word.FIRST), ("last_names.txt", Word.LAST)):
+        particles = frozenset(PARTICLES)
+        for line in read_list(name_list):
+            parts = plain(line.split("\t")[0]).replace("-", " ").split()
+            mark((part for part in parts if len(part) > 1 and part not in particles), flag)
+    cities: dict[str, set[tuple[str, ...]]] = {}
+    for line in read_list("cities.txt"):
+        first, *rest = plain(line.split("\t")[0]).replace("-", " ").replace("'", " ").split()
+        cities.setdefault(first, set()).add(tuple(rest))
+    mark(cities, Word.CITY_START)
+    for entries, flag in (
+        (FIRST_NAMES, Word.FIRST),
+        (TITLES, Word.TITLE), (ROLES, Word.ROLE), (KIN, Word.KIN), (PARTICLES, Word.PARTICLE), (MONTHS, Word.MONTH),
+        (NUMBERS, Word.NUMBER), (STREETS, Word.STREET), (HOSPITALS, Word.HOSPITAL), (EPONYMS, Word.EPONYM),
+        (EPONYM_HEADS, Word.EPONYM_HEAD | Word.COMMON), (STOPS, Word.STOP), (WEEKDAYS, Word.WEEKDAY),
+        (DEMONYMS, Word.DEMONYM), (MEDICAL, Word.COMMON), (MONTHS, Word.COMMON), (ROLES, Word.COMMON),
+        (KIN, Word.COMMON), (STREETS, Word.COMMON), (HOSPITALS, Word.COMMON), (WEEKDAYS, Word.COMMON),
+        (NUMBERS, Word.COMMON), (STOPS, Word.COMMON), (TITLES, Word.COMMON),
+    ):  # fmt: skip
+        mark(entries, flag)
+    return Gazetteer(
+        flags=flags,
+        cities={first: tuple(sorted(rests, key=len, reverse=True)) for first, rests in cities.items()},
+    )
+
+
+def read_list(name: str) -> list[str]:
+    """The lines of one list."""
+    return (LISTS / name).read_text("utf-8").splitlines()

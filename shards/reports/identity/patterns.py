@@ -1,0 +1,278 @@
+"""Identifiers that have a shape: mail, web addresses, dates, ages over 89, social-security numbers, ids, phones.
+
+Checksums tell the kind where a shape could be several; a number of the right shape with a wrong checksum is hidden all
+the same, since a typing error does not make it safe. Whatever has seven digits or more and is no quantity is an id.
+"""
+
+from __future__ import annotations
+
+import re
+
+import shards.reports.identity.dates as dates
+from shards.reports.identity.gazetteers import Word
+from shards.reports.identity.view import Kind, View
+
+OLDEST_AGE_YEARS = 89  # HIPAA: ages above it point at persons
+_NOT_AFTER_WORD = r"(?<![\w])"
+
+_DIGIT = re.compile(r"\d")
+_MAIL = re.compile(
+    r"(?<![\w.])(?:[\w+'\-]{1,30}[.\-_] )?[\w.+'&\-]{1,64}\s?(?:@|\[at\]|\(at\)|\[@\])\s?[\w\-]+(?:\.[\w\-]+)*"
+    r"(?: ?[.,]\s?[a-z]{2,}(?![\w@])| (?:fr|com|org|net|be|ch|ca|de|uk|eu|lu)(?!\w))?"
+)
+_URL = re.compile(r"(?:https?://|ftp://|www\.)[^\s<>\"')\]\0]+")
+
+# Digits with single separators between them, on one line: a phone number, an id, a social-security number.
+_CLUSTER = re.compile(
+    r"(?<![\w.,])(?:[+(]{1,3} ?)?\d(?:(?: ?[.\-/()_] ?|[ ]| ?\(0\) ?|\) ?[.\-] ?)?\d){3,}(?:\s?(?:x|ext\.?"
+    r"|poste)\s?\d{1,6})?(?!\w)"
+)
+_PHONE_CUE = re.compile(
+    r"(?:\btel\b|\btelephone|\bphone|\bfax|\bmobile|\bportable\b|\bgsm\b|\bcell\b|\bjoignables?|\bbip\b|\bposte\b|\bpager"
+    r"|\bdect\b|\bcontact\b|\bappel(?:er|ez)?\b|\brappeler|\bcall(?:ed|back)?\b|\bext\b|\bnumero suivant"
+    r"|\bbeeper|\bt ?:)"
+    r"[^\d\n]{0,30}$"
+)
+_FRENCH_PHONE = re.compile(r"(?<![\d.,])0[1-9](?:[\s.\-/_]{1,3}\d\d){4}(?!\d)")
+_LETTERED_PHONE = re.compile(r"(?<!\d)(?:[a-z]?\d\d[ .]){3,}[a-z]?\d\d(?!\d)")
+_ID_CUE = re.compile(
+    r"(?<![\w])(?:ipp|iep|nip|nda|ins|mrn|ndossier|accession|acc|dossier|matricule|finess|rpps|adeli|nhs|inami|identifi\w*|"
+    r"immatriculation|securite sociale|ssn|social security|niss|avs|ahv|nir|sin|patient id|patient|record|chart"
+    r"|visit\w*|visite|"
+    r"sejour|episode|case|order|account|policy|study id|exam id|id|ip|ref|reference|numero|number|n°|nº|no|num)"
+    r"[ .:#°º\-]*(?:(?:no|n°|nº|num|number|numero|id|patient|de dossier|du dossier|is|est le|est)[ .:#°º]*){0,2}"
+    r"(?P<id>(?=[a-z\-]{0,8}[\d])[a-z0-9]+(?:[\-/._][a-z0-9]+)*(?:(?<=\d) \d+(?![\w,.]))*)"
+)
+_WEAK_CUES = (
+    "patient",
+    "no",
+    "n°",
+    "nº",
+    "number",
+    "numero",
+    "ref",
+    "case",
+    "visit",
+    "visite",
+    "study",
+    "acc",
+    "episode",
+)
+_MIXED_ID = re.compile(r"(?<![\w.])(?=[a-z0-9\-/_]*\d)[a-z0-9]+(?:[\-/_][a-z0-9]+)*(?![\w])")
+_LONG_DIGITS = re.compile(r"(?<![\w.,])\d{7,}(?!\w|[.,]\d)")
+_QUANTITY = re.compile(
+    r" ?(?:/ ?(?:mm|µl|ul|l|ml|dl|champ)|mm|ui|iu|u/|u\b|copies|elements|gb\b|leuco|plaquettes|hematies|cfu|ufc"
+    r"|kcal|euros?|€|\$"
+    r"|cas\b|cases\b|habitants|births|naissances|patients)"
+)
+_DASHED_ID = re.compile(r"(?<!\w)(?=(?:[\-/_]?[a-z]*\d){6})[a-z0-9]+(?:[\-/_][a-z0-9]+)+(?!\w)")
+_DOSE = re.compile(
+    r"\d(?:mg|ml|g|kg|mcg|ui|cm|mm|x\d|m|s|kv|ma|mas|gy|hu|ans|h|min|cc|l|ppm|mmol|mmhg|bpm|mhz|t|el)(?![a-z])"
+    r"|/ ?(?:mm|ml|l|ul|dl|min|h)\d?$"
+)
+_US_SSN = re.compile(r"(?<![\w.\-])\d{3}-\d\d-\d{4}(?![\w\-])")
+_BELGIAN = re.compile(r"(?<![\w.])\d\d[. ]?[01]\d[. ]?[0-3]\d[\-. ]?\d{3}[. \-]?\d\d(?!\d)")
+_AVS = re.compile(r"(?<![\w.])756[. ]?\d{4}[. ]?\d{4}[. ]?\d\d(?!\d)")
+_SIN = re.compile(r"(?<![\w.\-+(])\d{3}[ \-]\d{3}[ \-]\d{3}(?![\w\-]| ?\d)")
+_NIR = re.compile(
+    r"(?<![\w.])[1-478] ?\d ?\d ?(?:[0-9] ?\d) ?(?:\d ?\d|2 ?[ab]) ?(?:\d ?){6}(?:[ /\-]*\d ?\d)?(?!\d| \d)"
+)
+_UK_NI = re.compile(r"(?<!\w)[a-z]{2} ?\d\d ?\d\d ?\d\d ?[a-dt](?!\w)")
+_NATIONAL_CUE = re.compile(
+    r"(?:social security|national insurance|\bssn|\bnino|securite sociale|\bniss|\bnif|\bdni|\bnie|steuer-?id"
+    r"|\bsecu)[^\n\d:]{0,25}[: ]{1,3}(?P<id>[a-z]{0,2} ?\d[\d .\-/]{4,20}[a-z]?(?!\w))"
+)
+_GERMAN_INSURANCE = re.compile(r"(?<!\w)\d\d ?[0-3]\d[01]\d\d\d ?[a-z] ?\d{3}(?!\w)")
+_DIGIT_ROW = re.compile(r"(?<![\w.,])\d(?: \d){6,}(?![\w]|[.,]\d| \d)|(?<![\w.,])\d(?: \d{1,2}){7,}(?![\w]|[.,]\d| \d)")
+
+_AGE = re.compile(
+    r"(?<![\d.,/])(9\d|1[0-2]\d)(?= ?[\- ]?(?:ans\b|an\b|annees\b|years?\b|yrs?\b|y/?o\b|yo\b|y\.o|j?aehrig))"
+)
+_AGED = re.compile(
+    r"(?:\bagee?d?(?: de)?|\bage ?[:=]|\baged) ?(9\d|1[0-2]\d)(?!\d| ?(?:mois|months|jours|days|semaines|weeks))"
+)
+
+
+def find_addresses_of_mail(view: View) -> None:
+    """Claim mail and web addresses: whatever else they hold is part of them."""
+    text = view.plain
+    if "@" in text or "(at)" in text or "[at]" in text:
+        _claim_all(view, _MAIL, "mail")
+    if "http" in text or "www." in text or "ftp:" in text:
+        for match in _URL.finditer(view.masked):
+            view.claim(match.start(), match.start() + len(match.group().rstrip(".,;:")), "url")
+
+
+def find(view: View) -> None:
+    """Claim everything else with a shape, most telling shapes first."""
+    digits = _DIGIT.search(view.plain) is not None
+    if digits:
+        _social_security(view)
+    for found in dates.find(view):
+        view.claim(found.start, found.end, "birth_date" if found.birth else "date")
+    _ages(view, digits)
+    if digits:
+        _phones_and_ids(view)
+
+
+def _claim_all(view: View, pattern: re.Pattern[str], kind: Kind) -> None:
+    for match in pattern.finditer(view.masked):
+        view.claim(match.start(), match.end(), kind)
+
+
+def _social_security(view: View) -> None:
+    for pattern in (_AVS, _US_SSN, _UK_NI, _GERMAN_INSURANCE):
+        _claim_all(view, pattern, "social_security")
+    for match in _NATIONAL_CUE.finditer(view.masked):
+        view.claim(match.start("id"), match.end("id"), "social_security")
+    for match in _BELGIAN.finditer(view.masked):
+        written = match.group()
+        if belgian_valid(written) or re.fullmatch(r"\d\d\.\d\d\.\d\d-\d{3}\.\d\d", written):
+            view.claim(match.start(), match.end(), "social_security")
+    for match in _SIN.finditer(view.masked):
+        if luhn_valid(match.group()) or "-" in match.group():
+            view.claim(match.start(), match.end(), "social_security")
+    for match in _DIGIT_ROW.finditer(view.masked):
+        count = sum(character.isdigit() for character in match.group())
+        if dates.NUMERIC.fullmatch(match.group()):
+            continue  # a date whose digits stand apart
+        if len(set(match.group())) > 3:
+            view.claim(match.start(), match.end(), "social_security" if count >= 12 else "id")
+    for match in _NIR.finditer(view.masked):
+        if nir_valid(match.group()) or sum(c.isdigit() for c in match.group()) in (13, 15):
+            view.claim(match.start(), match.end(), "social_security")
+    for match in _CLUSTER.finditer(view.masked):
+        written = match.group()
+        if written[0] in "12" and set(written) <= set("0123456789 ") and 13 <= sum(map(str.isdigit, written)) <= 16:
+            view.claim(match.start(), match.end(), "social_security")
+
+
+def nir_valid(written: str) -> bool:
+    """French number with its key: key = 97 - number mod 97, Corsican 2A and 2B read as 19 and 18."""
+    digits = re.sub(r"[^\dab]", "", written.lower()).replace("2a", "19").replace("2b", "18")
+    return len(digits) == 15 and digits.isdigit() and int(digits[13:]) == 97 - int(digits[:13]) % 97
+
+
+def belgian_valid(written: str) -> bool:
+    """National number: the last two digits are 97 - rest mod 97, with a 2 before it for those born from 2000."""
+    digits = re.sub(r"\D", "", written)
+    if len(digits) != 11:
+        return False
+    return int(digits[9:]) in (97 - int(digits[:9]) % 97, 97 - int("2" + digits[:9]) % 97)
+
+
+def avs_valid(written: str) -> bool:
+    """Swiss number: 13 digits that begin with 756 and end in the EAN-13 digit."""
+    digits = [int(c) for c in written if c.isdigit()]
+    return len(digits) == 13 and (sum(digits[0::2]) + 3 * sum(digits[1::2])) % 10 == 0
+
+
+def luhn_valid(written: str) -> bool:
+    """Canadian social insurance number and others: the sum with every second digit doubled ends in 0."""
+    digits = [int(c) for c in written if c.isdigit()]
+    doubled = [d if i % 2 == 0 else d * 2 - 9 * (d > 4) for i, d in enumerate(reversed(digits))]
+    return len(digits) > 1 and sum(doubled) % 10 == 0
+
+
+def _ages(view: View, digits: bool) -> None:
+    if digits:
+        for pattern in (_AGE, _AGED):
+            for match in pattern.finditer(view.masked):
+                if OLDEST_AGE_YEARS < int(match[1]) < 130:
+                    view.claim(match.start(1), match.end(1), "age_over_89")
+    if not (
+        "ninet" in view.plain
+        or "nonante" in view.plain
+        or "vingt" in view.plain
+        or "nonag" in view.plain
+        or "cent" in view.plain
+        or "hundred" in view.plain
+    ):
+        return
+    for index, word in enumerate(view.words):
+        if word in ("ninety", "nonante", "quatre", "cent", "hundred", "one") and (
+            index == 0 or not view.flags[index - 1] & Word.NUMBER
+        ):
+            stop = index
+            while (
+                stop < len(view.words)
+                and view.flags[stop] & Word.NUMBER
+                and (stop == index or view.gap(stop - 1) in (" ", "-"))
+            ):
+                stop += 1
+            unit = view.words[stop] if stop < len(view.words) else ""
+            value = dates.value_of(view.words[index:stop])
+            if unit in ("ans", "year", "years", "yo") and OLDEST_AGE_YEARS < value < 130:
+                view.claim(view.starts[index], view.ends[stop - 1], "age_over_89")
+        elif word.startswith(("nonagen", "centenar")):
+            view.claim(view.starts[index], view.ends[index], "age_over_89")
+
+
+def _phones_and_ids(view: View) -> None:
+    for match in _ID_CUE.finditer(view.masked):
+        written = match["id"] if not match.group().startswith(_WEAK_CUES) else match["id"].split(" ")[0]
+        count = sum(character.isdigit() for character in written)
+        least = 5 if match.group().startswith(_WEAK_CUES) else 4
+        if count >= least and not _QUANTITY.match(view.masked, match.end()) and not _phone_like(written):
+            view.claim(match.start("id"), match.start("id") + len(written), "id")
+    for match in _CLUSTER.finditer(view.masked):
+        start, end = match.span()
+        written = match.group()
+        kind = _cluster_kind(view, start, written)
+        if kind is not None and not (kind == "id" and _QUANTITY.match(view.masked, end)):
+            view.claim(start, end, kind)
+    for match in _FRENCH_PHONE.finditer(view.masked):
+        view.claim(match.start(), match.end(), "phone")
+    for match in _LETTERED_PHONE.finditer(view.masked):
+        view.claim(match.start(), match.end(), "phone")
+    for pattern in (_LONG_DIGITS, _DASHED_ID, _MIXED_ID):
+        for match in pattern.finditer(view.masked):
+            count = sum(character.isdigit() for character in match.group())
+            letters = sum(character.isalpha() for character in match.group())
+            if _DOSE.search(match.group()):
+                continue
+            if (count >= 7 or (count >= 5 and 0 < letters <= 6)) and not _QUANTITY.match(view.masked, match.end()):
+                view.claim(match.start(), match.end(), "id")
+
+
+def _phone_like(written: str) -> bool:
+    digits = re.sub(r"\D", "", written)
+    return bool(re.fullmatch(r"0\d(?:[.\-]\d\d){4}|\d{3}[\-.]\d{3}[\-.]\d{4}", written)) or (
+        len(digits) == 10 and written.startswith("0") and written.isdigit()
+    )
+
+
+def _cluster_kind(view: View, start: int, written: str) -> Kind | None:
+    """What a row of digits with separators is; None for quantities and tables."""
+    main = re.split(r"\s?(?:x|ext|poste)", written)[0]
+    digits = re.sub(r"\D", "", main)
+    groups = re.findall(r"\d+", main)
+    before = view.masked[max(0, start - 60) : start]
+    cued = _PHONE_CUE.search(before) is not None
+    lengths = tuple(map(len, groups))
+    if cued and 4 <= len(digits) <= 15 and not re.search(r"\d[.,]\d$", main[:3]):
+        return "phone"
+    if written[0] in "+(" and 7 <= len(digits) <= 16 and not re.fullmatch(r"\(\d+\) ?\d", main):
+        return "phone"
+    if digits.startswith("00") and 10 <= len(digits) <= 16 and len(groups) >= 1:
+        return "phone"
+    if digits[0] == "0" and 9 <= len(digits) <= 12 and not _decimals(main):
+        return "phone"
+    if lengths in ((3, 3, 4), (1, 3, 3, 4), (3, 4), (3, 3, 4, 2), (4, 3, 3), (3, 3, 3), (2, 4, 4)) and not _decimals(
+        main
+    ):
+        if lengths in ((3, 4), (2, 4, 4), (4, 3, 3), (3, 3, 3)) and "-" not in main and "." not in main:
+            return "id" if len(digits) >= 9 else None
+        return "phone" if lengths != (3, 3, 3) else "id"
+    if len(groups) >= 4 and set(lengths) <= {2} and len(digits) in (8, 10, 12) and not _decimals(main):
+        return "phone"
+    if max(lengths) >= 7:
+        return "id"
+    if len(digits) >= 9 and len(groups) <= 4 and min(lengths[1:] or lengths) >= 3 and not re.search(r" |\.", main):
+        return "id"
+    return None
+
+
+def _decimals(written: str) -> bool:
+    """Whether a row of numbers holds decimals ("2.5 3.1 4.0"), which no phone number does."""
+    return " " in written and len(re.findall(r"(?<!\d)\d{1,2}\.\d{1,2}(?!\d|\.\d)", written)) >= 2

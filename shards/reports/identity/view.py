@@ -1,0 +1,121 @@
+"""One report seen word by word: what every layer of the detector reads, made once. Holds no rule."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shards.reports.identity.gazetteers import Word, gazetteer, plain
+
+Kind = Literal[
+    "patient_name", "person_name", "birth_date", "date", "age_over_89", "phone", "mail", "url", "id",
+    "social_security", "address", "zip", "city", "hospital",
+]  # fmt: skip
+Layer = Literal["patient", "pattern", "gazetteer", "plugin"]
+
+_WORD = re.compile(r"[^\W\d_]+")
+LOWER, TITLE_CASE, UPPER, INITIAL = 0, 1, 2, 3
+# Letters that a scanner reads for digits, where digits surround them; patterns see the digit.
+_MISREAD = re.compile(
+    r"(?<=\d)[olisb](?=\d)|(?<=\d{3})[olsb](?!\w)|(?<=\d[./ \-])[ol](?=\d)|(?<=\d )[olsb](?= \d)"
+    r"|(?<![\w.])[ol](?=\d[ .]\d\d[ .]\d\d)"
+)
+_DIGITS = str.maketrans("olisb", "01158")
+_TRIGGERS = Word.TITLE | Word.ROLE | Word.KIN | Word.MONTH | Word.NUMBER | Word.STREET | Word.HOSPITAL | Word.DEMONYM
+# A line is in capitals when this share of its words of three letters or more is.
+_CAPITALS_SHARE = 0.7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identifier:
+    """Characters [start, end) of the document that point at a person; `layer` is the part of the detector that knew."""
+
+    start: int
+    end: int
+    kind: Kind
+    layer: Layer
+
+
+@dataclass(kw_only=True, slots=True)
+class View:
+    """Words of one document. Lists run over words; `plain` has the length of `text`, so offsets serve both.
+
+    `masked` is `plain` with what earlier rules claimed blanked out; `claim` keeps it so.
+    """
+
+    text: str
+    plain: str
+    starts: list[int]
+    ends: list[int]
+    words: list[str]  # plain forms
+    flags: list[int]
+    shapes: list[int]
+    masked: str
+    marked: list[int]  # words that start a rule: titles, roles, months, numbers, streets, hospitals
+    capitalised: list[int]  # words that begin with a capital
+    identifiers: list[Identifier] = field(default_factory=list)
+    _capital_lines: dict[int, bool] = field(default_factory=dict)
+
+    def gap(self, index: int) -> str:
+        """What stands between word `index` and the next one."""
+        return self.text[self.ends[index] : self.starts[index + 1]] if index + 1 < len(self.starts) else "\n\n"
+
+    def free(self, index: int) -> bool:
+        """Whether no rule has claimed word `index` yet."""
+        return self.masked[self.starts[index]] != "\0"
+
+    def first_word_from(self, position: int) -> int:
+        """Index of the first word that starts at `position` or later; the number of words when there is none."""
+        return bisect_left(self.starts, position)
+
+    def note(self, start: int, end: int, kind: Kind, layer: Layer) -> None:
+        """Note one identifier and hide nothing: other rules may find a longer one around it."""
+        self.identifiers.append(Identifier(start=start, end=end, kind=kind, layer=layer))
+
+    def claim(self, start: int, end: int, kind: Kind, layer: Layer = "pattern") -> None:
+        """Note one identifier and hide it from the rules that follow."""
+        self.masked = self.masked[:start] + "\0" * (end - start) + self.masked[end:]
+        self.identifiers.append(Identifier(start=start, end=end, kind=kind, layer=layer))
+
+    def in_capitals(self, index: int) -> bool:
+        """Whether word `index` stands in a line written in capitals, where a capital says nothing."""
+        line_start = self.text.rfind("\n", 0, self.starts[index]) + 1
+        known = self._capital_lines.get(line_start)
+        if known is None:
+            line_end = self.text.find("\n", line_start)
+            first = self.first_word_from(line_start)
+            last = self.first_word_from(line_end if line_end >= 0 else len(self.text))
+            long_words = [i for i in range(first, last) if self.ends[i] - self.starts[i] > 2]
+            upper = sum(self.shapes[i] == UPPER for i in long_words)
+            common = sum(self.shapes[i] == UPPER and bool(self.flags[i] & 1) for i in long_words)
+            known = upper >= _CAPITALS_SHARE * max(1, len(long_words)) and common >= 2
+            self._capital_lines[line_start] = known
+        return known
+
+
+def view_of(text: str) -> View:
+    """Words, plain forms, flags and shapes of a document."""
+    plain_text = plain(text)
+    flags_of = gazetteer().flags.get
+    spans = [match.span() for match in _WORD.finditer(plain_text)]
+    words = [plain_text[start:end] for start, end in spans]
+    flags = [flags_of(word, 0) for word in words]
+    shapes = [_shape(text[start:end]) if text[start] != plain_text[start] else LOWER for start, end in spans]
+    masked = _MISREAD.sub(lambda match: match.group().translate(_DIGITS), plain_text)
+    return View(
+        text=text, plain=plain_text, masked=masked, starts=[start for start, _ in spans],
+        ends=[end for _, end in spans], words=words, flags=flags, shapes=shapes,
+        marked=[index for index, flag in enumerate(flags) if flag & _TRIGGERS],
+        capitalised=[index for index, shape in enumerate(shapes) if shape],
+    )  # fmt: skip
+
+
+def _shape(written: str) -> int:
+    """How a word is written whose first letter is not its plain form."""
+    if not written[0].isupper():
+        return LOWER
+    if len(written) == 1:
+        return INITIAL
+    return UPPER if written.isupper() else TITLE_CASE

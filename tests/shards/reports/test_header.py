@@ -1,0 +1,51 @@
+"""The readers of DICOM read no attribute that the header policy does not name."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from shards.reports.identity.header import OLDEST_AGE_YEARS, PASSES, age_years_of, sex_of
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+READERS = {"_text", "_element", "_number", "_numbers"}
+
+
+def attributes(path: Path) -> set[str]:
+    """Names of the attributes that a module asks a data set for."""
+    tree = ast.parse(path.read_text("utf-8"))
+    asked = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in READERS:
+            asked |= {
+                part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)
+            }
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Constant):
+            name = str(node.left.value)  # "Rows" in dataset
+            asked |= {name} if name[:1].isupper() and name.isalnum() else set()
+    return asked
+
+
+def test_only_named_attributes_are_read() -> None:
+    asked = attributes(REPOSITORY / "shards/ingest/dicom.py")
+    assert {"PatientID", "PatientAge", "Modality"} <= asked
+    assert asked <= set(PASSES)
+
+
+def test_names_dates_and_institutions_have_no_entry() -> None:
+    for name in ("PatientName", "PatientBirthDate", "StudyDate", "InstitutionName", "ReferringPhysicianName",
+                 "StudyDescription", "AccessionNumber", "DeviceSerialNumber", "PatientComments"):  # fmt: skip
+        assert name not in PASSES
+
+
+@pytest.mark.parametrize(
+    ("written", "years"), [("045Y", 45.0), ("018M", 1.5), ("099Y", OLDEST_AGE_YEARS), ("", None), ("12/03", None)]
+)
+def test_ages(written: str, years: float | None) -> None:
+    assert age_years_of(written) == years
+
+
+def test_sex_is_one_of_three_codes() -> None:
+    assert [sex_of(written) for written in ("f", "M", "O", "Mme Durand", "")] == ["F", "M", "O", None, None]
