@@ -67,7 +67,8 @@ def _in_sentence(tokens: Tokens, number: int, words: Vocabulary) -> list[Entity]
     places = words.places.find(tokens.stems)
     found: list[Entity] = []
     for clause in clauses(tokens, known):
-        inside = [match for match in matches if clause.first <= match.first < clause.end]
+        whole = clause.first <= matches[0].first and matches[-1].first < clause.end
+        inside = matches if whole else [match for match in matches if clause.first <= match.first < clause.end]
         mentions = _mentions(tokens, inside, known)
         if not mentions:
             continue
@@ -77,14 +78,13 @@ def _in_sentence(tokens: Tokens, number: int, words: Vocabulary) -> list[Entity]
         _open_choices(mentions, told, known)
         inner = [place for place in places if clause.first <= place.first < clause.end]
         sited = _places(tokens, mentions, inner, known, {cue.cue for cue in cues if cue.before}, words.place_follows)
-        taken = {i for first, last, term in inside if not term.plain for i in range(first, last + 1)}
         for mention, status, (side, position) in zip(mentions, told, sited, strict=True):
             if status != "history":
                 found.append(
                     Entity(
-                        concept=mention.concept, start=tokens.starts[mention.first], end=tokens.ends[mention.last],
+                        concept=mention.concept, start=tokens.start(mention.first), end=tokens.end(mention.last),
                         sentence=number, laterality=side, position=position, status=status,
-                        descriptor=_descriptor(tokens, taken, mention, clause),
+                        descriptor=_descriptor(tokens, inside, mention, clause),
                     )
                 )  # fmt: skip
     return found
@@ -289,9 +289,15 @@ def _read_places(matches: Sequence[Match]) -> tuple[Side | None, str]:
     return side, ", ".join(positions)
 
 
-def _descriptor(tokens: Tokens, taken: set[int], mention: _Mention, clause: Clause) -> Span | None:
+def _descriptor(tokens: Tokens, matches: Sequence[Match], mention: _Mention, clause: Clause) -> Span | None:
     """Up to MAX_DESCRIPTOR words before the mention, back to the next mark or word with a duty of its own."""
-    first, lowest = mention.first, max(clause.first, mention.first - MAX_DESCRIPTOR)
-    while first > lowest and first - 1 not in taken and tokens.stems[first - 1] not in SOFT:
+    lowest = max(clause.first, mention.first - MAX_DESCRIPTOR)
+    for match in matches:
+        if match.first >= mention.first:
+            break
+        if match.last >= lowest and not match.term.plain:
+            lowest = match.last + 1
+    first = mention.first
+    while first > lowest and tokens.stems[first - 1] not in SOFT:
         first -= 1
-    return (tokens.starts[first], tokens.ends[mention.first - 1]) if first < mention.first else None
+    return (tokens.start(first), tokens.end(mention.first - 1)) if first < mention.first else None

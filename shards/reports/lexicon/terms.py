@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 
 # A word with its digits ("L1", "12mm"), a decimal number, or a mark that may end a clause. Hyphens inside of words are
 # no token: "ground-glass" is two words.
-_TOKEN = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+|[.,;:()?!/\"“”•\[\]]|(?<=\s)[-–—]+(?=\s)|\n[ \t]*\n")
+_TOKEN = re.compile(r"\d+(?:[.,]\d+)+|\w+|[.,;:()?!/\"“”•\[\]]|(?<=\s)[-–—]+(?=\s)|\n[ \t]*\n")
 
 PARAGRAPH = "\n\n"
 HARD = frozenset('.;?!"“”•') | {PARAGRAPH}
@@ -80,11 +80,18 @@ def stem(word: str, language: Language) -> str:
 
 
 class Tokens(NamedTuple):
-    """Words and marks of one stretch of text; `starts` and `ends` are characters of the document."""
+    """Words and marks of one stretch of text: how they are looked up, and where in the document they stand."""
 
     stems: list[str]
-    starts: list[int]
-    ends: list[int]
+    found: list[re.Match[str]]
+
+    def start(self, token: int) -> int:
+        """The character of the document a token starts at."""
+        return self.found[token].start()
+
+    def end(self, token: int) -> int:
+        """The character of the document behind a token."""
+        return self.found[token].end()
 
 
 class _Stems(dict[str, str]):
@@ -115,12 +122,14 @@ _STEMS: Mapping[str, _Stems] = {"en": _Stems("en"), "fr": _Stems("fr")}
 def tokenise(lowered: str, start: int, end: int, language: Language) -> Tokens:
     """Tokens of `lowered[start:end]`, articles left out. `lowered` is `lower(document)`, made once per document."""
     known = _STEMS[language]
-    spans = [match.span() for match in _TOKEN.finditer(lowered, start, end)]
-    stems = [known[lowered[first:last]] for first, last in spans]
-    if "" in stems:
-        spans = [span for span, word in zip(spans, stems, strict=True) if word]
-        stems = [word for word in stems if word]
-    return Tokens(stems, [first for first, _ in spans], [last for _, last in spans])
+    stems: list[str] = []
+    found: list[re.Match[str]] = []
+    for match in _TOKEN.finditer(lowered, start, end):
+        word = known[match.group()]
+        if word:
+            stems.append(word)
+            found.append(match)
+    return Tokens(stems, found)
 
 
 def lower(document: str) -> str:
@@ -224,7 +233,7 @@ class Trie:
         return Term(
             finding=finding, change=change, part=part, cues=tuple(entry for entry in found if entry.kind in _CUES),
             marks=frozenset(by_kind) - _CUES - {"finding", "change", "part", "side", "position"},
-            # Words of a finding are no verbs ("pneumothorax is seen" is a finding with a verb, "a" of French too short)
+            # A verb inside of a finding ("contour is elevated") begins no clause of its own.
             verbs=() if finding or change else tuple(i for i, word in enumerate(stems) if word in verbs),
             plain=_PLAIN.issuperset(by_kind), sides=tuple(by_kind.get("side", ())),
             positions=tuple(by_kind.get("position", ())),
@@ -288,7 +297,7 @@ def _cues(tables: Mapping[str, Any]) -> Iterable[tuple[Entry, Mapping[str, Seque
 
 @cache
 def vocabulary(language: Language) -> Vocabulary:
-    """The tables of one language as tries; about a tenth of a second, once."""
+    """The tables of one language as tries, built once per process (some tenths of a second)."""
     findings, cues, places = _read("findings.toml"), _read("cues.toml"), _read("places.toml")
     changes = {
         name: Change(**{key: value for key, value in table.items() if key not in ("en", "fr")})
