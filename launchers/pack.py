@@ -6,31 +6,32 @@ Parses, calls `shards`, prints a table, exits: 0 done, 2 bad arguments or config
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from launchers import command
 from shards import adopt, reader, tar_index, writer
-from shards.errors import ConfigError, RoentgenError
-from shards.ingest import Source, read_key_file
+from shards.errors import ConfigError
+from shards.ingest import Source
 from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS, ImageLimits
 from shards.ingest.phantom_chest import ChestPhantom
 from shards.ingest.table import TableMapping, TableSource
 from shards.manifest import Manifest
 from shards.store import open_store, split_url
+
+if TYPE_CHECKING:
+    from shards.reports.packing import Structured
 
 EXIT_FAULTS = 3
 QUIET_REPORT_S = 10.0  # without a terminal, a line of progress this often
@@ -44,6 +45,9 @@ Pack studies into shards: plain WebDataset tars with a manifest, split by patien
   DICOM files of a hospital (the key names patients and studies; keep it, and keep it secret):
     (umask 077; openssl rand -hex 32 > site.key)
     python launchers/pack.py --source dicom --input DIR --key-file site.key --output s3://bucket/cxr
+  reports with them: raw text passes de-identification and extraction, or was prepared by prepare_reports.py
+    python launchers/pack.py --source dicom --input DIR --key-file site.key --reports structured reports.csv \\
+        --output shards/site
   synthetic chests with known truth:
     python launchers/pack.py --source phantom --samples 3000 --difficulty easy --output shards/phantom
   WebDataset tars from elsewhere, indexed once and never rewritten:
@@ -78,12 +82,22 @@ def parser() -> argparse.ArgumentParser:
     names = result.add_argument_group("names and text")
     names.add_argument("--key-file", metavar="FILE", help="secret, mode 0600: names become keyed hashes of it")
     names.add_argument("--public", action="store_true", help="the input is a public set: no secret is needed")
-    names.add_argument("--deidentified", metavar="HOW", help="your statement of how the text was de-identified")
+    names.add_argument(
+        "--reports",
+        nargs="+",
+        metavar="WORD",
+        help="`structured [FILE]`: text is de-identified and structured on its way, or comes from a FILE of "
+        "prepare_reports.py; for dicom the text lies in a FILE, CSV or Parquet, with a column study "
+        "(StudyInstanceUID) and one a section",
+    )
+    names.add_argument(
+        "--labels", metavar="SET", default="chexpert14", help="read from reports: chexpert14 or ct_rate18 (%(default)s)"
+    )
+    names.add_argument(
+        "--deidentified", metavar="HOW", help="instead: your statement of how the text was cleared elsewhere"
+    )
 
     dicom = result.add_argument_group("dicom")
-    dicom.add_argument(
-        "--reports", metavar="TABLE", help="CSV or Parquet: column study (StudyInstanceUID), then sections"
-    )
     dicom.add_argument(
         "--modalities",
         nargs="+",
@@ -130,19 +144,6 @@ def _fractions(text: str) -> dict[str, float]:
         raise ConfigError(f"--fractions {text}: write e.g. train=0.8,validation=0.1,test=0.1") from None
 
 
-def _secret(arguments: argparse.Namespace) -> bytes | None:
-    if arguments.public and arguments.key_file:
-        raise ConfigError("--public and --key-file exclude each other; a secret names clinical sets only")
-    if arguments.key_file:
-        return read_key_file(arguments.key_file)
-    if not arguments.public:
-        raise ConfigError(
-            f"--source {arguments.source} needs --key-file, which names patients and studies by keyed hashes; "
-            "for a set that anyone may download give --public instead"
-        )
-    return None
-
-
 def _input_folder(arguments: argparse.Namespace) -> Path:
     if len(arguments.input) != 1:
         raise ConfigError(f"--source {arguments.source} takes one --input folder, {len(arguments.input)} given")
@@ -153,25 +154,50 @@ def build_source(arguments: argparse.Namespace) -> Source:
     """The source that the arguments name. Only DICOM is imported on demand: its decoders are many and slow to load."""
     if arguments.source == "phantom":
         return ChestPhantom(_phantom_config(arguments))
-    folder, secret = _input_folder(arguments), _secret(arguments)
+    folder, secret = _input_folder(arguments), command.secret(arguments, f"--source {arguments.source} needs")
+    structured, reports = _reports(arguments, secret)
     limits = ImageLimits(side_min=arguments.side_min, area_max=arguments.area_max)
     if arguments.source == "table":
         if not folder.is_dir():
             raise ConfigError(f"--input {folder}: no such folder; give the folder that holds table and images")
         mapping = TableMapping.read(Path(arguments.mapping) if arguments.mapping else folder / "mapping.toml")
+        if reports is not None:
+            raise ConfigError(f"--reports {reports}: a table names its columns of text in the mapping, [report]")
         return TableSource(
-            input=folder, mapping=mapping, secret=secret, deidentified=arguments.deidentified, limits=limits
-        )
+            input=folder, mapping=mapping, secret=secret, deidentified=arguments.deidentified, structured=structured,
+            limits=limits,
+        )  # fmt: skip
     from shards.ingest.dicom import RADIOGRAPHY, DicomRadiographs
 
     return DicomRadiographs(
         folder=folder,
         secret=secret,
         modalities=tuple(arguments.modalities or RADIOGRAPHY),
-        reports=Path(arguments.reports) if arguments.reports else None,
+        reports=reports,
         deidentified=arguments.deidentified,
+        structured=structured,
         limits=limits,
     )
+
+
+def _reports(arguments: argparse.Namespace, secret: bytes | None) -> tuple[Structured | None, Path | None]:
+    """(how text passes the pipeline, the table of raw text) of --reports."""
+    words = list(arguments.reports or ())
+    structured = words[:1] == ["structured"]
+    files = [Path(word) for word in words[structured:]]
+    if len(files) > 1:
+        raise ConfigError(f"--reports {' '.join(words)}: write `structured`, `structured FILE` or `FILE`")
+    file = files[0] if files else None
+    if not structured:
+        return None, file
+    from shards.reports.packing import Structured
+    from shards.reports.pipeline import Config
+    from shards.reports.prepared import is_prepared
+
+    config = Config(ontology=arguments.labels)
+    if file is not None and is_prepared(file):
+        return Structured(secret, config, file), None
+    return Structured(secret, config), file
 
 
 def _phantom_config(arguments: argparse.Namespace) -> ChestPhantom.Config:
@@ -327,34 +353,10 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-class _Interrupted(BaseException):
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.exit_code = 128 + number
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise _Interrupted(number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = parser().parse_args(argv)
-    console = Console()
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        return _run(arguments, console)
-    except RoentgenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except _Interrupted as stop:
-        print("interrupted; the same command goes on behind the finished shards", file=sys.stderr)
-        return stop.exit_code
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
+    return command.run(lambda console: _run(arguments, console), "shards")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import gdcm
 import numpy as np
@@ -41,7 +41,11 @@ from shards.batch import EncodedImage, Sample, StudyRecord, ViewRecord
 from shards.errors import ConfigError
 from shards.ingest import Item, Loaded, Plan, Refusal, hashed_key, key_fingerprint
 from shards.ingest.image_file import ImageLimits
-from shards.reports.identity.header import BODY_PARTS, MODALITIES, VIEWS, age_years_of, sex_of
+from shards.reports.identity.header import BODY_PARTS, MODALITIES, SEARCHED, VIEWS, age_years_of, sex_of
+
+if TYPE_CHECKING:  # only --reports structured needs them
+    from shards.reports.identity import KnownPatient
+    from shards.reports.packing import Structured
 
 DEIDENTIFIER = "dicom headers dropped 1"
 REPORT_SECTIONS = ("report", "indication", "technique", "comparison", "findings", "impression")
@@ -105,7 +109,8 @@ class DicomRadiographs:
 
     `secret` None means a public set: names are hashed with a public key, and refusals show file names. `reports` is a
     CSV or Parquet table with a column `study` (StudyInstanceUID) and columns named as report sections; its text is
-    taken only with `deidentified`, the user's statement of how it was cleared.
+    taken only with `structured`, through the pipeline of `shards.reports`, which then looks for what the headers say of
+    the patient, or with `deidentified`, the user's statement of how it was cleared.
     """
 
     folder: Path
@@ -113,9 +118,9 @@ class DicomRadiographs:
     modalities: tuple[str, ...] = RADIOGRAPHY
     reports: Path | None = None
     deidentified: str | None = None
+    structured: Structured | None = None
     limits: ImageLimits = field(default_factory=ImageLimits)
     name: str = "dicom"
-    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
@@ -127,11 +132,20 @@ class DicomRadiographs:
             raise ConfigError(
                 f"modalities={','.join(unknown) or 'none'}: use terms of DICOM such as {', '.join(RADIOGRAPHY)}"
             )
-        if self.reports and not (self.deidentified or "").strip():
+        if self.structured is not None and bool(self.reports) == bool(self.structured.prepared):
             raise ConfigError(
-                f"--reports {self.reports}: report text is packed only with a statement how it was de-identified: "
-                "--deidentified 'HOW'"
+                "--reports structured: name the table of the reports, or the file that prepare_reports.py made of it: "
+                "--reports structured FILE"
             )
+        if self.reports and self.structured is None and not (self.deidentified or "").strip():
+            raise ConfigError(
+                f"--reports {self.reports}: raw text is packed only through de-identification, --reports structured "
+                f"{self.reports}, or, where it was cleared elsewhere, with a statement how: --deidentified 'HOW'"
+            )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.structured.labels if self.structured else ()
 
     @property
     def masks(self) -> dict[str, int]:
@@ -146,7 +160,7 @@ class DicomRadiographs:
         return {
             "modalities": list(self.modalities), "reports": str(self.reports) if self.reports else None,
             "deidentified": self.deidentified, "limits": vars(self.limits), "deidentifier": DEIDENTIFIER,
-        }  # fmt: skip
+        } | ({"structured": self.structured.settings} if self.structured else {})  # fmt: skip
 
     def plan(self) -> Plan:
         """Reads all headers. A study comes whole or, where two patients claim it, not at all."""
@@ -168,28 +182,35 @@ class DicomRadiographs:
             seen.add(header.instance)
             studies.setdefault(header.study, []).append(header)
         items = []
+        prepared, joined = (self.structured.file if self.structured else None), 0
         for study, views in sorted(studies.items()):
             patients = {view.patient for view in views}
             if len(patients) > 1:
                 refusals += [Refusal(self._log_name(view.path), "study of two patients") for view in views]
                 continue
             views.sort(key=lambda view: view.order)
+            key = hashed_key(self.secret, "study", study)
+            place = prepared.place(key) if prepared else None
+            joined += place is not None
             items.append(
                 Item(
-                    key=hashed_key(self.secret, "study", study),
+                    key=key,
                     patient=hashed_key(self.secret, "patient", patients.pop()),
-                    payload=(tuple(view.path for view in views), tuple(sorted(reports.get(study, {}).items()))),
+                    payload=(tuple(view.path for view in views), tuple(sorted(reports.get(study, {}).items())), place),
                 )
             )
+        if self.structured is not None:
+            self.structured.check_joins(joined)
         items.sort(key=lambda item: item.key)  # the order of UIDs is one of dates
         return Plan(items=items, refusals=refusals)
 
     def load(self, item: Item) -> Loaded:
-        paths, report = item.payload
+        paths, report, place = item.payload
         images: list[EncodedImage] = []
         views: list[ViewRecord] = []
         refusals: list[Refusal] = []
         persons: list[dict[str, Any]] = []
+        known: KnownPatient | None = None
         provenance: dict[str, str | int | float | bool | None] = {"source": self.name}
         for path in paths:
             try:
@@ -199,6 +220,8 @@ class DicomRadiographs:
                     view = _load_view(dataset, str(len(views)), self.limits)
                     persons.append(_person(dataset))
                     provenance |= _provenance(dataset, view.record.id)
+                    if self.structured is not None and known is None:
+                        known = _known_patient(dataset, item.patient)
             except RefusedError as error:
                 refusals.append(Refusal(self._log_name(path), str(error)))
                 continue
@@ -206,11 +229,16 @@ class DicomRadiographs:
             views.append(view.record)
         if not views:
             return Loaded(sample=None, refusals=tuple(refusals))
-        text_statement = f"; text: {self.deidentified}" if report else ""
+        stated = bool(report) and self.structured is None
         record = StudyRecord(
-            study=item.key, patient=item.patient, report=dict(report), views=views, provenance=provenance,
-            deidentifier=DEIDENTIFIER + text_statement, **persons[0],
+            study=item.key, patient=item.patient, report=dict(report) if stated else {}, views=views,
+            provenance=provenance, deidentifier=DEIDENTIFIER + (f"; text: {self.deidentified}" if stated else ""),
+            **persons[0],
         )  # fmt: skip
+        if self.structured is not None and (report or self.structured.prepared):
+            record, cause = self.structured.complete(record, dict(report), known, place)
+            if cause is not None:
+                refusals.append(Refusal(item.key, cause))
         return Loaded(sample=Sample(key=item.key, record=record, images=tuple(images)), refusals=tuple(refusals))
 
     def _log_name(self, path: str) -> str:
@@ -370,6 +398,25 @@ def _check(dataset: FileDataset, modalities: tuple[str, ...]) -> None:
         if not photometric:
             raise RefusedError("no image")
         raise RefusedError(f"colour image, {known[photometric]}" if photometric in known else "unknown kind of pixels")
+
+
+def _known_patient(dataset: Dataset, key: str) -> KnownPatient:
+    """What the header says of persons and numbers, for the report to be searched for; in memory only."""
+    from shards.reports.identity import KnownPatient
+    from shards.reports.intake import birth_date, split_name
+
+    def written(kind: str) -> list[str]:
+        found = (_text(dataset, attribute) for attribute, its in SEARCHED.items() if its == kind)
+        return [text for text in found if text]
+
+    names = [split_name(text.partition("=")[0]) for text in written("person")]
+    return KnownPatient(
+        key=key,
+        first_names=tuple(first for first, _ in names if first),
+        last_names=tuple(last for _, last in names if last),
+        birth_date=birth_date("".join(written("birth date")[:1])),
+        ids=tuple(written("id")),
+    )
 
 
 # --- pixels ---

@@ -1,7 +1,8 @@
 """A table (CSV, TSV or Parquet) beside a folder of images -> studies, told by a small TOML mapping.
 
-Report text is taken from a column only when the user states how it was de-identified, or written by a template from
-the labels. A bad row or image is refused by name and reason; a bad mapping or table stops before anything is written.
+Report text is taken from a column only through the pipeline of `shards.reports`, or when the user states how it was
+de-identified elsewhere, or it is written by a template from the labels. A bad row or image is refused by name and
+reason; a bad mapping or table stops before anything is written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +26,11 @@ from shards.batch import EncodedImage, LabelValue, Sample, StudyRecord, ViewReco
 from shards.errors import ConfigError
 from shards.ingest import Item, Loaded, Plan, Refusal, hashed_key, key_fingerprint
 from shards.ingest.image_file import ImageLimits, ImageRefusedError, load_image_file
+
+if TYPE_CHECKING:  # the tables of the pipeline take a second to load; only --reports structured needs them
+    from shards.reports.identity import KnownPatient
+    from shards.reports.packing import Structured
+    from shards.reports.prepared import Place
 
 TEMPLATE_DEIDENTIFIER = "none needed: report written from labels by a template"
 LABEL_NUMBERS: dict[str, LabelValue] = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1}
@@ -52,6 +58,19 @@ class Columns(_Strict):
     view: str | None = None
     laterality: str | None = None
     body_part: str | None = None
+
+
+class Known(_Strict):
+    """Columns with what the record system knows of the patient: looked for in the text and replaced, stored nowhere.
+
+    `names` hold first and last name in one cell. The cells of `columns.patient` and `columns.study` count as ids.
+    """
+
+    first_names: tuple[str, ...] = ()
+    last_names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    birth_date: str | None = None
+    ids: tuple[str, ...] = ()
 
 
 class LabelColumn(_Strict):
@@ -93,6 +112,7 @@ class TableMapping(_Strict):
     columns: Columns
     values: dict[Literal["split", "sex", "view", "laterality"], dict[str, str]] = Field(default_factory=dict)
     report: dict[str, str] = Field(default_factory=dict)  # section -> column
+    known: Known = Known()
     labels: Labels = Labels()
     template: Template | None = None
     provenance: dict[str, str] = Field(default_factory=dict)
@@ -126,6 +146,9 @@ class TableMapping(_Strict):
         """Key of the mapping -> column it names."""
         used = {f"columns.{name}": column for name, column in self.columns.model_dump().items() if column is not None}
         used |= {f"report.{section}": column for section, column in self.report.items()}
+        for name, value in self.known.model_dump().items():
+            named = (value,) if isinstance(value, str) else value or ()
+            used |= {f"known.{name}.{place}": column for place, column in enumerate(named)}
         used |= {f"labels.columns.{name}": label.column for name, label in self.labels.columns.items()}
         if self.labels.column is not None:
             used["labels.column"] = self.labels.column
@@ -138,7 +161,9 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _names_beside(location: tuple[int | str, ...]) -> list[str]:
-    models: dict[str, type[BaseModel]] = {"columns": Columns, "labels": Labels, "template": Template}
+    models: dict[str, type[BaseModel]] = {
+        "columns": Columns, "known": Known, "labels": Labels, "template": Template,
+    }  # fmt: skip
     model = models.get(str(location[0]), TableMapping) if len(location) > 1 else TableMapping
     return list(model.model_fields)
 
@@ -161,6 +186,8 @@ class _Study:
     report: tuple[tuple[str, str], ...]
     sex: Literal["F", "M", "O"] | None
     age_years: float | None
+    known: KnownPatient | None = None
+    prepared: Place | None = None
 
 
 class _RowRefusedError(ValueError):
@@ -172,27 +199,43 @@ class TableSource:
     """Source of studies from a table; see `shards.ingest.Source` for the protocol.
 
     `secret` None means a public set: names are hashed with a public key, and refusals show file names.
-    `deidentified` is the user's statement of how text columns were cleared.
+    `deidentified` is the user's statement of how text columns were cleared; with `structured` they need none, since
+    their text passes the pipeline of `shards.reports`.
     """
 
     input: Path
     mapping: TableMapping
     secret: bytes | None = field(default=None, repr=False)
     deidentified: str | None = None
+    structured: Structured | None = None
     limits: ImageLimits = field(default_factory=ImageLimits)
     name: str = "table"
 
     def __post_init__(self) -> None:
-        if self.mapping.report and not (self.deidentified or "").strip():
-            columns = ", ".join(self.mapping.report.values())
+        columns = ", ".join(self.mapping.report.values())
+        if self.structured is not None:
+            if self.structured.prepared is None and not columns:
+                raise ConfigError(
+                    "--reports structured: the mapping names no column of report text; give it a [report], or name a "
+                    "file of prepared reports: --reports structured FILE"
+                )
+            if self.structured.prepared is not None and columns:
+                raise ConfigError(
+                    f"--reports structured {self.structured.prepared}: the mapping takes text from column {columns}, "
+                    "too; leave [report] out of it, or the file"
+                )
+            self.structured.check_sections(self.mapping.report)
+        elif columns and not (self.deidentified or "").strip():
             raise ConfigError(
-                f"the mapping takes report text from column {columns}; text is packed only after you state how it was "
-                "de-identified: --deidentified 'HOW'"
+                f"the mapping takes report text from column {columns}; raw text is packed only through "
+                "de-identification, --reports structured, or, where it was cleared elsewhere, after you state how: "
+                "--deidentified 'HOW'"
             )
 
     @property
     def labels(self) -> tuple[str, ...]:
-        return self.mapping.label_names
+        extra = self.structured.labels if self.structured else ()
+        return tuple(dict.fromkeys((*self.mapping.label_names, *extra)))
 
     @property
     def masks(self) -> dict[str, int]:
@@ -209,7 +252,7 @@ class TableSource:
             "deidentified": self.deidentified,
             "side_min": self.limits.side_min,
             "area_max": self.limits.area_max,
-        }
+        } | ({"structured": self.structured.settings} if self.structured else {})
 
     def plan(self) -> Plan:
         """Read the table and group its rows. Raises ConfigError: no folder, no table, empty, unknown column."""
@@ -247,6 +290,8 @@ class TableSource:
                 items.append(self._item(study, rows))
             except _RowRefusedError as error:
                 refusals += [Refusal(shown, str(error)) for shown, _ in rows]
+        if self.structured is not None:
+            self.structured.check_joins(sum(item.payload.prepared is not None for item in items))
         return Plan(items=items, refusals=refusals)
 
     def _shown(self, file: str) -> str:
@@ -261,8 +306,10 @@ class TableSource:
         if len(splits) > 1:
             raise _RowRefusedError("study in several splits")
         key = hashed_key(self.secret, "study", study)
+        patient = hashed_key(self.secret, "patient", patients.pop())
         labels = self._labels([row for _, row in rows])
         sex = SEX_WORDS.get((self._first("sex", rows) or "").lower())
+        prepared_file = self.structured.file if self.structured else None
         payload = _Study(
             name=self._shown(study),
             views=tuple(self._view(row) for _, row in rows),
@@ -270,10 +317,11 @@ class TableSource:
             report=tuple(self._report(key, labels, [row for _, row in rows]).items()),
             sex=cast(Literal["F", "M", "O"] | None, sex),
             age_years=parse_age(self._first("age", rows) or ""),
+            known=self._known(study, patient, [row for _, row in rows]) if self.structured else None,
+            prepared=prepared_file.place(key) if prepared_file else None,
         )
-        if not payload.report and not payload.labels:
+        if not payload.report and not payload.labels and payload.prepared is None:
             raise _RowRefusedError("report empty and no label")
-        patient = hashed_key(self.secret, "patient", patients.pop())
         return Item(key=key, patient=patient, split=splits.pop() or None, payload=payload)
 
     def _value(self, name: Literal["split", "sex", "view", "laterality"], row: Mapping[str, str]) -> str:
@@ -342,8 +390,29 @@ class TableSource:
             report[self.mapping.template.section] = write_report(self.mapping.template, key, labels)
         return report
 
+    def _known(self, study: str, patient: str, rows: Sequence[Mapping[str, str]]) -> KnownPatient:
+        from shards.reports.identity import KnownPatient
+        from shards.reports.intake import birth_date, split_name
+
+        def cells(columns: Sequence[str]) -> tuple[str, ...]:
+            return tuple(dict.fromkeys(cell for column in columns for row in rows if (cell := row[column].strip())))
+
+        known = self.mapping.known
+        names = [split_name(name) for name in cells(known.names)]
+        born = cells((known.birth_date,)) if known.birth_date else ()
+        return KnownPatient(
+            key=patient,
+            first_names=(*cells(known.first_names), *(first for first, _ in names if first)),
+            last_names=(*cells(known.last_names), *(last for _, last in names if last)),
+            birth_date=birth_date(born[0]) if born else None,
+            ids=(*cells(known.ids), *cells((self.mapping.columns.patient,)), study),
+        )
+
     def load(self, item: Item) -> Loaded:
-        """Read and check the images of one study. A bad image is refused alone; without any the study is too."""
+        """Read and check the images of one study. A bad image is refused alone; without any the study is too.
+
+        Text that does not pass the pipeline is left out; a study without labels and text is refused.
+        """
         study: _Study = item.payload
         refusals: list[Refusal] = []
         views: list[ViewRecord] = []
@@ -369,20 +438,30 @@ class TableSource:
         if not images:
             return Loaded(sample=None, refusals=tuple(refusals))
         has_text = bool(self.mapping.report) and bool(study.report)
+        through_pipeline = self.structured is not None and (has_text or self.structured.prepared is not None)
         record = StudyRecord(
             study=item.key,
             patient=item.patient,
             language=self.mapping.language,
-            report=dict(study.report),
+            report={} if through_pipeline else dict(study.report),
             labels=dict(study.labels),
             sex=study.sex,
             age_years=study.age_years,
             provenance=dict(self.mapping.provenance),
-            deidentifier=self.deidentified if has_text else TEMPLATE_DEIDENTIFIER if study.report else None,
+            deidentifier=None if through_pipeline else self._statement(has_text, bool(study.report)),
             views=views,
         )
+        if through_pipeline and self.structured is not None:
+            record, cause = self.structured.complete(record, dict(study.report), study.known, study.prepared)
+            if cause is not None:
+                refusals.append(Refusal(study.name, cause))
+                if not study.labels:
+                    return Loaded(sample=None, refusals=tuple(refusals))
         sample = Sample(key=item.key, record=record, images=tuple(images))
         return Loaded(sample=sample, refusals=tuple(refusals))
+
+    def _statement(self, has_text: bool, has_report: bool) -> str | None:
+        return self.deidentified if has_text else TEMPLATE_DEIDENTIFIER if has_report else None
 
     def _read_image(self, file: str) -> bytes:
         folder = (self.input / self.mapping.images).resolve()

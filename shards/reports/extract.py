@@ -234,4 +234,4 @@ def _moved(
     items: list[Item] = [
         item.model_copy(update={"observations": [moved(one) for one in item.observations]}) for item in report.items
     ]
-    return checked(StructuredReport(study=report.study, items=items), source_text(sections)).model_dump()
+    return checked(StructuredReport(study=report.study, items=items), source_text(sections)).model_dump(mode="json")

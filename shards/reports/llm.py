@@ -371,6 +371,15 @@ class Totals:
         if read.cause is not None:
             self.failed[_kind(read.cause)] += 1
 
+    def counts(self) -> dict[str, int]:
+        """All of it by name, for an audit."""
+        sums = {
+            "answered": self.answered, "from the cache": self.cached, "prompt tokens": self.prompt_tokens,
+            "answer tokens": self.answer_tokens,
+        }  # fmt: skip
+        sums |= {f"sent back: {reason}": count for reason, count in self.retries.items()}
+        return sums | {f"left to rules: {cause}": count for cause, count in self.failed.items()}
+
     def cost(self, prompt_price: float, answer_price: float) -> float:
         """Money, at prices for a million tokens."""
         return (self.prompt_tokens * prompt_price + self.answer_tokens * answer_price) / 1e6

@@ -67,6 +67,14 @@ PASSES: dict[str, Passage] = {
     ),
 }
 
+# Attribute -> what it is. Read into memory only, so that a report's text can be searched for it.
+SEARCHED: dict[str, Literal["person", "birth date", "id"]] = {
+    **dict.fromkeys(("PatientName", "OtherPatientNames", "ReferringPhysicianName", "RequestingPhysician"), "person"),
+    **dict.fromkeys(("PerformingPhysicianName", "NameOfPhysiciansReadingStudy", "OperatorsName"), "person"),
+    "PatientBirthDate": "birth date",
+    **dict.fromkeys(("PatientID", "OtherPatientIDs", "AccessionNumber", "StudyID", "StudyInstanceUID"), "id"),
+}
+
 
 def sex_of(written: str) -> Literal["F", "M", "O"] | None:
     """Patient's Sex, or None for anything that is not one of its three codes."""

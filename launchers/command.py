@@ -1,0 +1,60 @@
+"""What the programs that make data share: one-line errors, exit codes, a stop on request, the secret of a key file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from shards.errors import ConfigError, RoentgenError
+from shards.ingest import read_key_file
+
+
+class _Interrupted(BaseException):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise _Interrupted(number)
+
+
+def run(body: Callable[[Console], int], finished: str) -> int:
+    """`body` with errors as one line and SIGTERM and Ctrl-C as a stop; `finished` names what the next run goes on
+    behind. Returns the exit code."""
+    console = Console()
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return body(console)
+    except RoentgenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except _Interrupted as stop:
+        print(f"interrupted; the same command goes on behind the finished {finished}", file=sys.stderr)
+        return stop.exit_code
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+def secret(arguments: argparse.Namespace, needs: str) -> bytes | None:
+    """The secret of --key-file, None with --public. `needs` begins the error where there is neither: who needs one."""
+    if arguments.public and arguments.key_file:
+        raise ConfigError("--public and --key-file exclude each other; a secret names clinical sets only")
+    if arguments.key_file:
+        return read_key_file(arguments.key_file)
+    if not arguments.public:
+        raise ConfigError(
+            f"{needs} --key-file, which names patients and studies by keyed hashes; "
+            "for a set that anyone may download give --public instead"
+        )
+    return None

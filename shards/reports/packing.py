@@ -1,0 +1,99 @@
+"""How report text gets into studies as they are packed: through the pipeline, or from a file that passed it before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from shards.batch import StudyRecord
+from shards.errors import ConfigError, DataError
+from shards.reports.identity import KnownPatient
+from shards.reports.pipeline import WHOLE, Cell, Config, Failed, Pipeline, RawReport
+from shards.reports.prepared import Place, PreparedFile, PreparedReport
+from shards.reports.sections import SECTION_NAMES
+
+
+@dataclass(frozen=True)
+class Structured:
+    """`pack.py --reports structured`; goes to worker processes, where the pipeline is built once.
+
+    `prepared`: a file of launchers/prepare_reports.py; without one, text passes the pipeline on its way into the study.
+    """
+
+    secret: bytes | None = field(repr=False)
+    config: Config = field(default_factory=Config)
+    prepared: Path | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that changes the output. A prepared file counts by its content."""
+        return self.config.settings | {"prepared": self.file.sha256 if self.file else None}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels that a report may give."""
+        return self.config.labels
+
+    @cached_property
+    def file(self) -> PreparedFile | None:
+        """The prepared reports, read when first asked for: by the planning process only."""
+        return None if self.prepared is None else PreparedFile(self.prepared, self.secret)
+
+    @cached_property
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(self.config, self.secret)
+
+    def __getstate__(self) -> dict[str, Any]:  # the index of a prepared file stays behind
+        return {"secret": self.secret, "config": self.config, "prepared": self.prepared}
+
+    def check_joins(self, studies: int) -> None:
+        """Raises ConfigError where none of the planned studies has a prepared report."""
+        if self.prepared is not None and not studies:
+            raise ConfigError(
+                f"--reports structured {self.prepared}: none of its studies is in --input; prepare the reports with "
+                "the same --key-file, and a column --study that holds what names the study here"
+            )
+
+    def check_sections(self, names: Iterable[str]) -> None:
+        """Raises ConfigError for a section that the pipeline does not know."""
+        unknown = sorted(set(names) - {WHOLE, *SECTION_NAMES})
+        if unknown:
+            raise ConfigError(
+                f"--reports structured: no section is called {unknown[0]!r}; there is {WHOLE} (all of it), "
+                f"{', '.join(SECTION_NAMES)}"
+            )
+
+    def complete(
+        self, record: StudyRecord, texts: Mapping[str, Cell], known: KnownPatient | None, place: Place | None
+    ) -> tuple[StudyRecord, str | None]:
+        """(record with what its report gave, why it gave nothing). Never raises for data, never lets raw text through.
+
+        Labels that the record has already stay.
+        """
+        if self.prepared is not None:
+            result = self._joined(record.study, place)
+        elif texts:
+            raw = RawReport(study=record.study, patient=record.patient, texts=texts, known=known)
+            result = self._pipeline.prepare([raw])[0][0]
+        else:
+            return record, None
+        if isinstance(result, Failed):
+            return record, f"report: {result.cause}"
+        members = result.members()
+        members["labels"] = {**result.labels, **record.labels}
+        members["provenance"] = {**record.provenance, "extractor": result.extractor}
+        if record.deidentifier is not None:
+            members["deidentifier"] = f"{record.deidentifier}; text: {result.deidentifier}"
+        return record.model_copy(update=members), None
+
+    def _joined(self, study: str, place: Place | None) -> PreparedReport | Failed:
+        if self.prepared is None or place is None:
+            return Failed(study=study, cause="not among the prepared ones")
+        try:
+            report = PreparedReport.from_line(PreparedFile.read(self.prepared, place), self.secret)
+        except (DataError, OSError):
+            return Failed(study=study, cause="changed since the start")
+        return report if report.study == study else Failed(study=study, cause="changed since the start")
