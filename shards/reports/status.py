@@ -79,7 +79,7 @@ def clauses(tokens: Tokens, known: Marks) -> list[Clause]:
     """The sentence in clauses, in order; boundary words and closing marks belong to none.
 
     A second finite verb shows that a new clause began at the last comma since the first verb, or failing that at the
-    last joining word ("the heart is enlarged and the lungs are clear").
+    last joining word but "or" ("the heart is enlarged and no mass or nodule is seen").
     """
     found: list[Clause] = []
     count = len(tokens.stems)
@@ -99,7 +99,7 @@ def clauses(tokens: Tokens, known: Marks) -> list[Clause]:
             first, verb, comma, join = place, -1, -1, -1
         if tokens.stems[place] == ",":
             comma = place
-        elif place in known.joins:
+        elif place in known.joins and place not in known.alternatives:  # "or" joins words of a list, hardly ever clauses
             join = place
         if place in known.verbs and place - 1 not in known.verbs:
             cut = comma if comma > verb else join
