@@ -50,7 +50,9 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_options_of_commands_exist() -> None:
-    assert {program for program, _ in commands()} == {"pack", "pretrain", "evaluate", "export", "replay"}
+    assert {program for program, _ in commands()} == {
+        "prepare_reports", "pack", "pretrain", "evaluate", "export", "replay",
+    }  # fmt: skip
     unknown = [
         f"{program}.py {word}"
         for program, words in commands()

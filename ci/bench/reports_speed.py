@@ -1,0 +1,58 @@
+"""Reports/s of the whole chain by rules on one core, and whether memory stays flat over many of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from itertools import cycle, islice
+
+import psutil
+
+from ci.bench.figure import Figure, figure
+from ci.bench.reports_data import ct_rate, open_i
+from shards.ingest import hashed_key
+from shards.reports.pipeline import WHOLE, Config, RawReport
+from shards.reports.prepare import CHUNK_REPORTS, Preparer
+
+REPORTS = 20_480
+QUICK_REPORTS = 1_024
+SECRET = b"the secret of a benchmark"
+
+
+def _reports() -> Iterator[RawReport]:
+    """CT-RATE and Open-i in turn, without end; every report is of another study and patient."""
+    pairs = zip(cycle(ct_rate()), cycle(open_i()), strict=False)
+    for number, report in enumerate(one for pair in pairs for one in pair):
+        study, patient = (hashed_key(SECRET, kind, str(number)) for kind in ("study", "patient"))
+        yield RawReport(study=study, patient=patient, texts={WHOLE: report.text})
+
+
+def figures_speed(quick: bool) -> list[Figure]:
+    """Cleaned, de-identified, extracted by rules and serialised, by chunks as prepare_reports.py does it."""
+    started = time.perf_counter()
+    count = QUICK_REPORTS if quick else REPORTS
+    preparer, reports, process = Preparer(Config(), SECRET), _reports(), psutil.Process()
+    preparer(list(islice(reports, CHUNK_REPORTS)))  # tables are loaded
+    rates, resident_mb, failed, size = [], [], 0, 0
+    for _ in range(count // CHUNK_REPORTS):
+        chunk = list(islice(reports, CHUNK_REPORTS))
+        begun = time.process_time()
+        done = preparer(chunk)
+        rates.append(len(chunk) / (time.process_time() - begun))
+        failed += len(done.failed)
+        size += sum(map(len, done.lines))
+        resident_mb.append(process.memory_info().rss / 1e6)
+    wall_s = time.perf_counter() - started
+    early = resident_mb[max(1, len(resident_mb) // 10) - 1]
+    return [
+        figure(
+            "reports.per_second", statistics.median(rates), repeats=len(rates), threads=1, wall_s=wall_s,
+            note=f"processor seconds; {count} reports in chunks of {CHUNK_REPORTS}, slowest {min(rates):.0f}, "
+            f"{failed} failed, {size / count:.0f} bytes each",
+        ),
+        figure(
+            "reports.memory_growth_mb", resident_mb[-1] - early, threads=1, wall_s=wall_s,
+            note=f"{resident_mb[-1]:.0f} MB after {count} reports",
+        ),
+    ]  # fmt: skip
