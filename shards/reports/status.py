@@ -99,7 +99,7 @@ def clauses(tokens: Tokens, known: Marks) -> list[Clause]:
             first, verb, comma, join = place, -1, -1, -1
         if tokens.stems[place] == ",":
             comma = place
-        elif place in known.joins and place not in known.alternatives:  # "or" joins words of a list, hardly ever clauses
+        elif place in known.joins and place not in known.alternatives:  # "or" hardly ever joins clauses
             join = place
         if place in known.verbs and place - 1 not in known.verbs:
             cut = comma if comma > verb else join
