@@ -23,11 +23,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.errors import ConfigError
+from shards.errors import ConfigError, DataError
 from shards.ingest import Refusal, hashed_key
 from shards.reports.identity import KnownPatient
 from shards.reports.pipeline import WHOLE, Cell, RawReport
-from shards.reports.text import MAX_SIZE
+from shards.reports.text import MAX_SIZE, clean
 
 CELL_MAX = 64 << 20  # characters; a cell above the size of a report is refused alone, above this the table is
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".pq")
@@ -104,8 +104,16 @@ def _identifier(cell: Cell) -> str | None:
 
 def _texts(row: Mapping[str, Cell], columns: Sequence[str]) -> tuple[str, ...]:
     cells = (row[column] for column in columns)
-    texts = (cell.decode("utf-8", "replace") if isinstance(cell, bytes) else cell for cell in cells)
+    texts = (_decoded(cell) if isinstance(cell, bytes) else cell for cell in cells)
     return tuple(text.strip() for text in texts if text.strip())
+
+
+def _decoded(cell: bytes) -> str:
+    """Old charsets are read as those of the report are, or the names would not be found in it."""
+    try:
+        return clean(cell).text
+    except DataError:
+        return cell.decode("utf-8", "replace")
 
 
 def _names(cell: Cell) -> list[tuple[str, str]]:
@@ -196,17 +204,48 @@ def _csv(path: Path, used: Sequence[str]) -> Iterator[Mapping[str, Cell] | None]
     csv.field_size_limit(CELL_MAX)
     # Bytes that are not UTF-8 come as surrogates, so that only their cells are decoded otherwise.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(_without_zeros(file), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        lines = _without_zeros(file)
+        first = next(lines, "")
+        # Strict, or a quotation mark that is never closed would make one report of those of several patients.
+        reader = csv.reader(chain([first], lines), delimiter=_delimiter(path, first, used), strict=True)
+        rows = _csv_rows(path, reader)
+        header = next(rows, None) or []
+        if not set(used) <= set(header) and not all(map(_is_name, header)):  # a row of data, which no error may show
+            raise ConfigError(f"--input {path}: its first line holds no names of columns; put them there")
+        _check(path, header, used)
+        places = {column: header.index(column) for column in used}
+        for row in rows:
+            if row is None or len(row) != len(header):
+                yield None
+            else:
+                yield {name: _as_read(row[place]) for name, place in places.items()}
+
+
+def _csv_rows(path: Path, reader: Iterator[list[str]]) -> Iterator[list[str] | None]:
+    """Rows that hold a cell; None where quotation marks do not pair, after which the next line begins a row."""
+    while True:
         try:
-            header = next(rows, [])
-            _check(path, header, used)
-            places = {column: header.index(column) for column in used}
-            for row in rows:
-                if row:
-                    whole = len(row) == len(header)
-                    yield {name: _as_read(row[place]) for name, place in places.items()} if whole else None
-        except csv.Error:
-            raise ConfigError(f"--input {path}: line {rows.line_num} is no CSV; mend it") from None
+            if row := next(reader):
+                yield row
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "limit" in str(error):
+                raise ConfigError(f"--input {path}: a cell has more than {CELL_MAX} characters; mend it") from None
+            yield None
+
+
+def _delimiter(path: Path, first: str, used: Sequence[str]) -> str:
+    """Tabs in TSV; of comma and semicolon, which spreadsheets write in French, the one that gives the columns."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    by_semicolon = {cell.strip('"') for cell in first.strip().split(";")}
+    return ";" if set(used) <= by_semicolon else ","
+
+
+def _is_name(cell: str) -> bool:
+    """Whether a cell of the first line may be the name of a column, and not what a report or a record says."""
+    return len(cell) <= 40 and not re.search(r"\d{3}|[\n@^]", cell)
 
 
 def _without_zeros(file: io.TextIOBase) -> Iterator[str]:

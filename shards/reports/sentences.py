@@ -14,6 +14,8 @@ MAX_BRACKET = 200  # characters; an opening bracket without its end within these
 MAX_QUOTATION = 500
 MAX_TOKEN = 40  # characters looked at before a stop
 MIN_WRAP_WIDTH = 40  # characters; shorter lines are a list, not wrapped prose
+# Characters; a longer run without an end is no sentence, and what reads sentences takes time as the square of them.
+MAX_SENTENCE = 2000
 
 # After these a sentence goes on whatever follows.
 _TITLES = frozenset(
@@ -113,11 +115,23 @@ class _Splitter:
 
     def _cut(self, stop: int, following: int) -> None:
         text, begin = self.text, self.begin
+        while stop - begin > MAX_SENTENCE:
+            middle = max(text.rfind(" ", begin, begin + MAX_SENTENCE), text.rfind("\n", begin, begin + MAX_SENTENCE))
+            middle = middle if middle > begin else begin + MAX_SENTENCE
+            self._add(begin, middle)
+            begin = middle
+        self._add(begin, stop)
+        self.begin = self._after_marks(following)
+
+    def _add(self, begin: int, stop: int) -> None:
+        """The span without white space around it, if it holds a word."""
+        text = self.text
+        while begin < stop and text[begin].isspace():
+            begin += 1
         while stop > begin and text[stop - 1].isspace():
             stop -= 1
         if _WORD.search(text, begin, stop):
             self.spans.append((begin, stop))
-        self.begin = self._after_marks(following)
 
     def _after_marks(self, position: int) -> int:
         while position < self.end and (mark := _MARK.match(self.text, position, self.end)):

@@ -104,6 +104,33 @@ def test_bytes_that_are_no_utf8_stay_bytes(tmp_path: Path) -> None:
     assert isinstance(one, RawReport) and one.texts == {WHOLE: b"\xc9panchement"}
 
 
+def test_quotation_mark_that_is_not_closed_joins_no_patients(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b'study,patient,report\n1,1,"Fine.\n2,2,"Two."\n3,3,Three.\n4,4,"Four.\n5,5,Five.\n')
+    first, good, last = read(tmp_path / "t.csv")
+    assert isinstance(first, Refusal) and isinstance(last, Refusal)
+    assert isinstance(good, RawReport) and good.texts == {WHOLE: "Three."}
+
+
+def test_semicolons_of_a_french_spreadsheet(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b'\xef\xbb\xbfstudy;"patient";report\r\n1;1;"Clair; net, 1,5 cm"\r\n')
+    (one,) = read(tmp_path / "t.csv")
+    assert isinstance(one, RawReport) and one.texts == {WHOLE: "Clair; net, 1,5 cm"}
+
+
+@pytest.mark.parametrize("row", [b"A1,MRN778812,Quintrell", b"A1,Quintrell,Seen on Tuesday by Dr Zwingmann of the clinic."])
+def test_table_without_names_of_columns_shows_no_row(row: bytes, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(row + b"\n" + row + b"\n")
+    with pytest.raises(ConfigError, match="holds no names of columns") as caught:
+        read(tmp_path / "t.csv")
+    assert "Quintrell" not in str(caught.value) and "Zwingmann" not in str(caught.value)
+
+
+def test_known_names_in_an_old_charset(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"study,patient,report,name\n1,1,Fine.,Genevi\xe8ve\n")
+    (one,) = read_reports(tmp_path / "t.csv", Columns(first_names=("name",)), SECRET)
+    assert isinstance(one, RawReport) and one.known is not None and one.known.first_names == ("Genevi\u00e8ve",)
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '"x"', "[" * 5000, "null"])
 def test_bad_json_line(line: str, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(f'{line}\n\n{{"study": 1, "patient": 2.0, "report": "Fine."}}\n')

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.reports.sentences import sentences
+from shards.reports.sentences import MAX_SENTENCE, sentences
 from shards.reports.text import clean
 
 CT_RATE = Path(__file__).resolve().parents[4] / "shared/data/ct_rate_reports/train.csv"
@@ -96,6 +96,14 @@ PIECES = [
     "é", "A", "a", "…", "M.", "²", "٣", "@",
 ]  # fmt: skip
 WILD = st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join))
+
+
+@pytest.mark.parametrize("text", ["no effusion or nodule " * 2000, "x" * 9000, "lung, " * 3000])
+def test_endless_run_is_cut_between_words(text: str) -> None:
+    spans = sentences(text)
+    assert len(spans) > 4 and all(end - start <= MAX_SENTENCE for start, end in spans)
+    between = " " if " " in text else ""
+    assert between.join(text[start:end] for start, end in spans) == text.strip(" ,") + "," * text.endswith(", ")
 
 
 @given(WILD, st.sampled_from(["en", "fr", "unknown"]))
