@@ -13,14 +13,14 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from shards.errors import ConfigError, DataError
-from shards.ingest import Refusal, key_fingerprint
+from shards.ingest import Refusal, hashed_key, key_fingerprint
 from shards.reports import llm
 from shards.reports.intake import Columns, read_reports
 from shards.reports.pipeline import Config, Failed, Pipeline, RawReport
@@ -140,7 +140,7 @@ def prepare(
         # Each process has its share of the calls at once.
         model = replace(model, concurrency=max(1, model.concurrency // job.workers))
     preparer = Preparer(replace(job.pipeline, model=model), job.secret)
-    sent: deque[int] = deque()
+    sent: deque[tuple[int, str]] = deque()
     state = Progress(read=0, failed=0, reused=0)
     chunks = 0
 
@@ -148,8 +148,9 @@ def prepare(
         nonlocal state, chunks
         for number, chunk in enumerate(_chunks(job)):
             chunks = number + 1
-            if (part := _read_part(parts, number)) is None:
-                sent.append(number)
+            digest = _digest(job, chunk)
+            if (part := _read_part(parts, number, digest)) is None:
+                sent.append((number, digest))
                 yield chunk
             else:
                 failed = len(part.failed)
@@ -161,7 +162,7 @@ def prepare(
     try:
         with closing(run(preparer, pending(), job.workers)) as results:
             for done in results:
-                _write_part(parts, sent.popleft(), done)
+                _write_part(parts, *sent.popleft(), done)
                 read = done.counts["reports/read"]
                 state = replace(state, read=state.read + read, failed=state.failed + len(done.failed))
                 on_progress(state)
@@ -170,6 +171,9 @@ def prepare(
             "a worker died while preparing reports (out of memory?); run again with fewer --workers, finished parts "
             "are kept"
         ) from None
+    finally:
+        if not _started(parts):  # wrong columns, no server: there is nothing to go on behind
+            shutil.rmtree(parts, ignore_errors=True)
     return _finish(job, parts, chunks)
 
 
@@ -181,6 +185,17 @@ def _chunks(job: Job) -> Iterator[list[RawReport | Refusal]]:
 
 def _chunk_reports(job: Job) -> int:
     return CHUNK_REPORTS if job.pipeline.model is None else CHUNK_REPORTS // 8
+
+
+def _digest(job: Job, chunk: Iterable[RawReport | Refusal]) -> str:
+    """Keyed hash of the reports of a chunk: a folder may have changed since an interrupted run, which no date tells."""
+    body = [
+        ascii(one)
+        if isinstance(one, Refusal)
+        else ascii((one.study, one.patient, sorted(one.texts.items()), one.known and astuple(one.known)))
+        for one in chunk
+    ]
+    return hashed_key(job.secret, "chunk of reports", "\n".join(body))
 
 
 def _plan(job: Job) -> str:
@@ -201,23 +216,27 @@ def _open_parts(job: Job) -> Path:
     """The folder of parts, empty or left by an interrupted run of the same command."""
     parts, plan = job.beside(".parts"), _plan(job)
     try:
-        if job.overwrite:
-            shutil.rmtree(parts, ignore_errors=True)
-            job.output.unlink(missing_ok=True)
-        elif job.output.exists() and not parts.exists():
-            raise ConfigError(f"--output {job.output}: is there already; choose another or give --overwrite")
-        parts.mkdir(parents=True, exist_ok=True, mode=0o700)
         name = parts / "plan"
-        if not name.exists():
-            _put(name, plan.encode())
-        elif name.read_text("utf-8") != plan:
+        other = _started(parts) and name.read_text("utf-8") != plan
+        if job.overwrite and other:
+            shutil.rmtree(parts)
+        elif other:
             raise ConfigError(
                 f"{parts} holds an interrupted run with other input or options; repeat that command, choose another "
                 "--output, or give --overwrite"
             )
+        elif job.output.exists() and not job.overwrite and not _started(parts):
+            raise ConfigError(f"--output {job.output}: is there already; choose another or give --overwrite")
+        parts.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _put(name, plan.encode())
     except OSError as error:
         raise ConfigError(f"--output {job.output}: {error.strerror}; name a file in a folder you may write") from None
     return parts
+
+
+def _started(parts: Path) -> bool:
+    """Whether a run left a finished chunk there."""
+    return next(parts.glob("[0-9]*.jsonl"), None) is not None
 
 
 def _put(path: Path, data: bytes) -> None:
@@ -231,11 +250,11 @@ def _part_name(parts: Path, number: int) -> Path:
     return parts / f"{number:06d}.jsonl"
 
 
-def _write_part(parts: Path, number: int, done: Done) -> None:
-    """A line that describes the chunk, then the lines of its reports."""
+def _write_part(parts: Path, number: int, digest: str, done: Done) -> None:
+    """A line that describes the chunk, then the lines of its reports. `digest`: of the raw ones, keyed."""
     lines = b"".join(done.lines)
     head = {
-        "sha256": hashlib.sha256(lines).hexdigest(), "studies": done.studies, "failed": done.failed,
+        "input": digest, "sha256": hashlib.sha256(lines).hexdigest(), "studies": done.studies, "failed": done.failed,
         "counts": dict(sorted(done.counts.items())),
     }  # fmt: skip
     try:
@@ -244,12 +263,12 @@ def _write_part(parts: Path, number: int, done: Done) -> None:
         raise DataError(f"{parts}: {error.strerror}; make room, then run again: finished parts are kept") from None
 
 
-def _read_part(parts: Path, number: int) -> Done | None:
-    """A finished chunk; None where there is none that is whole."""
+def _read_part(parts: Path, number: int, digest: str | None = None) -> Done | None:
+    """A finished chunk; None where there is none that is whole, or where `digest` says that its reports were others."""
     try:
         first, _, lines = _part_name(parts, number).read_bytes().partition(b"\n")
         head = json.loads(first)
-        if hashlib.sha256(lines).hexdigest() != head["sha256"]:
+        if hashlib.sha256(lines).hexdigest() != head["sha256"] or digest not in (None, head["input"]):
             return None
         return Done(
             lines=tuple(lines.splitlines(keepends=True)),
@@ -305,6 +324,7 @@ def _finish(job: Job, parts: Path, chunks: int) -> Summary:
         _put(job.beside(".audit.json"), json.dumps(audit, indent=2, sort_keys=True).encode() + b"\n")
         if not prepared:
             causes = Counter(cause for _, cause in failed).most_common(3)
+            shutil.rmtree(parts)  # mended columns are other options, which nothing here should stand against
             shown = ", ".join(f"{cause} ({count})" for cause, count in causes) or "no input"
             raise DataError(f"no report of {job.input} could be prepared: {shown}; see {job.beside('.failed.jsonl')}")
         os.replace(part, job.output)

@@ -149,6 +149,36 @@ def test_interrupted_run_of_other_options_is_refused(
     assert prepare_reports.main(arguments(path, output, "--key-file", key, "--overwrite")) == 0
 
 
+def test_mended_command_after_a_mistake_runs(tmp_path: Path, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, output = table(tmp_path), tmp_path / "p.jsonl"
+    assert prepare_reports.main(arguments(path, output, "--key-file", key, "--text", "rapport")) == 2
+    assert "no column 'rapport'" in one_line(capsys) and not (tmp_path / "p.jsonl.parts").exists()
+    assert prepare_reports.main(arguments(path, output, "--key-file", key)) == 0
+    before = output.read_bytes()
+    assert prepare_reports.main(arguments(path, output, "--key-file", key, "--overwrite", "--text", "rapport")) == 2
+    assert output.read_bytes() == before
+
+
+def test_files_that_changed_since_an_interrupted_run_are_read_again(
+    tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "CHUNK_REPORTS", 2)
+    folder = tmp_path / "notes" / "patient"
+    folder.mkdir(parents=True)
+    for number in range(6):
+        (folder / f"s{number}.txt").write_text(f"FINDINGS: Nodule of {number} mm.")
+    command = ["--input", str(tmp_path / "notes"), "--key-file", str(key), "--workers", "1", "--output"]
+    output = tmp_path / "p.jsonl"
+    with monkeypatch.context() as broken:
+        broken.setattr(prepare, "_finish", lambda *rest: os.kill(os.getpid(), signal.SIGTERM))
+        assert prepare_reports.main([*command, str(output)]) == 143
+    (folder / "r.txt").write_text("FINDINGS: Effusion.")
+    (folder / "s5.txt").write_text("FINDINGS: Fracture.")
+    assert prepare_reports.main([*command, str(output)]) == 0
+    assert prepare_reports.main([*command, str(tmp_path / "whole.jsonl")]) == 0
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and len(PreparedFile(output, SECRET)) == 7
+
+
 def test_study_that_stands_twice_keeps_its_first_report(tmp_path: Path, key: Path) -> None:
     again = json.dumps({"accession": "A3", "mrn": "x", "text": "FINDINGS: Normal."}) + "\n"
     path, output = table(tmp_path, 12, again), tmp_path / "p.jsonl"

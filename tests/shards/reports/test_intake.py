@@ -105,7 +105,9 @@ def test_bytes_that_are_no_utf8_stay_bytes(tmp_path: Path) -> None:
 
 
 def test_quotation_mark_that_is_not_closed_joins_no_patients(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_bytes(b'study,patient,report\n1,1,"Fine.\n2,2,"Two."\n3,3,Three.\n4,4,"Four.\n5,5,Five.\n')
+    (tmp_path / "t.csv").write_bytes(
+        b'study,patient,report\n1,1,"Fine.\n2,2,"Two."\n3,3,Three.\n4,4,"Four.\n5,5,Five.\n'
+    )
     first, good, last = read(tmp_path / "t.csv")
     assert isinstance(first, Refusal) and isinstance(last, Refusal)
     assert isinstance(good, RawReport) and good.texts == {WHOLE: "Three."}
@@ -117,7 +119,9 @@ def test_semicolons_of_a_french_spreadsheet(tmp_path: Path) -> None:
     assert isinstance(one, RawReport) and one.texts == {WHOLE: "Clair; net, 1,5 cm"}
 
 
-@pytest.mark.parametrize("row", [b"A1,MRN778812,Quintrell", b"A1,Quintrell,Seen on Tuesday by Dr Zwingmann of the clinic."])
+@pytest.mark.parametrize(
+    "row", [b"A1,MRN778812,Quintrell", b"A1,Quintrell,Seen on Tuesday by Dr Zwingmann of this clinic."]
+)
 def test_table_without_names_of_columns_shows_no_row(row: bytes, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(row + b"\n" + row + b"\n")
     with pytest.raises(ConfigError, match="holds no names of columns") as caught:
