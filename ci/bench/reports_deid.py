@@ -56,13 +56,17 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """One document's outcome. `found` and `tagged` by label; `right`/`wrong`: identifiers that touch a tag or none."""
+    """One document's outcome: tags `tagged` and `found` by label; identifiers that touch a tag (`right`) or none
+    (`wrong`); words in all, words replaced, and those of them that lie in a tag.
+    """
 
     tagged: Counter[str]
     found: Counter[str]
     right: int
     wrong: int
     words: int
+    words_replaced: int
+    words_right: int
 
     @property
     def clean(self) -> bool:
@@ -102,7 +106,12 @@ def _french(detector: Detector, quick: bool) -> list[Figure]:
         also = ", ".join(f"{name} {recall(outcomes, group):.3f}" for name, outcomes in varied.items())
         figures.append(figure(figure_id, value, note=f"95 % {low:.3f}-{high:.3f}; {by_class}; with {also}"))
     low, high = interval(counted, precision)
-    figures.append(figure("reports.deid_fr_precision", precision(counted), note=f"95 % {low:.3f}-{high:.3f}; spans"))
+    figures.append(
+        figure(
+            "reports.deid_fr_precision", precision(counted),
+            note=f"of words; 95 % {low:.3f}-{high:.3f}; of spans {span_precision(counted):.3f}",
+        )
+    )  # fmt: skip
     low, high = interval(counted, clean_share)
     also = ", ".join(f"{name} {clean_share(outcomes):.3f}" for name, outcomes in varied.items())
     figures.append(
@@ -165,8 +174,13 @@ def count(document: Document, found: Sequence[Identifier]) -> Counted:
         if all(p in covered for p in range(tag.start, tag.end) if document.text[p].isalnum()):
             hit[tag.label] += 1
     right = sum(any(one.start < tag.end and tag.start < one.end for tag in document.tags) for one in found)
-    words = len(_WORD.findall(document.text))
-    return Counted(tagged=tagged, found=hit, right=right, wrong=len(found) - right, words=words)
+    words = [match.start() for match in _WORD.finditer(document.text)]
+    replaced = [start for start in words if start in covered]
+    words_right = sum(any(tag.start <= start < tag.end for tag in document.tags) for start in replaced)
+    return Counted(
+        tagged=tagged, found=hit, right=right, wrong=len(found) - right, words=len(words),
+        words_replaced=len(replaced), words_right=words_right,
+    )  # fmt: skip
 
 
 def recall(outcomes: Sequence[Counted], labels: Sequence[str]) -> float:
@@ -176,6 +190,11 @@ def recall(outcomes: Sequence[Counted], labels: Sequence[str]) -> float:
 
 
 def precision(outcomes: Sequence[Counted]) -> float:
+    """Share of the replaced words that lie in a tag."""
+    return sum(one.words_right for one in outcomes) / max(1, sum(one.words_replaced for one in outcomes))
+
+
+def span_precision(outcomes: Sequence[Counted]) -> float:
     """Share of the identifiers that touch a tag."""
     right = sum(one.right for one in outcomes)
     return right / max(1, right + sum(one.wrong for one in outcomes))

@@ -109,11 +109,13 @@ def words(data: Path, known: set[str]) -> set[str]:
     pieces = {plain(piece) for piece in french if piece.isalpha() and piece.islower() and len(piece) > 2}
     common |= {piece for piece in pieces - known if FRENCH_ENDING.search(piece)}
     common |= {plain(word) for word in EnglishWords.word_list}
-    uncased = {
-        line
-        for name in ("bert_base_uncased", "pubmedbert_medkebert")
-        for line in (data / "vocab" / name / "vocab.txt").read_text("utf-8").splitlines()
-    }
+    uncased = set((data / "vocab/pubmedbert_medkebert/vocab.txt").read_text("utf-8").splitlines())
+    # The general English vocabulary holds thousands of names in lower case: only what some text uses in lower case.
+    lower = {word for word in seen if word.islower()}
+    uncased |= lower & set((data / "vocab/bert_base_uncased/vocab.txt").read_text("utf-8").splitlines())
+    proper = {plain(piece) for piece in french if piece.istitle()}
+    proper -= {plain(piece) for piece in french if piece.islower()}
+    uncased -= proper - {plain(word) for word in lower}
     uncased |= {word for word, count in seen.items() if word.islower() and count >= SEEN_AT_LEAST}
     common |= {plain(word) for word in uncased if word.isalpha()} - known
     return {word for word in common if len(word) > 1 and re.fullmatch(r"[a-zœæ]+", word)}

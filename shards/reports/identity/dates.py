@@ -21,20 +21,28 @@ _SEPARATOR = r" ?[./|\-\\,_]{1,2} ?"
 _DIGITS_BEFORE, _DIGITS_AFTER = r"(?<!\w)(?<!\d[.,/])", r"(?![\d\w]|[.,/]\d)"
 NUMERIC = re.compile(
     rf"{_DIGITS_BEFORE}(?:"
-    rf"(?P<iso>{YEAR}{_SEPARATOR}[01]?\d{_SEPARATOR}[0-3]?\d)"
+    rf"(?P<iso>{YEAR}{_SEPARATOR}[01]?\d{_SEPARATOR}[0-3]?\d(?:t\d\d:\d\d(?::\d\d)?z?)?)"
     rf"|(?P<full>\d\d?{_SEPARATOR}\d\d?{_SEPARATOR}{YEAR}\d?"
     rf"|[0-3]?\d(?:{_SEPARATOR}| )[0-3]?\d(?:{_SEPARATOR}| ){YEAR}(?! \d{{3}}))"
     rf"|(?P<short>[0-3]?\d(?P<s1>[./|\-])[0-3]?\d(?P=s1)\d\d)"
-    rf"|(?P<month_year>(?:0?[1-9]|1[0-2])[/.\-]{YEAR}|(?:0[1-9]|1[0-2]) {YEAR}(?! \d\d?(?!:)))"
+    rf"|(?P<month_year>(?:0?[1-9]|1[0-2]) ?[/.\-] ?{YEAR}|{YEAR}[/.\-](?:0[1-9]|1[0-2])"
+    rf"|(?:0[1-9]|1[0-2]) {YEAR}(?! \d\d?(?!:)))"
     rf"|(?P<spaced>\d ?\d ?\d ?\d ?(?:1 ?9|2 ?0) ?\d ?\d|(?:1 ?9|2 ?0) ?\d ?\d ?\d ?\d ?\d ?\d)"
     rf"|(?P<tight>[0-3]\d[01]\d\d\d|[0-3]\d [01]\d \d\d(?! \d))"
-    rf"|(?P<day_month>[0-3]?\d ?[./] ?[01]?\d)"
+    rf"|(?P<day_month>0[1-9]/[1-9]\d|[0-3]?\d ?[./] ?[01]?\d)"
     rf"|(?P<year>{YEAR}s?)"
     rf"){_DIGITS_AFTER}"
 )
 _GLUED = re.compile(
-    rf"(?<!\w)[0-3]?\d ?-?({'|'.join(sorted(MONTHS, key=len, reverse=True))})\.?-?(\d{{4}}|\d\d)?(?![a-z\d])"
+    rf"(?<!\w)(?:[0-3]?\d ?-?|(?=[a-z]+[.\-]?{YEAR}))"
+    rf"({'|'.join(sorted(MONTHS, key=len, reverse=True))})\.?-?(\d{{4}}|\d\d)?(?![a-z\d])"
 )
+# Text taken out of PDF files loses spaces: "le12/03/2019à".
+_LETTERS_AROUND = re.compile(
+    rf"(?<!\d)(?<!\d[./\-])(?:\d\d?[./\-]\d\d?[./\-]{YEAR}(?!\d)"
+    rf"|[0-3]?\d[ ./\-](?:i{{1,3}}|i?v|vi{{1,3}}|ix|xi{{0,2}})[ ./\-]{YEAR}(?!\d))"
+)
+_TWO_DIGIT_YEAR = re.compile(r"(?<!\w)(?:annees?|fin|debut|depuis|ete|hiver|en|in) ('?[4-9]\d)(?=\s*(?:[).,;:\n]|$))")
 _DAY_BEFORE = re.compile(r"(?<![\d.,])([0-3]?\d)(?: ?(?:er|ere|st|nd|rd|th))?[ ,\-/._]{0,3}(?:of |de |du mois de )?$")
 _YEAR_AFTER = re.compile(r"[ ,.\-/_]{0,3}(?:of |de )?('?\d\d(?!\d|[,.]\d|:\d| ?(?:mm|cm|h))|\d{4})(?!\d)")
 _DAY_AFTER = re.compile(r"\.? ?([0-3]?\d)(?: ?(?:st|nd|rd|th))?(?!\d|:\d|[.,]\d)(?:[ ,]{1,2}('\d\d|\d{4})(?!\d))?")
@@ -45,7 +53,7 @@ _YEAR_CUE = re.compile(
     r"|spring|fall|jusqu'en|the)[\s\-]*\(?$"
 )
 _EXTENDS = re.compile(
-    r"(?<!\w)(?:(?:fin|debut|mi|courant|early|late|mid|ete|printemps|automne|hiver|summer|winter|spring|fall"
+    r"(?<!\w)(?:(?:fin|debut|mi|courant|early|late|mid|ete|printemps|automne|hiver|noel|paques|toussaint|rentree|summer|winter|spring|fall"
     r"|autumn)(?: (?:de|of))?[ \-]+"
     r"|(?:lundi|mardi|mercredi|jeudi|vendredi|samedi|dimanche|monday|tuesday|wednesday|thursday|friday|saturday"
     r"|sunday),? "
@@ -68,6 +76,13 @@ _BIRTH_CUE = re.compile(
 )
 _NO_YEAR = re.compile(r"(?:[=<>~≈±°º#*x×]|\d|\bn|\ba|\bde|\bdes|\bles|\bou|\btaux|\w-|[a-z]:) ?$")
 _WEEKDAY = re.compile(r"(?<!\w)(?:lundi|mardi|mercredi|jeudi|vendredi|samedi|dimanche) (?:[0-3]?\d)(?![\d:h]|[.,/]\d)")
+# Two numbers with a stroke that are a measure: blood pressure, visual acuity, scores.
+_NO_DATE = re.compile(
+    r"(?:\bta|\bpa|tension\w*|pression\w*|\bbp|\bav|acuit[ey]\w*|\bod|\bog|\boeil \w+"
+    r"|\bglasgow|\bscores?|\bev[as]|\bapgar|grade|\bstade"
+    r"|\bgcs|\bratio|rapport|\bpas|\d)[\s:=a]{0,6}$|[x×*]\s?$"
+)
+_MONTH_SHORT_YEAR = re.compile(r"0[1-9]/(?:1[3-9]|2\d|[4-9]\d)")
 _LEGAL = re.compile(
     r"(?:\bloi|\bdecret|\barrete|\bordonnance|\bdirective|\bcirculaire)s?(?: n[°o] ?[\d\-]+)?(?: du)? (?:n[°o] ?)?$"
 )
@@ -88,7 +103,7 @@ def find(view: View) -> list[Found]:
     text = view.masked
     spans: list[tuple[int, int]] = []
     weak: list[tuple[int, int]] = []  # day and month, or year: a date only where the context says so
-    if any(character.isdigit() for character in text):
+    if view.longest_number:
         for match in NUMERIC.finditer(text):
             kind = match.lastgroup if match.lastgroup != "s1" else "short"
             kind = next(
@@ -109,9 +124,14 @@ def find(view: View) -> list[Found]:
                     spans.append((_number_words_before(view, start), end))
             else:
                 weak.append((start, end))
+        if view.longest_number >= 4:
+            spans += [match.span() for match in _LETTERS_AROUND.finditer(text)]
         spans += [match.span() for match in _GLUED.finditer(text)]
-        spans += [match.span() for match in _WEEKDAY.finditer(text)]
-        spans += [m.span() for m in _MISSPELT.finditer(text) if m[2] not in MONTHS and _near_month(m[2])]
+        spans += [match.span(1) for match in _TWO_DIGIT_YEAR.finditer(text)]
+        if any(view.flags[index] & Word.WEEKDAY for index in view.marked):
+            spans += [match.span() for match in _WEEKDAY.finditer(text)]
+        if view.longest_number >= 4:
+            spans += [m.span() for m in _MISSPELT.finditer(text) if m[2] not in MONTHS and _near_month(m[2])]
     spans += _in_words(view)
     lines_with_dates = {text.count("\n", 0, start) for start, _ in spans} if weak else set()
     for start, end in weak:
@@ -125,7 +145,10 @@ def find(view: View) -> list[Found]:
                 text[end : end + 2].partition("\n")[0]
             )
             if _possible(int(digits[:2]), int(digits[2:4])) and (
-                _DATE_CUE.search(before) or (" " in written and alone) or re.search(r"\($", before)
+                _DATE_CUE.search(before)
+                or alone
+                or re.search(r"\($", before)
+                or (" " in written and not re.search(r"\d ?$", before))
             ):
                 spans.append((start, end))
             continue
@@ -138,13 +161,17 @@ def find(view: View) -> list[Found]:
             if cue or (1930 <= int(written[:4]) < 2040 and not _NO_YEAR.search(before)):
                 spans.append((start, end))
             continue
+        if _MONTH_SHORT_YEAR.fullmatch(written) and not _NO_DATE.search(before):
+            spans.append((start, end))
+            continue
         day, month = (int(part) for part in re.findall(r"\d+", text[start:end]))
         dated = _DATE_CUE.search(before) is not None
         if not (1 <= min(day, month) <= 12 and max(day, month) <= 31):
             continue
         decimal = "." in written
         if (
-            (dated and re.fullmatch(r"[0-3]\d ?[./] ?[01]\d", written))
+            (re.fullmatch(r"[0-3]\d ?/ ?(?:0[1-9]|1[12])", written) and not _NO_DATE.search(before))
+            or (dated and re.fullmatch(r"[0-3]\d ?[./] ?[01]\d", written))
             or (
                 not decimal
                 and re.search(r"(?:^|\s)(?:le|on) $", before)

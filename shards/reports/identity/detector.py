@@ -13,6 +13,8 @@ from shards.reports.identity.known_patient import KnownPatient
 from shards.reports.identity.plugin import Recogniser
 from shards.reports.identity.view import Identifier, view_of
 
+_CHUNK = 6_000  # characters; few reports are as long
+
 
 @dataclass(frozen=True, kw_only=True)
 class Detector:
@@ -31,6 +33,8 @@ class Detector:
 
     def find(self, text: str, language: str = "unknown", patient: KnownPatient | None = None) -> tuple[Identifier, ...]:
         """Identifiers in the order of the text, without overlap."""
+        if len(text) > _CHUNK:
+            return self._find_in_parts(text, language, patient)
         if not text:
             return ()
         view = view_of(text)
@@ -47,6 +51,22 @@ class Detector:
         for recogniser in self.config.recognisers:
             found += recogniser(text, language)
         return union(found)
+
+    def _find_in_parts(self, text: str, language: str, patient: KnownPatient | None) -> tuple[Identifier, ...]:
+        """Long documents part by part, cut at line ends or spaces: the rules' cost grows with the square of length."""
+        found: list[Identifier] = []
+        start = 0
+        while start < len(text):
+            end = min(start + _CHUNK, len(text))
+            if end < len(text):
+                cut = max(text.rfind("\n", start + _CHUNK // 2, end), text.rfind(". ", start + _CHUNK // 2, end))
+                end = cut + 1 if cut > 0 else end
+            found += [
+                Identifier(start=one.start + start, end=one.end + start, kind=one.kind, layer=one.layer)
+                for one in self.find(text[start:end], language, patient)
+            ]
+            start = end
+        return tuple(found)
 
 
 def union(found: Sequence[Identifier]) -> tuple[Identifier, ...]:

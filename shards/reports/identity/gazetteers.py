@@ -65,6 +65,8 @@ class Word:
     WEEKDAY = 16384
     KIN = 32768  # père, fille, frère: a name may follow
     DEMONYM = 65536  # lyonnais
+    USUAL_FIRST = 131072  # a first name of the surrogates' languages: known even in lower case
+    CALL = 262144  # rappeler, contacter: a name follows at once
 
 
 MONTHS: dict[str, int] = {
@@ -73,6 +75,11 @@ MONTHS: dict[str, int] = {
     "june": 6, "jun": 6, "juillet": 7, "juil": 7, "july": 7, "jul": 7, "aout": 8, "august": 8, "aug": 8,
     "septembre": 9, "september": 9, "sept": 9, "sep": 9, "octobre": 10, "october": 10, "oct": 10, "novembre": 11,
     "november": 11, "nov": 11, "decembre": 12, "december": 12, "dec": 12,
+    # Belgium, Switzerland and their neighbours
+    "januar": 1, "januari": 1, "enero": 1, "gennaio": 1, "februar": 2, "februari": 2, "febrero": 2, "febbraio": 2,
+    "marz": 3, "maart": 3, "marzo": 3, "abril": 4, "aprile": 4, "mayo": 5, "maggio": 5, "juni": 6, "junio": 6,
+    "giugno": 6, "juli": 7, "julio": 7, "luglio": 7, "agosto": 8, "augustus": 8, "septiembre": 9, "settembre": 9,
+    "oktober": 10, "octubre": 10, "ottobre": 10, "noviembre": 11, "dezember": 12, "diciembre": 12, "dicembre": 12,
 }  # fmt: skip
 
 NUMBERS: dict[str, int] = {
@@ -96,6 +103,7 @@ SHORT_TITLES = ("m", "mm")
 ROLES = table("roles")
 
 KIN = table("kin")
+CALLS = table("calls")
 
 PARTICLES = table("particles")
 
@@ -123,10 +131,10 @@ MEDICAL = table("medical")
 
 @dataclass(frozen=True, kw_only=True)
 class Gazetteer:
-    """`flags` of plain words; `cities` by first plain word -> the rest of each place name, longest first."""
+    """`flags` of plain words; `cities` by first plain word -> the rests of place names that begin so."""
 
     flags: dict[str, int]
-    cities: dict[str, tuple[tuple[str, ...], ...]]
+    cities: dict[str, frozenset[tuple[str, ...]]]
 
 
 @cache
@@ -144,14 +152,17 @@ def gazetteer() -> Gazetteer:
         for line in read_list(name_list):
             parts = plain(line.split("\t")[0]).replace("-", " ").split()
             mark((part for part in parts if len(part) > 1 and part not in particles), flag)
+    usual = (line.split("\t") for line in read_list("first_names.txt"))
+    mark((plain(name) for name, about in usual if " " in about and len(name) > 3), Word.USUAL_FIRST)
     cities: dict[str, set[tuple[str, ...]]] = {}
     for line in read_list("cities.txt"):
         first, *rest = plain(line.split("\t")[0]).replace("-", " ").replace("'", " ").split()
         cities.setdefault(first, set()).add(tuple(rest))
     mark(cities, Word.CITY_START)
     for entries, flag in (
-        (FIRST_NAMES, Word.FIRST),
-        (TITLES, Word.TITLE), (ROLES, Word.ROLE), (KIN, Word.KIN), (PARTICLES, Word.PARTICLE), (MONTHS, Word.MONTH),
+        (FIRST_NAMES, Word.FIRST | Word.USUAL_FIRST),
+        (TITLES, Word.TITLE), (ROLES, Word.ROLE), (KIN, Word.KIN), (CALLS, Word.CALL),
+        (PARTICLES, Word.PARTICLE), (MONTHS, Word.MONTH),
         (NUMBERS, Word.NUMBER), (STREETS, Word.STREET), (HOSPITALS, Word.HOSPITAL), (EPONYMS, Word.EPONYM),
         (EPONYM_HEADS, Word.EPONYM_HEAD | Word.COMMON), (STOPS, Word.STOP), (WEEKDAYS, Word.WEEKDAY),
         (DEMONYMS, Word.DEMONYM), (MEDICAL, Word.COMMON), (MONTHS, Word.COMMON), (ROLES, Word.COMMON),
@@ -159,10 +170,7 @@ def gazetteer() -> Gazetteer:
         (NUMBERS, Word.COMMON), (STOPS, Word.COMMON), (TITLES, Word.COMMON),
     ):  # fmt: skip
         mark(entries, flag)
-    return Gazetteer(
-        flags=flags,
-        cities={first: tuple(sorted(rests, key=len, reverse=True)) for first, rests in cities.items()},
-    )
+    return Gazetteer(flags=flags, cities={first: frozenset(rests) for first, rests in cities.items()})
 
 
 def read_list(name: str) -> list[str]:

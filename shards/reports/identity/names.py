@@ -16,7 +16,11 @@ _NAME = Word.FIRST | Word.LAST
 _PATIENT_TITLES = table("patient_titles")
 _PATIENT_ROLES = table("patient_roles")
 _FIELD_ROLES = frozenset(["nom", "noms", "prenom", "prenoms", "name", "surname", "firstname", "lastname"])
+_TITLES_MAX = 4  # titles or initials in a row
 _WORDS_MAX = 7  # a name of more words is a sentence in capitals
+_VERBS = frozenset(
+    ["est", "a", "dit", "vit", "habite", "presente", "says", "has", "lives", "was", "is", "vient", "va", "se", "quant"]
+)
 _PREPOSITIONS = frozenset(["de", "d", "du", "des", "of", "par", "l", "la", "le", "les", "the"])
 _ROLE_GAP = re.compile(
     r"(?:\([^)\n]{1,12}\))?(?: \d{1,2})?(?: (?:by|par|de|du|le|le docteur))?\s{0,2}[:\-]?\s{0,3}(?:by|par)?[: ]{0,2}\Z"
@@ -29,7 +33,7 @@ _SPECIES = frozenset(
 def find_by_cue(view: View) -> set[str]:
     """Claim the names that a title, a role or kinship announces; returns their words, in plain form."""
     strong: set[str] = set()
-    cues = Word.TITLE | Word.ROLE | Word.KIN
+    cues = Word.TITLE | Word.ROLE | Word.KIN | Word.CALL
     for index in view.marked:
         if view.flags[index] & cues and view.free(index):
             _after_cue(view, index, strong)
@@ -44,6 +48,9 @@ def find_by_shape(view: View, strong: set[str]) -> None:
     for index in view.capitalised:
         if view.free(index):
             _by_shape(view, index, strong)
+    for index in view.small_names:
+        if view.flags[index] & Word.FIRST and view.free(index):
+            _in_lower_case(view, index)
     if strong:
         for index in view.capitalised:
             if view.words[index] in strong and view.free(index) and not eponym(view, index):
@@ -80,7 +87,7 @@ def _after_cue(view: View, index: int, strong: set[str]) -> None:
             return
         following = index + 1
         while (
-            following < len(view.words)
+            following < min(len(view.words), index + _TITLES_MAX)
             and view.flags[following] & Word.TITLE
             and re.fullmatch(r"\.? ?", view.gap(following))
         ):
@@ -94,7 +101,6 @@ def _after_cue(view: View, index: int, strong: set[str]) -> None:
             following += 1
         if following >= len(view.words) or view.flags[following] & Word.HOSPITAL:
             return
-        common = view.flags[following] & Word.COMMON and not view.flags[following] & _NAME
         doubtful = (
             shape == UPPER and word in ("mr", "ms", "pr", "me", "mm", "prs") and not view.in_capitals(index)
         ) or word in ("me", "m", "mm", "miss", "sir")
@@ -106,6 +112,14 @@ def _after_cue(view: View, index: int, strong: set[str]) -> None:
             return
         kind: Kind = "patient_name" if word in _PATIENT_TITLES else "person_name"
         _names_from(view, following, kind, strong, sure=True)
+        return
+    if flag & Word.CALL:
+        unknown = not view.flags[index + 1] & (Word.COMMON | Word.TITLE) and view.shapes[index + 1] in (
+            TITLE_CASE,
+            UPPER,
+        )
+        if gap == " " and unknown and not view.in_capitals(index):
+            _names_from(view, index + 1, "person_name", strong, sure=False)
         return
     # A role or a relative: the name follows at once, or after a colon.
     if not _ROLE_GAP.match(gap):
@@ -246,6 +260,18 @@ def _name_end(view: View, index: int, *, sure: bool, lower: bool) -> int | None:
                 continue
             if not lower:
                 break
+            dotted = (
+                view.ends[position] - view.starts[position] == 1
+                and view.text[view.ends[position] : view.ends[position] + 1] == "."
+            )
+            if (
+                dotted
+                and position + 1 < len(words)
+                and view.gap(position) in (".", ". ")
+                and not flags[position + 1] & Word.COMMON
+            ):
+                last, position = position + 1, position + 2  # "r. poumonet"
+                continue
             in_mixed = last is not None and shapes[last] != LOWER
             if in_mixed or (flag & Word.COMMON and not (last is not None and flag & _NAME)) or flag & Word.STOP:
                 break
@@ -345,22 +371,62 @@ def _medical_upper(view: View, index: int) -> bool:
     return view.ends[index] - view.starts[index] <= 4 and not view.flags[index] & _NAME
 
 
+def _claim_with_initial(view: View, index: int, strong: set[str]) -> None:
+    """An initial without a dot, and the name behind it."""
+    _claim_around(view, index + 1, strong)
+    if view.free(index):
+        view.claim(view.starts[index], view.ends[index], "person_name", "gazetteer")
+
+
+def _in_lower_case(view: View, index: int) -> None:
+    """A known first name in lower case beside another word that is no common one: "mirella rousset"."""
+    if len(view.words[index]) < 4 or eponym(view, index):
+        return
+    for other in (index + 1, index - 1):
+        if not 0 <= other < len(view.words) or view.gap(min(index, other)) not in (" ", "-") or not view.free(other):
+            continue
+        flag = view.flags[other]
+        usual = view.flags[index] & Word.USUAL_FIRST and not flag & Word.COMMON
+        known = (flag & _NAME or usual) and not flag & Word.STOP
+        if view.shapes[other] == LOWER and len(view.words[other]) > 2 and known and not flag & Word.EPONYM_HEAD:
+            first, last = min(index, other), max(index, other)
+            view.claim(view.starts[first], view.ends[last], "person_name", "gazetteer")
+            return
+
+
 def _by_shape(view: View, index: int, strong: set[str]) -> None:
     """Names without a cue: known first names, initials with a name, a word in capitals beside a capitalised one."""
     flags, shapes = view.flags, view.shapes
     flag, shape = flags[index], shapes[index]
     following = index + 1 if index + 1 < len(view.words) else None
-    capitals = view.in_capitals(index)
     joined = following is not None and _joins(view.gap(index), shape == INITIAL)
+    unknown_next = joined and following is not None and not flags[following] & Word.COMMON
+    if flag & Word.COMMON and not flag & Word.FIRST and shape != INITIAL and not unknown_next:
+        return  # most capitals of a report: the first word of a sentence
     if eponym(view, index):
         return
+    capitals = view.in_capitals(index)
+    # "D SAMCHA": an initial without its dot, before capitals that nobody knows.
+    if shape == INITIAL and following is not None and shapes[following] == UPPER and view.gap(index) == " ":
+        if not capitals and len(view.words[following]) > 3 and not flags[following] & (Word.COMMON | Word.EPONYM):
+            _claim_with_initial(view, index, strong)
+            return
+    elif shape == INITIAL and following is not None and shapes[following] == TITLE_CASE and view.gap(index) == " ":
+        around = view.text[max(0, view.starts[index] - 1) : view.starts[index]] + view.gap(following)[:1]
+        if around in ("\n", "\n\n") and not flags[following] & (Word.COMMON | Word.EPONYM):
+            _claim_with_initial(view, index, strong)
+            return
     # An initial and a name: "C. Carlizian", "P.E. Jilliot", "R-L. BOULEVANT".
     if shape == INITIAL:
         dotted = view.text[view.ends[index] : view.ends[index] + 1] in (".", "-")
         if not dotted or (index and view.gap(index - 1) in ("'", "’", ".", "-") and shapes[index - 1] != INITIAL):
             return
         end = index
-        while end + 1 < len(view.words) and shapes[end + 1] == INITIAL and view.gap(end) in (".", "-", ".-", ". "):
+        while (
+            end + 1 < min(len(view.words), index + _TITLES_MAX)
+            and shapes[end + 1] == INITIAL
+            and view.gap(end) in (".", "-", ".-", ". ")
+        ):
             end += 1
         target = end + 1
         if (
@@ -402,24 +468,49 @@ def _by_shape(view: View, index: int, strong: set[str]) -> None:
         and shape == UPPER
         and len(view.words[index]) <= 5
         and not named_next
+        and not (joined and following is not None and flags[following] & _NAME and shapes[following] == UPPER)
         and not (index and shapes[index - 1] != LOWER)
     ):
         return
     if (
         first_name
         and not common
-        and (not flag & Word.EPONYM or named_next)
+        and (
+            not flag & Word.EPONYM or named_next or (joined and following is not None and flags[following] & Word.LAST)
+        )
         and (shape == TITLE_CASE or not flag & Word.CITY_START)
     ):
         _claim_around(view, index, strong)
         return
+    if capitals and not common and (flag & _NAME or (joined and following is not None and flags[following] & _NAME)):
+        # In capitals a name shows only by the company of another word that is no common one.
+        beside = [
+            place
+            for place, gap in ((index - 1, view.gap(index - 1) if index else ""), (index + 1, view.gap(index)))
+            if 0 <= place < len(view.words) and gap in (" ", "-", ", ") and view.free(place)
+        ]
+        if len(view.words[index]) > 3 and any(
+            len(view.words[place]) > 2
+            and (not flags[place] & Word.COMMON or flags[place] & Word.FIRST)
+            and not flags[place] & (Word.STOP | Word.EPONYM_HEAD | Word.PARTICLE)
+            for place in beside
+        ):
+            _claim_around(view, index, strong)
+            return
     if first_name and common:
         before_named = (
             index > 0
             and view.gap(index - 1) in (" ", ", ")
-            and shapes[index - 1] == UPPER
+            and (shapes[index - 1] == UPPER or (shapes[index - 1] == TITLE_CASE and flags[index - 1] & Word.LAST))
             and len(view.words[index - 1]) > 3
             and not flags[index - 1] & (Word.COMMON | Word.EPONYM)
+        )
+        surname_next = (
+            joined
+            and following is not None
+            and shapes[following] != LOWER
+            and flags[following] & Word.LAST
+            and not flags[following] & Word.COMMON
         )
         title_next = (
             joined
@@ -431,7 +522,38 @@ def _by_shape(view: View, index: int, strong: set[str]) -> None:
             and not flags[following] & (Word.STOP | Word.ROLE | Word.EPONYM | Word.MONTH)
             and (following + 1 >= len(view.words) or shapes[following + 1] != TITLE_CASE or view.gap(following) != " ")
         )
-        if before_named or title_next or (named_next and not capitals):
+        # "Gagnon Camille" alone on a line or between identifiers.
+        lines = (
+            index > 0
+            and shape == TITLE_CASE
+            and shapes[index - 1] == TITLE_CASE
+            and view.gap(index - 1) == " "
+            and not flags[index - 1] & (Word.COMMON | Word.EPONYM)
+            and (index == 1 or "\n" in view.gap(index - 2) or ":" in view.gap(index - 2))
+            and re.match(r"\s*(?:\n|$|[,(|]|\0)", view.masked[view.ends[index] : view.ends[index] + 3]) is not None
+        )
+        before_named = before_named or lines
+        inside = (
+            _inside_sentence(view, index)
+            and shape == TITLE_CASE
+            and not flag & (Word.EPONYM | Word.MONTH | Word.STREET)
+        )
+        acts = (
+            shape == TITLE_CASE
+            and not capitals
+            and following is not None
+            and view.words[following] in _VERBS
+            and shapes[following] == LOWER
+            and view.gap(index) == " "
+        )
+        if (
+            (inside and not capitals)
+            or acts
+            or before_named
+            or title_next
+            or surname_next
+            or (named_next and not capitals)
+        ):
             _claim_around(view, index, strong)
             return
     # A word with a capital inside a line, or beside an identifier, before one nobody knows: "..., Perle Defoe, 1985".
@@ -519,7 +641,7 @@ def _claim_around(view: View, index: int, strong: set[str] | None) -> None:
         ):
             first = before
             continue
-        if shape == LOWER or (shape == INITIAL and gap != "-"):
+        if shape == LOWER or (shape == INITIAL and gap not in ("-", "'", "’")):
             break
         if flag & Word.COMMON and gap != "-":
             named = flag & _NAME

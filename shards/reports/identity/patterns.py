@@ -15,7 +15,6 @@ from shards.reports.identity.view import Kind, View
 OLDEST_AGE_YEARS = 89  # HIPAA: ages above it point at persons
 _NOT_AFTER_WORD = r"(?<![\w])"
 
-_DIGIT = re.compile(r"\d")
 _MAIL = re.compile(
     r"(?<![\w.])(?:[\w+'\-]{1,30}[.\-_] )?[\w.+'&\-]{1,64}\s?(?:@|\[at\]|\(at\)|\[@\])\s?[\w\-]+(?:\.[\w\-]+)*"
     r"(?: ?[.,]\s?[a-z]{2,}(?![\w@])| (?:fr|com|org|net|be|ch|ca|de|uk|eu|lu)(?!\w))?"
@@ -34,6 +33,10 @@ _PHONE_CUE = re.compile(
     r"[^\d\n]{0,30}$"
 )
 _FRENCH_PHONE = re.compile(r"(?<![\d.,])0[1-9](?:[\s.\-/_]{1,3}\d\d){4}(?!\d)")
+_SECOND_PHONE = re.compile(
+    r"(?<=\0) ?(?:/|-|–|ou|or|,? ?poste|,? ?ext\.?|,? ?x|,? ?bip|,? ?p\.) ?(\d{1,6}(?:[ .]\d\d){0,4})(?![\d/]|[.,]\d)"
+)
+_LEGAL_BEFORE = re.compile(r"\b(?:loi|decret|arrete|directive|ordonnance|law|act)s? ?(?:n[°o] ?)?$")
 _LETTERED_PHONE = re.compile(r"(?<!\d)(?:[a-z]?\d\d[ .]){3,}[a-z]?\d\d(?!\d)")
 _ID_CUE = re.compile(
     r"(?<![\w])(?:ipp|iep|nip|nda|ins|mrn|ndossier|accession|acc|dossier|matricule|finess|rpps|adeli|nhs|inami|identifi\w*|"
@@ -43,6 +46,7 @@ _ID_CUE = re.compile(
     r"[ .:#°º\-]*(?:(?:no|n°|nº|num|number|numero|id|patient|de dossier|du dossier|is|est le|est)[ .:#°º]*){0,2}"
     r"(?P<id>(?=[a-z\-]{0,8}[\d])[a-z0-9]+(?:[\-/._][a-z0-9]+)*(?:(?<=\d) \d+(?![\w,.]))*)"
 )
+_ID_TAIL = re.compile(r"(?: ?[\-/._] ?[a-z0-9]*\d[a-z0-9]*| [a-z](?![\w'’]))+")
 _WEAK_CUES = (
     "patient",
     "no",
@@ -105,13 +109,12 @@ def find_addresses_of_mail(view: View) -> None:
 
 def find(view: View) -> None:
     """Claim everything else with a shape, most telling shapes first."""
-    digits = _DIGIT.search(view.plain) is not None
-    if digits:
+    if view.dense:
         _social_security(view)
     for found in dates.find(view):
         view.claim(found.start, found.end, "birth_date" if found.birth else "date")
-    _ages(view, digits)
-    if digits:
+    _ages(view)
+    if view.longest_number >= 4 or view.dense:
         _phones_and_ids(view)
 
 
@@ -174,8 +177,8 @@ def luhn_valid(written: str) -> bool:
     return len(digits) > 1 and sum(doubled) % 10 == 0
 
 
-def _ages(view: View, digits: bool) -> None:
-    if digits:
+def _ages(view: View) -> None:
+    if view.longest_number >= 2:
         for pattern in (_AGE, _AGED):
             for match in pattern.finditer(view.masked):
                 if OLDEST_AGE_YEARS < int(match[1]) < 130:
@@ -210,11 +213,15 @@ def _ages(view: View, digits: bool) -> None:
 
 def _phones_and_ids(view: View) -> None:
     for match in _ID_CUE.finditer(view.masked):
+        if _LEGAL_BEFORE.search(view.masked, max(0, match.start() - 16), match.start()):
+            continue
         written = match["id"] if not match.group().startswith(_WEAK_CUES) else match["id"].split(" ")[0]
         count = sum(character.isdigit() for character in written)
         least = 5 if match.group().startswith(_WEAK_CUES) else 4
         if count >= least and not _QUANTITY.match(view.masked, match.end()) and not _phone_like(written):
-            view.claim(match.start("id"), match.start("id") + len(written), "id")
+            end = match.start("id") + len(written)
+            tail = _ID_TAIL.match(view.masked, end)
+            view.claim(match.start("id"), tail.end() if tail else end, "id")
     for match in _CLUSTER.finditer(view.masked):
         start, end = match.span()
         written = match.group()
@@ -223,13 +230,18 @@ def _phones_and_ids(view: View) -> None:
             view.claim(start, end, kind)
     for match in _FRENCH_PHONE.finditer(view.masked):
         view.claim(match.start(), match.end(), "phone")
+    for match in _SECOND_PHONE.finditer(view.masked):
+        if any(one.kind == "phone" and one.end == match.start() for one in view.identifiers):
+            view.claim(match.start(1), match.end(1), "phone")
     for match in _LETTERED_PHONE.finditer(view.masked):
         view.claim(match.start(), match.end(), "phone")
     for pattern in (_LONG_DIGITS, _DASHED_ID, _MIXED_ID):
         for match in pattern.finditer(view.masked):
             count = sum(character.isdigit() for character in match.group())
             letters = sum(character.isalpha() for character in match.group())
-            if _DOSE.search(match.group()):
+            if _DOSE.search(match.group()) or _LEGAL_BEFORE.search(
+                view.masked, max(0, match.start() - 16), match.start()
+            ):
                 continue
             if (count >= 7 or (count >= 5 and 0 < letters <= 6)) and not _QUANTITY.match(view.masked, match.end()):
                 view.claim(match.start(), match.end(), "id")

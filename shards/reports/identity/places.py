@@ -25,6 +25,21 @@ _GERMANIC = re.compile(
     r"(?<!\w)(?:[A-ZÀ-Ý][^\W\d_]+[ \-]){0,3}(?:[A-ZÀ-Ý][^\W\d_]*|(?<=-))(?i:strasse|straße|str\.|straat|laan"
     r"|gasse|platz|weg|(?<=-)ring|allee|steenweg|plein|(?<=-)lei|dreef) ?\d{1,4} ?[a-z]?(?:[\-/]\d{1,4})?(?!\w)"
 )
+_GERMANIC_PARTS = (
+    "stras",
+    "straß",
+    "str.",
+    "laan",
+    "gasse",
+    "platz",
+    "weg",
+    "-ring",
+    "allee",
+    "plein",
+    "-lei",
+    "dreef",
+    "steen",
+)
 _US_PLACE = re.compile(r"(?<!\w)((?:[A-Z][\w.'\-]+ ){0,3}[A-Z][\w.'\-]+),? ([A-Z]{2}) (\d{5}(?:-\d{4})?)(?!\d)")
 _UK_CODE = re.compile(r"(?<!\w)(?:[A-Z]{1,2}\d[A-Z\d]? \d[A-Z]{2}|[ABCEGHJ-NPRSTVXY]\d[A-Z] ?\d[A-Z]\d)(?!\w)")
 _STAGE = re.compile(r"[TLCS]\d[A-Z]\d[A-Z]\d")  # tumour stages look like Canadian codes
@@ -40,15 +55,17 @@ _MILITARY = re.compile(
     r"(?<!\w)(?:PSC|Unit|USNS|USS|USCGC|USNV) [\w ,]{1,30}\n?(?:FPO|DPO|APO) A[AEP] \d{5}(?!\d)|(?<!\w)P\.?O\.? Box \d+"
 )
 _CODE = re.compile(
-    r"(?<![\d.,/\-\w])(?:(?:f|b|ch|l|d)-? ?)?(\d{4,5}|\d\d \d{3})(?![\d\w]|[.,]\d| ?(?:mg|ml|ui|g/|/mm|elements"
-    r"|mm|leuco|cases|cas ))"
+    r"(?<![\d.,/\-\w])(?:(?:f|b|ch|l|d)-? ?)?(\d{4,6}(?:-\d{3,4})?|\d\d \d{3})(?![\d\w]|[.,]\d"
+    r"| ?(?:mg|ml|ui|g/|/mm|elements|mm|leuco|cases|cas ))"
 )
+_AMOUNT_BEFORE = re.compile(r"(?:[=<>~≈±:/x*+]|\ba|\bde|\bet|\bou|\bgb|\bgr|\bof|\bto|\bwas|\d) ?$")
 _CODE_BEHIND = re.compile(r"(?<=\0)(?: ?[,(] ?| )(\d{4,5}|\d\d(?=\)))(?![\d\w]|[.,]\d)")
 _CODE_CUE = re.compile(
     r"(?<!\w)(?:cp|c\.p\.|code postal|codes postaux|zip(?: code)?|postal code|postcode|bp|b\.p\.|cs"
     r"|cedex)[ :.]{0,3}(\d{2,6}(?: \d{3})?)(?!\w|[.,/]\d|/)"
 )
 _CITY_CUES = table("city_cues")
+_CITY_VERB_ENDS = frozenset(["de", "a", "au", "dans", "d", "du", "en", "in", "of", "to", "from"])
 _CITY_VERBS = re.compile(
     r"(?:ville de|commune de|residant (?:a|au)|reside a|habit\w{1,3} (?:a|au)|demeurant a|domicilie\w? a"
     r"|nee? (?:a|au|dans)|natif d[eu]|native d[eu]|"
@@ -65,8 +82,10 @@ _CENTER_KINDS = frozenset(
 )
 _NOT_BEFORE_HOSPITAL = table("not_before_hospital")
 KNOWN_HOSPITALS = frozenset(read_list("hospitals.txt"))
+_BEFORE_HOSPITAL = frozenset(["a", "au", "la", "at", "from", "vers", "sur", "in", "de", "d"])
 _SPECIALITY = re.compile(r"(?:logie|logique|logy|trie|rurgie|aires?|iques?|ions?|cine|gie|thesie|scopie)$")
 _MAX_WORDS = 6
+_CITY_WORDS_MAX = 7  # of a listed place
 
 
 def find_addresses(view: View) -> None:
@@ -83,9 +102,11 @@ def find_addressed(view: View) -> None:
 def find_cities(view: View) -> None:
     """Claim the cities left, and the codes behind them."""
     _cities(view)
+    if view.longest_number < 2:
+        return
     for match in _CODE_CUE.finditer(view.masked):
         view.claim(match.start(1), match.end(1), "zip")
-    for match in _CODE_BEHIND.finditer(view.masked):
+    for match in _CODE_BEHIND.finditer(view.masked) if "\0" in view.masked else ():
         if any(one.kind == "city" and one.end == match.start() for one in view.identifiers):
             view.claim(match.start(1), match.end(1), "zip")
 
@@ -102,12 +123,15 @@ def _addresses(view: View) -> None:
             continue
         if word in _STREET_NUMBER_FIRST:
             _english_address(view, index)
-    for match in _FIELD.finditer(view.masked):
-        _field(view, match.end())
-    if re.search(r"(?:str|laan|gasse|platz|weg|-ring|allee|plein|-lei|dreef)", view.masked):
+    if view.longest_number and any(word in view.plain for word in ("adress", "address", "domicile", "residence")):
+        for match in _FIELD.finditer(view.masked):
+            _field(view, match.end())
+    if view.longest_number and any(part in view.plain for part in _GERMANIC_PARTS):
         for match in _GERMANIC.finditer(view.text):
             view.claim(match.start(), match.end(), "address")
-    if "box" in view.plain or "unit" in view.plain or "psc" in view.plain or "us" in view.plain:
+    if view.longest_number and any(
+        word in view.plain for word in (" box ", "unit ", "psc ", "uss ", "usns", "usnv", "uscgc")
+    ):
         for match in _MILITARY.finditer(view.text):
             view.claim(match.start(), match.end(), "address")
 
@@ -227,7 +251,9 @@ def _english_address(view: View, index: int) -> None:
 
 
 def _codes(view: View) -> None:
-    for match in _US_PLACE.finditer(view.text):
+    if view.longest_number == 0:
+        return
+    for match in _US_PLACE.finditer(view.text) if view.longest_number >= 5 else ():
         if view.masked[match.start(3)] != "\0":
             view.claim(match.start(3), match.end(3), "zip")
             view.claim(match.start(1), match.end(2), "city")
@@ -236,7 +262,7 @@ def _codes(view: View) -> None:
         if view.masked[match.start()] != "\0" and not _STAGE.fullmatch(match.group()):
             view.claim(match.start(), match.end(), "zip")
             _lines_before_code(view, _city_before(view, match.start()))
-    for match in _CODE.finditer(view.masked):
+    for match in _CODE.finditer(view.masked) if view.longest_number >= 3 else ():
         start, end = match.span()
         written = match[1]
         following = view.first_word_from(end)
@@ -257,6 +283,8 @@ def _codes(view: View) -> None:
                 or listed
                 or (written.isdigit() and len(written) == 5 and not common and not view.flags[following] & Word.STOP)
             ):
+                if not re.fullmatch(r"\d{5}|\d\d \d{3}|\d{4}", written) and not beside_address:
+                    continue
                 if len(written) == 4 and not beside_address and not listed:
                     continue
                 view.claim(start, end, "zip")
@@ -270,7 +298,10 @@ def _codes(view: View) -> None:
                 view.claim(start, end, "zip")
                 view.claim(view.starts[following], view.ends[last], "city")
                 continue
-        if beside_address or (written.isdigit() and len(written) == 5 and _beside_identifier(view, start, end)):
+        alone = len(written) == 5 and not _AMOUNT_BEFORE.search(view.masked, max(0, start - 12), start)
+        if alone:
+            alone = re.match(r" ?(?:[.;)\]–|\n]|$|- |, ?[a-z])", view.masked[end : end + 4]) is not None
+        if beside_address or alone or (len(written) == 5 and _beside_identifier(view, start, end)):
             view.claim(start, end, "zip")
 
 
@@ -396,17 +427,18 @@ def _city_match(view: View, index: int, any_case: bool = False) -> int | None:
     """Last word of the longest listed place that begins at word `index`, or None."""
     if not view.flags[index] & Word.CITY_START:
         return None
-    for rest in gazetteer().cities[view.words[index]]:
-        if index + len(rest) < len(view.words) and all(
-            view.words[index + 1 + offset] == part and view.gap(index + offset) in (" ", "-", "'", "’")
-            for offset, part in enumerate(rest)
+    rests = gazetteer().cities[view.words[index]]
+    for more in range(min(_CITY_WORDS_MAX, len(view.words) - index) - 1, -1, -1):
+        if tuple(view.words[index + 1 : index + 1 + more]) in rests and all(
+            view.gap(place) in (" ", "-", "'", "’") for place in range(index, index + more)
         ):
-            last = index + len(rest)
+            last = index + more
             if view.shapes[last] == LOWER and not any_case:
                 continue
             # "Tarbes s/ Saone", "Neuilly sur Marne": what a town lies on
             after = re.match(
-                r"(?: |-)(?:sur|s/|en|les|lez|sous)[ \-]\s?(?=[^\W\d_])", view.plain[view.ends[last] :][:8]
+                r"(?: |-)(?:sur|s/|en|les|lez|sous)[ \-]\s?(?=[^\W\d_])",
+                view.plain[view.ends[last] : view.ends[last] + 8],
             )
             if after:
                 named = view.first_word_from(view.ends[last] + after.end())
@@ -420,6 +452,17 @@ def _cities(view: View) -> None:
     for index in view.marked:
         if view.flags[index] & Word.DEMONYM and view.shapes[index] == LOWER:
             view.claim(view.starts[index], view.ends[index], "city", "gazetteer")
+    for index in view.small_names:
+        if (
+            view.flags[index] & Word.CITY_START
+            and index
+            and view.words[index - 1] in _CITY_VERB_ENDS
+            and view.free(index)
+        ):
+            before = view.plain[max(0, view.starts[index] - 60) : view.starts[index]]
+            last = _city_match(view, index, any_case=True)
+            if last is not None and (_CITY_VERBS.search(before) or view.words[index - 1] == "a"):
+                view.claim(view.starts[index], view.ends[last], "city", "gazetteer")
     for index in view.capitalised:
         if view.shapes[index] != INITIAL and view.free(index):
             last = _named_city(view, index)
@@ -429,15 +472,19 @@ def _cities(view: View) -> None:
 
 def _named_city(view: View, index: int) -> int | None:
     flag = view.flags[index]
-    before = view.plain[max(0, view.starts[index] - 40) : view.starts[index]]
-    told = _CITY_VERBS.search(before)
+    told = None
+    if index and view.words[index - 1] in _CITY_VERB_ENDS:
+        told = _CITY_VERBS.search(view.plain[max(0, view.starts[index] - 60) : view.starts[index]])
     if told and not flag & (Word.STOP | Word.HOSPITAL) and (not flag & Word.COMMON or flag & Word.CITY_START):
         listed = _city_match(view, index)
         if listed is not None:
             return listed
         if view.shapes[index] == TITLE_CASE or not view.in_capitals(index):
             return _city_sequence(view, index)
-    cedex = re.match(r"(?:[ \-][\w']+){0,5}? cedex\b", view.plain[view.ends[index] : view.ends[index] + 40])
+        return index if not flag & Word.COMMON else None
+    cedex = "cedex" in view.plain and re.match(
+        r"(?:[ \-][\w']+){0,5}? cedex\b", view.plain[view.ends[index] : view.ends[index] + 40]
+    )
     if cedex and view.shapes[index] != LOWER and not flag & Word.STOP:
         return max(index, view.first_word_from(view.ends[index] + cedex.end()) - 2)
     if not flag & Word.CITY_START or flag & (Word.EPONYM | Word.HOSPITAL):
@@ -494,9 +541,32 @@ def _hospitals(view: View) -> None:
     _known_hospitals(view)
 
 
+def _known_after(view: View, index: int) -> tuple[int, int] | None:
+    """First and last word of a listed hospital that follows word `index`, in whatever capitals."""
+    first = index + 1
+    while first < len(view.words) and view.words[first] in _GENERIC and first - index < 4 and _space(view, first - 1):
+        if view.words[first] in ("la", "saint"):
+            break
+        first += 1
+    for length in (3, 2, 1):
+        last = first + length - 1
+        if (
+            last < len(view.words)
+            and _space(view, first - 1)
+            and " ".join(view.words[first : last + 1]) in KNOWN_HOSPITALS
+            and all(_space(view, place) for place in range(first, last))
+        ):
+            return first, last
+    return None
+
+
 def _french_hospital(view: View, index: int) -> None:
+    known = _known_after(view, index)
+    if known is not None:
+        begin = index if view.shapes[index] != LOWER else known[0]
+        view.claim(view.starts[begin], view.ends[known[1]], "hospital", "gazetteer")
+        return
     position = index + 1
-    start_word = index if view.words[index] == "centre" else None
     seen_kind = view.words[index] not in ("centre", "institut", "institute")
     while (
         position < len(view.words)
@@ -546,14 +616,10 @@ def _french_hospital(view: View, index: int) -> None:
         if capitals and flag & Word.COMMON and not flag & (Word.FIRST | Word.LAST | Word.CITY_START):
             break
         last, position = position, position + 1
-    if last is None:
+    if last is None or (last == first and view.flags[first] & Word.COMMON and _SPECIALITY.search(view.words[first])):
         return
     place = _city_match(view, first) == last and view.words[first - 1] in ("de", "d", "du", "a")
-    begin = (
-        view.starts[start_word]
-        if start_word is not None and view.shapes[start_word] != LOWER and not place
-        else view.starts[first]
-    )
+    begin = view.starts[first] if place or view.shapes[index] == LOWER else view.starts[index]
     view.claim(begin, view.ends[last], "city" if place else "hospital", "gazetteer")
 
 
@@ -603,9 +669,12 @@ def _known_hospitals(view: View) -> None:
         shape = view.shapes[index]
         if shape == INITIAL or not view.free(index):
             continue
+        word = view.words[index]
+        previous = view.words[index - 1] if index else ""
+        if previous not in _BEFORE_HOSPITAL and view.text[view.starts[index] - 1 : view.starts[index]] != "(":
+            continue
         before = view.plain[max(0, view.starts[index] - 24) : view.starts[index]]
         at = re.search(r"(?:\( ?|(?<![\w'])(?:a|au|de la|a la|at|from|vers|sur)\s)$", before)
-        word = view.words[index]
         if word in ("st", "ste", "saint", "sainte") and re.search(r"(?:\( ?|(?<![\w'])(?:a|au|at|from|in)\s)$", before):
             match = re.match(
                 r"\w+\.?[ \-](?:[A-Z][\w'’\-]+)(?:[ \-][A-Z][\w’\-]+)?",

