@@ -109,7 +109,7 @@ def _french(detector: Detector, quick: bool) -> list[Figure]:
     figures.append(
         figure(
             "reports.deid_fr_precision", precision(counted),
-            note=f"of words; 95 % {low:.3f}-{high:.3f}; of spans {span_precision(counted):.3f}",
+            note=f"of spans; 95 % {low:.3f}-{high:.3f}; of words {word_precision(counted):.3f}",
         )
     )  # fmt: skip
     low, high = interval(counted, clean_share)
@@ -190,14 +190,14 @@ def recall(outcomes: Sequence[Counted], labels: Sequence[str]) -> float:
 
 
 def precision(outcomes: Sequence[Counted]) -> float:
-    """Share of the replaced words that lie in a tag."""
-    return sum(one.words_right for one in outcomes) / max(1, sum(one.words_replaced for one in outcomes))
-
-
-def span_precision(outcomes: Sequence[Counted]) -> float:
-    """Share of the identifiers that touch a tag."""
+    """Share of the replaced spans that touch a tag."""
     right = sum(one.right for one in outcomes)
     return right / max(1, right + sum(one.wrong for one in outcomes))
+
+
+def word_precision(outcomes: Sequence[Counted]) -> float:
+    """Share of the replaced words that lie in a tag."""
+    return sum(one.words_right for one in outcomes) / max(1, sum(one.words_replaced for one in outcomes))
 
 
 def clean_share(outcomes: Sequence[Counted]) -> float:
