@@ -1,9 +1,8 @@
-"""Detector, surrogates and audit of de-identification, on sentences written here."""
+"""Detector and surrogates of de-identification, on sentences written here."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import random
 import re
@@ -12,9 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards.errors import ConfigError
 from shards.reports.identity import Detector, KnownPatient, Surrogates, deidentify, patterns
-from shards.reports.identity.audit import Audit
 from shards.reports.identity.dates import distance, value_of
 from shards.reports.identity.detector import union
 from shards.reports.identity.gazetteers import plain
@@ -273,30 +270,6 @@ class TestNothingLeaks:
             deidentify(TestSurrogates.TEXT, "fr", DETECTOR, SURROGATES, patient=PATIENT)
         assert not caplog.records
         assert capsys.readouterr() == ("", "")
-
-
-class TestAudit:
-    def test_counts_only(self, tmp_path: pytest.TempPathFactory) -> None:
-        audit = Audit(deidentifier="rules 1", key_fingerprint="0" * 16)
-        text = TestSurrogates.TEXT
-        changed = deidentify(text, "fr", DETECTOR, SURROGATES, patient=PATIENT)
-        audit.add(changed.counts, changed.layers, characters=len(text), language="fr")
-        audit.refuse("binary")
-        audit.write(tmp_path / "audit.json")  # type: ignore[operator]
-        written = (tmp_path / "audit.json").read_text("utf-8")  # type: ignore[operator]
-        body = json.loads(written)
-        assert body["documents"] == body["documents_changed"] == 1
-        assert body["by_kind"]["date"] == 2
-        assert body["refused"] == {"binary": 1}
-        assert not any(word in written for word in ("DURAND", "Lyon", "2019"))
-
-    def test_workers_add_up_and_other_keys_are_refused(self) -> None:
-        one, two = (Audit(deidentifier="r", key_fingerprint="k") for _ in range(2))
-        two.refuse("empty")
-        one.merge(two)
-        assert one.refused == {"empty": 1}
-        with pytest.raises(ConfigError, match="different keys"):
-            one.merge(Audit(deidentifier="r", key_fingerprint="other"))
 
 
 def test_plain_keeps_every_position() -> None:
