@@ -16,7 +16,7 @@ from shards.reports.anatomy import ANATOMIES, ELSEWHERE, AnatomyText, Words, sur
 from shards.reports.distil import ENTITIES, Context, context
 from shards.reports.distil import sentence as distilled_sentence
 from shards.reports.entities import Entity, entities
-from shards.reports.labels import ONTOLOGIES, labels
+from shards.reports.labels import ONTOLOGIES, label_names, labels
 from shards.reports.language import Language, Span, detect
 from shards.reports.sections import Section, sections
 from shards.reports.sentences import sentences
@@ -151,7 +151,7 @@ def _verify_labels(told: Mapping[str, Mapping[str, int]]) -> None:
     for ontology, values in told.items():
         if ontology not in ONTOLOGIES:
             raise DataError(f"labels: an ontology is unknown; there are {', '.join(ONTOLOGIES)}")
-        if not set(values) <= {*ONTOLOGIES[ontology], "No Finding"}:
+        if not set(values) <= set(label_names(ontology)):
             raise DataError(f"labels.{ontology}: a label is unknown")
 
 

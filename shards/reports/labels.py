@@ -16,6 +16,7 @@ from shards.reports.sections import Section
 
 LabelValue = Literal[-1, 0, 1]
 
+NO_FINDING = "No Finding"  # of chexpert14, made of the absence of the others
 # Sections that speak of other times or of what is asked.
 NOT_FINDINGS = frozenset({"history", "indication", "technique", "comparison"})
 
@@ -118,8 +119,13 @@ def labels(
                 values[name] = value
                 break
     if ontology == "chexpert14" and sentences and _nothing_found(values, counted):
-        values = {"No Finding": 1, **values}
+        values = {NO_FINDING: 1, **values}
     return values
+
+
+def label_names(ontology: str) -> tuple[str, ...]:
+    """Every label that `labels` may give."""
+    return (*([NO_FINDING] if ontology == "chexpert14" else []), *ONTOLOGIES[ontology])
 
 
 # Present, these are no abnormality of the chest, or say themselves that there is none.

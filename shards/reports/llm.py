@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -190,8 +191,10 @@ class _Folded:
         if not any(character.isalnum() for character in words):
             raise _RefusedError(f"{what} holds no word")
         first: Span | None = None
-        start = self.text.find(words)
-        while start >= 0:
+        low, high = within or (0, self.places[-1] + 1 if self.places else 0)
+        # Only there, or an answer of common words would go through a long report for each of them.
+        start = self.text.find(words, bisect_left(self.places, low))
+        while start >= 0 and self.places[start] < high:
             end = start + len(words)
             found = (self.places[start], self.places[end - 1] + 1)
             if within is None or (within[0] <= found[0] and found[1] <= within[1]):

@@ -50,11 +50,17 @@ class Structured:
         return {"secret": self.secret, "config": self.config, "prepared": self.prepared}
 
     def check_joins(self, studies: int) -> None:
-        """Raises ConfigError where none of the planned studies has a prepared report."""
+        """Raises ConfigError where none of the planned studies has a prepared report, or these have other labels."""
         if self.prepared is not None and not studies:
             raise ConfigError(
                 f"--reports structured {self.prepared}: none of its studies is in --input; prepare the reports with "
                 "the same --key-file, and a column --study that holds what names the study here"
+            )
+
+        if self.file is not None and (other := sorted(self.file.labels - set(self.labels))):
+            raise ConfigError(
+                f"--labels {self.config.ontology}: the reports of {self.prepared} were prepared with others, such as "
+                f"{other[0]}; give the --labels that prepare_reports.py had"
             )
 
     def check_sections(self, names: Iterable[str]) -> None:

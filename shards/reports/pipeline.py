@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unicodedata import normalize
 
 from shards.errors import ConfigError, DataError
 from shards.ingest import PUBLIC_SECRET, key_fingerprint
@@ -18,7 +19,7 @@ from shards.reports import extract, llm
 from shards.reports.anatomy import ANATOMIES, AnatomyText
 from shards.reports.entities import Entity
 from shards.reports.identity import DEIDENTIFIER, Detector, KnownPatient, Surrogates, deidentify
-from shards.reports.labels import ONTOLOGIES
+from shards.reports.labels import ONTOLOGIES, label_names
 from shards.reports.language import Language, Span, detect
 from shards.reports.lexicon.terms import concepts
 from shards.reports.prepared import PreparedReport
@@ -81,7 +82,7 @@ class Config:
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels that a report may give, in their order."""
-        return tuple(ONTOLOGIES[self.ontology])
+        return label_names(self.ontology)
 
     @property
     def vocabulary(self) -> llm.Vocabulary:
@@ -142,7 +143,7 @@ class Pipeline:
             stage = "language"
             language = detect(text)
             stage = "de-identification"
-            known = KnownPatient(key=raw.patient) if raw.known is None else replace(raw.known, key=raw.patient)
+            known = _composed(raw.known or KnownPatient(key=raw.patient), raw.patient)
             found = deidentify(text, language, self._detector, self._surrogates, patient=known)
         except Exception as error:
             return Failed(study=raw.study, cause=_cause(stage, error))
@@ -232,6 +233,18 @@ def _joined(texts: Mapping[str, Cell], counts: Counter[str]) -> str:
         if part.text:
             cleaned.append(part.text if name == WHOLE else f"{name.upper()}: {part.text}")
     return "\n\n".join(cleaned)
+
+
+def _composed(known: KnownPatient, key: str) -> KnownPatient:
+    """What is known of the patient, in NFC as the document is: an accent that stands apart would part a name in two."""
+
+    def composed(texts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(normalize("NFC", text) for text in texts)
+
+    return replace(
+        known, key=key, first_names=composed(known.first_names), last_names=composed(known.last_names),
+        ids=composed(known.ids), address=normalize("NFC", known.address), city=normalize("NFC", known.city),
+    )  # fmt: skip
 
 
 def _cause(stage: str, error: Exception) -> str:

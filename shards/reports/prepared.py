@@ -90,6 +90,7 @@ class PreparedFile:
     def __init__(self, path: Path, secret: bytes | None) -> None:
         self.path, self._secret = path, secret
         self._places: dict[str, Place] = {}
+        self.labels: set[str] = set()  # names of all labels that any report gives
         digest = hashlib.sha256()
         try:
             if path.suffix.lower() in (".parquet", ".pq"):
@@ -112,9 +113,11 @@ class PreparedFile:
     def _add(self, line: bytes, place: Place) -> None:
         where = f"prepared reports {self.path}: report {len(self._places) + 1}"
         try:
-            study = PreparedReport.from_line(line, self._secret).study
+            report = PreparedReport.from_line(line, self._secret)
         except DataError as error:
             raise ConfigError(f"{where}: {error}") from None
+        study = report.study
+        self.labels.update(report.labels)
         if study in self._places:
             raise ConfigError(f"{where}: its study stands twice")
         self._places[study] = place

@@ -97,6 +97,7 @@ def test_table_text_passes_the_pipeline(tmp_path: Path, key: Path, capfd: pytest
     assert manifest.fields["report"] == 2 and manifest.fields["entities"] == 2
     assert manifest.labels[:2] == ("Nodule", "Pleural Effusion") and "Pneumothorax" in manifest.labels
     found = records(tmp_path / "out")
+    assert {name for record in found.values() for name in record["labels"]} <= set(manifest.labels)
     effusion = next(record for text, record in found.items() if "left pleural effusion" in text)
     assert effusion["labels"]["Pleural Effusion"] == 0  # what the table says goes before what was read
     assert effusion["deidentifier"] == pipeline.DEIDENTIFIER and effusion["language"] == "en"
@@ -162,6 +163,13 @@ def test_changed_or_foreign_prepared_reports_are_refused(
     assert pack_table(tmp_path, key, "out", "--reports", "structured", file, report="") == 2
     error = capsys.readouterr().err
     assert "no prepared report" in error and "Quintrell" not in error
+
+
+def test_prepared_reports_with_other_labels(tmp_path: Path, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = prepared(tmp_path, key, "p.jsonl")
+    words = ("--reports", "structured", file, "--labels", "ct_rate18")
+    assert pack_table(tmp_path, key, "out", *words, report="") == 2
+    assert "--labels ct_rate18: the reports of" in capsys.readouterr().err
 
 
 def test_prepared_reports_of_other_studies(tmp_path: Path, key: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,13 @@ def test_sections_from_columns_of_their_own(rules: Pipeline) -> None:
     assert result.report == {"findings": "Left pleural épanchement.", "impression": "Small effusion."}
 
 
+def test_known_name_is_found_however_its_accents_are_written(rules: Pipeline) -> None:
+    known = KnownPatient(key="b", first_names=("Genevie\u0300ve",))
+    text = "FINDINGS: The patient genevi\u00e8ve has a small effusion."
+    (result,) = prepare(rules, RawReport(study="a" * 32, patient="b" * 32, texts={WHOLE: text}, known=known))
+    assert "genevi" not in result.report["findings"]
+
+
 def test_same_patient_same_surrogates(rules: Pipeline) -> None:
     text = "FINDINGS: Normal chest. Dictated by Dr. Fairweather."
     first, second, other = prepare(rules, raw(text), raw(text, study="c" * 32), raw(text, patient="d" * 32))
