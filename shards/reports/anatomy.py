@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntFlag, auto
-from functools import cache, lru_cache
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -297,7 +297,6 @@ def _roots() -> tuple[re.Pattern[str], dict[str, str]]:
     return re.compile(rf"(?:{_PREFIXES})?({roots})"), places
 
 
-@lru_cache(maxsize=1 << 15)
 def _compound(word: str) -> dict[str, _Entry] | None:
     """The node of a compound word that no list holds, by its root ("perigastric", "nephrectomized")."""
     pattern, places = _roots()
@@ -307,22 +306,43 @@ def _compound(word: str) -> dict[str, _Entry] | None:
     return {_END: (_STRONG, (places[match[1]],), _ABNORMAL if _DISEASED.search(word, match.end()) else 0)}
 
 
-def _hits(words: Sequence[str], trie: Mapping[str, Any]) -> list[_Hit]:
+class _Nodes(dict[str, dict[str, Any] | None]):
+    """Word -> the node that phrases beginning with it start from, remembered: one lookup for most words."""
+
+    LIMIT = 65_536
+
+    def __init__(self, language: Language) -> None:
+        super().__init__()
+        self.trie = lexicon(language)
+
+    def __missing__(self, word: str) -> dict[str, Any] | None:
+        node = self.trie.get(word)
+        if node is None and len(word) >= COMPOUND_MIN:
+            node = _compound(word)
+        if len(self) >= self.LIMIT:  # names and numbers never end
+            self.clear()
+        self[word] = node
+        return node
+
+
+_nodes = cache(_Nodes)
+
+
+def _hits(words: Sequence[str], language: Language) -> list[_Hit]:
     """The longest phrases of the lexicon, from left to right, none within another."""
     found: list[_Hit] = []
     count, free = len(words), 0
-    for place, word in enumerate(words):
+    begins = map(_nodes(language).__getitem__, words)
+    for place, node in [(place, node) for place, node in enumerate(begins) if node is not None]:
         if place < free:
-            continue
-        node = trie.get(word)
-        if node is None and (len(word) < COMPOUND_MIN or (node := _compound(word)) is None):
             continue
         entry, free = node.get(_END), place + 1
         ahead = free
-        while ahead < count and (node := node.get(words[ahead])) is not None:
+        following: Any = node
+        while ahead < count and (following := following.get(words[ahead])) is not None:
             ahead += 1
-            if _END in node:
-                entry, free = node[_END], ahead
+            if _END in following:
+                entry, free = following[_END], ahead
         if entry is not None:
             found.append((place, free, *entry))
     return found
@@ -333,7 +353,7 @@ class _Reader:
 
     def __init__(self, words: Words, entities: Sequence[Found], language: Language) -> None:
         self.starts, self.ends = words.starts, words.ends
-        self.hits = _hits(words.words, lexicon(language))
+        self.hits = _hits(words.words, language)
         self.entities = sorted((one.start, one.status) for one in entities if one.concept not in _DEVICES)
         named = {name for hit in self.hits if hit[2] < _GROUP for name in hit[3]}
         # "No fracture" of a wrist is none of the wrist's bones.

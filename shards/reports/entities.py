@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from shards.reports.language import Span
-from shards.reports.lexicon.terms import SOFT, Language, Match, Tokens, Vocabulary, lower, tokenise, vocabulary
+from shards.reports.lexicon.terms import SOFT, Language, Match, Tokens, lower, tokenise, vocabulary
 from shards.reports.status import Clause, Marks, Reach, Status, clauses, marks, reaches, status_of
 
 Side = Literal["left", "right", "bilateral"]
 
+REMEMBERED = 8_192  # sentences whose findings are kept in memory
 MAX_DESCRIPTOR = 3  # words before a finding that are taken to describe it
 
 
@@ -51,21 +53,43 @@ def entities(document: str, sentences: Sequence[Span], language: str) -> tuple[E
     Findings that are told as the patient's history are left out.
     """
     spoken: Language = "fr" if language == "fr" else "en"
-    words = vocabulary(spoken)
     lowered = lower(document)
     found: list[Entity] = []
     for number, (start, end) in enumerate(sentences):
-        found += _in_sentence(tokenise(lowered, start, end, spoken), number, words)
+        for one in _in_sentence(lowered[start:end], spoken):
+            descriptor = None if one.descriptor is None else (one.descriptor[0] + start, one.descriptor[1] + start)
+            found.append(
+                Entity(
+                    concept=one.concept, start=one.start + start, end=one.end + start, sentence=number,
+                    laterality=one.laterality, position=one.position, status=one.status, descriptor=descriptor,
+                )
+            )  # fmt: skip
     return tuple(found)
 
 
-def _in_sentence(tokens: Tokens, number: int, words: Vocabulary) -> list[Entity]:
+class _Said(NamedTuple):
+    """An entity with spans in its sentence."""
+
+    concept: str
+    start: int
+    end: int
+    laterality: Side | None
+    position: str
+    status: Status
+    descriptor: Span | None
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _in_sentence(text: str, language: Language) -> Sequence[_Said]:
+    """`text`: a sentence in lower case. Remembered, since reports repeat their sentences."""
+    words = vocabulary(language)
+    tokens = tokenise(text, 0, len(text), language)
     matches = words.terms.find(tokens.stems)
     if not any(match.term.finding or match.term.change for match in matches):
-        return []
+        return ()
     known = marks(tokens, matches)
     places = words.places.find(tokens.stems)
-    found: list[Entity] = []
+    found: list[_Said] = []
     for clause in clauses(tokens, known):
         whole = clause.first <= matches[0].first and matches[-1].first < clause.end
         inside = matches if whole else [match for match in matches if clause.first <= match.first < clause.end]
@@ -81,10 +105,9 @@ def _in_sentence(tokens: Tokens, number: int, words: Vocabulary) -> list[Entity]
         for mention, status, (side, position) in zip(mentions, told, sited, strict=True):
             if status != "history":
                 found.append(
-                    Entity(
-                        concept=mention.concept, start=tokens.start(mention.first), end=tokens.end(mention.last),
-                        sentence=number, laterality=side, position=position, status=status,
-                        descriptor=_descriptor(tokens, inside, mention, clause),
+                    _Said(
+                        mention.concept, tokens.start(mention.first), tokens.end(mention.last), side, position, status,
+                        _descriptor(tokens, inside, mention, clause),
                     )
                 )  # fmt: skip
     return found

@@ -20,14 +20,7 @@ from shards.reports.labels import ONTOLOGIES, label_names, labels
 from shards.reports.language import Language, Span, detect
 from shards.reports.sections import Section, sections
 from shards.reports.sentences import sentences
-from shards.reports.structured import (
-    Item,
-    Observation,
-    StructuredReport,
-    checked,
-    source_text,
-    structured_by_rules,
-)
+from shards.reports.structured import StructuredReport, checked, structured_by_rules
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -84,7 +77,9 @@ def extraction(
     counted = [one for one in found if any(start <= one.start and one.end <= end for start, end in read)]
     places = surveyed.anatomies if anatomy is None else tuple(anatomy)
     lung = [span for one in places if one.anatomy == "lung" for span in one.findings + one.impression]
-    return Extraction(
+    # Not validated again: all of it was made here, and `verify` reads it against the document.
+    return Extraction.model_construct(
+        schema_version=SCHEMA_VERSION,
         language=language,
         sections=tuple(parts),
         sentences=tuple(spans),
@@ -93,7 +88,7 @@ def extraction(
         anatomy=places,
         elsewhere=surveyed.elsewhere,
         context=context(document, surveyed, counted, language, words),
-        structured=structured_by_rules(study, document, counted, lung),
+        structured=structured_by_rules(study, counted, lung),
     )
 
 
@@ -136,14 +131,16 @@ def verify(found: Extraction, document: str) -> Extraction:
         _words_in(document, f"context.distilled.{number}", one.spans)
     if found.structured is None:
         return found
-    return found.model_copy(update={"structured": checked(found.structured, document)})
+    structured = checked(found.structured, document)
+    return found if structured is found.structured else found.model_copy(update={"structured": structured})
 
 
 def _words_in(document: str, place: str, spans: Iterable[Span]) -> None:
+    length = len(document)
     for start, end in spans:
-        if not 0 <= start < end <= len(document):
-            raise DataError(f"{place}: span [{start}, {end}) lies outside of the report of {len(document)} characters")
-        if not any(map(str.isalnum, document[start:end])):
+        if not 0 <= start < end <= length:
+            raise DataError(f"{place}: span [{start}, {end}) lies outside of the report of {length} characters")
+        if not (document[start].isalnum() or any(map(str.isalnum, document[start:end]))):
             raise DataError(f"{place}: span [{start}, {end}) holds no word")
 
 
@@ -180,8 +177,8 @@ def _verify_places(found: Extraction, document: str) -> None:
 def record_members(found: Extraction, document: str, ontology: str = "chexpert14") -> dict[str, Any]:
     """What of an extraction a `StudyRecord` holds: report, anatomy, entities, labels, structured_report, language.
 
-    Sections of one name are joined by a line break, and the structured report's spans moved to `source_text` of them.
-    An anatomy's text is its impression, then its findings. Text stands in the result: no log may take it.
+    Sections of one name are joined by a line break, and the structured report's spans moved to the `source_text` of
+    them. An anatomy's text is its impression, then its findings. Text stands in the result: no log may take it.
     """
     kept: dict[str, list[Span]] = {}
     for part in found.sections:
@@ -212,7 +209,7 @@ def record_members(found: Extraction, document: str, ontology: str = "chexpert14
             for one in found.entities
         ],
         "labels": found.labels.get(ontology, {}),
-        "structured_report": None if found.structured is None else _moved(found.structured, moves, report),
+        "structured_report": None if found.structured is None else _moved(found.structured, moves),
     }  # fmt: skip
 
 
@@ -221,17 +218,13 @@ def _closed(text: str) -> str:
     return text + "." if text[-1].isalnum() else text
 
 
-def _moved(
-    report: StructuredReport, moves: Sequence[tuple[int, int, int]], sections: Mapping[str, str]
-) -> dict[str, Any]:
-    def moved(observation: Observation) -> Observation:
-        if observation.span is None:
-            return observation
-        start, end = observation.span
-        first, _, place = next(move for move in moves if move[0] <= start and end <= move[1])
-        return observation.model_copy(update={"span": (start - first + place, end - first + place)})
-
-    items: list[Item] = [
-        item.model_copy(update={"observations": [moved(one) for one in item.observations]}) for item in report.items
-    ]
-    return checked(StructuredReport(study=report.study, items=items), source_text(sections)).model_dump(mode="json")
+def _moved(report: StructuredReport, moves: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    """The report as data, its spans moved from the document to the source text."""
+    data = report.model_dump(mode="json")
+    for item in data["items"]:
+        for observation in item["observations"]:
+            if observation["span"] is not None:
+                start, end = observation["span"]
+                first, _, place = next(move for move in moves if move[0] <= start and end <= move[1])
+                observation["span"] = [start - first + place, end - first + place]
+    return data

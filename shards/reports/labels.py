@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 from shards.errors import ConfigError
@@ -105,19 +106,19 @@ def labels(
     outside = [(section.start, section.end) for section in sections if section.name in NOT_FINDINGS]
     if len(outside) == len(sections):  # a report under one heading that says more than it
         outside = []
-    counted = [entity for entity in found if not any(start <= entity.start < end for start, end in outside)]
-    values: dict[str, LabelValue] = {}
-    worth = {"present": 1, "possible": -1, "absent": 0}
-    told: dict[str, set[int]] = {}
-    for entity in counted:
-        told.setdefault(entity.concept, set()).add(worth[entity.status])
-    for name, label in ONTOLOGIES[ontology].items():
-        seen = set().union(*(told.get(concept, ()) for concept in label.concepts))
-        seen |= {-1 if value else 0 for concept in label.doubtful for value in told.get(concept, ())}
-        for value in (1, -1, 0):
-            if value in seen:
-                values[name] = value
-                break
+    counted = found
+    if outside:
+        counted = [entity for entity in found if not any(start <= entity.start < end for start, end in outside)]
+    names, doubtful = _labels_of(ontology)
+    told: dict[str, LabelValue] = {}
+    for concept, status in {(entity.concept, entity.status) for entity in counted}:
+        value = _VALUES[status]
+        for name in names.get(concept, ()):
+            told[name] = max(told.get(name, value), value, key=_WEIGHT)
+        for name in doubtful.get(concept, ()):
+            hinted: LabelValue = -1 if value else 0
+            told[name] = max(told.get(name, hinted), hinted, key=_WEIGHT)
+    values = {name: told[name] for name in ONTOLOGIES[ontology] if name in told}
     if ontology == "chexpert14" and sentences and _nothing_found(values, counted):
         values = {NO_FINDING: 1, **values}
     return values
@@ -126,6 +127,22 @@ def labels(
 def label_names(ontology: str) -> tuple[str, ...]:
     """Every label that `labels` may give."""
     return (*([NO_FINDING] if ontology == "chexpert14" else []), *ONTOLOGIES[ontology])
+
+
+_VALUES: Mapping[str, LabelValue] = {"present": 1, "possible": -1, "absent": 0}
+_WEIGHT = (0, -1, 1).index  # of mentions that differ the later one here decides
+
+
+@cache
+def _labels_of(ontology: str) -> tuple[Mapping[str, Sequence[str]], Mapping[str, Sequence[str]]]:
+    """Concept -> the labels it makes, and those it only hints at."""
+    made: dict[str, list[str]] = {}
+    hinted: dict[str, list[str]] = {}
+    for name, label in ONTOLOGIES[ontology].items():
+        for concepts, told in ((label.concepts, made), (label.doubtful, hinted)):
+            for concept in concepts:
+                told.setdefault(concept, []).append(name)
+    return made, hinted
 
 
 # Present, these are no abnormality of the chest, or say themselves that there is none.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -146,12 +147,12 @@ _EXIST: dict[str, Exist] = {"present": "yes", "absent": "no", "possible": "unsur
 
 
 def structured_by_rules(
-    study: str, document: str, entities: Sequence[Entity], lung: Sequence[Span] | None = None
+    study: str, entities: Sequence[Entity], lung: Sequence[Span] | None = None
 ) -> StructuredReport | None:
     """An item for every disease of the table that the entities name, and for those looked for in the same body part.
 
-    Spans count in `document`. `lung`: where it speaks of the lung; findings that any organ may have ("mass") count only
-    there. None where no disease of the table is named and no part of the body can be told.
+    Spans count in the document of the entities. `lung`: where it speaks of the lung; findings that any organ may
+    have ("mass") count only there. None where no disease of the table is named and no part of the body can be told.
     """
     told: dict[str, dict[tuple[Exist, str], Span]] = {}
     for entity in entities:
@@ -164,19 +165,25 @@ def structured_by_rules(
         told.setdefault(disease, {}).setdefault(place, (entity.start, entity.end))
     # A chest CT that tells of a rib looks for no dislocation, and one that names the lung only calls it normal.
     parts: set[BodyPart] = {"chest"} if lung else {DISEASES[disease].part for disease in told}
-    names = [name for name in DISEASES if name in told or name in {one for part in parts for one in LOOKED_FOR[part]}]
+    wanted = set(told).union(*(LOOKED_FOR[part] for part in parts))
+    names = [name for name in DISEASES if name in wanted]
     if not names:
         return None
     items = [
         make_item(
-            name,
-            [observe(name, exist, position=place, span=span) for (exist, place), span in told[name].items()]
-            if name in told
-            else [observe(name, "no")],
+            name, [observe(name, exist, position=place, span=span) for (exist, place), span in told[name].items()]
         )
+        if name in told
+        else _unsaid(name)
         for name in names
     ]
-    return checked(StructuredReport(study=study, items=items), document)
+    return StructuredReport(study=study, items=items)
+
+
+@cache
+def _unsaid(disease: str) -> Item:
+    """The item of a disease that was looked for and is not spoken of. Shared between reports: no one may change it."""
+    return make_item(disease, [observe(disease, "no")])
 
 
 def _within(entity: Entity, spans: Sequence[Span]) -> bool:
@@ -196,12 +203,13 @@ def checked(report: StructuredReport, text: str) -> StructuredReport:
     Raises DataError naming item and observation by number when a span lies outside of `text` or holds no word.
     """
     items = []
+    mended = False
     for place, item in enumerate(report.items):
         for number, observation in enumerate(item.observations):
             if observation.span is None:
                 continue
             first, last = observation.span
-            if last > len(text) or not any(character.isalnum() for character in text[first:last]):
+            if last > len(text) or not (text[first].isalnum() or any(map(str.isalnum, text[first:last]))):
                 raise DataError(
                     f"structured report: span [{first}, {last}) of observation {number} of item {place} is no part "
                     f"of the report of {len(text)} characters; give offsets in its sections joined in alphabetical "
@@ -212,8 +220,9 @@ def checked(report: StructuredReport, text: str) -> StructuredReport:
             known = item.disease in DISEASES
             words = verdict_text(item.disease, "uncertain") if known else f"Verdict: {item.disease} uncertain."
             item = item.model_copy(update={"verdict": "uncertain", "verdict_text": words})
+            mended = True
         items.append(item)
-    return StructuredReport(study=report.study, items=items)
+    return report.model_copy(update={"items": items}) if mended else report
 
 
 def answers(item: Item) -> list[str]:

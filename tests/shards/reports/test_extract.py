@@ -72,14 +72,13 @@ def test_positions_and_contradictions_of_observations() -> None:
             status=status, descriptor=None,
         )  # fmt: skip
 
-    text = "effusion effusion effusion effusion"
     entities = (said(0, "left", "base", "present"), said(9, "left", "base", "present"), said(18, "right", "", "absent"))
-    report = structured_by_rules("s", text, entities, lung=[(0, 35)])
+    report = structured_by_rules("s", entities, lung=[(0, 35)])
     assert report is not None
     (item,) = [item for item in report.items if item.disease == "effusion"]
     assert [(one.position, one.exist) for one in item.observations] == [("left base", "yes"), ("right side", "no")]
     assert item.verdict == "present"
-    report = structured_by_rules("s", text, (*entities, said(27, "left", "base", "absent")), lung=[(0, 35)])
+    report = structured_by_rules("s", (*entities, said(27, "left", "base", "absent")), lung=[(0, 35)])
     assert report is not None
     assert {item.disease: item.verdict for item in report.items}["effusion"] == "uncertain"
 
