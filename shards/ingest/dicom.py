@@ -402,20 +402,17 @@ def _check(dataset: FileDataset, modalities: tuple[str, ...]) -> None:
 
 def _known_patient(dataset: Dataset, key: str) -> KnownPatient:
     """What the header says of persons and numbers, for the report to be searched for; in memory only."""
-    from shards.reports.identity import KnownPatient
-    from shards.reports.intake import birth_date, split_name
+    from shards.reports.intake import known_patient
 
     def written(kind: str) -> list[str]:
         found = (_text(dataset, attribute) for attribute, its in SEARCHED.items() if its == kind)
         return [text for text in found if text]
 
-    names = [split_name(text.partition("=")[0]) for text in written("person")]
-    return KnownPatient(
-        key=key,
-        first_names=tuple(first for first, _ in names if first),
-        last_names=tuple(last for _, last in names if last),
-        birth_date=birth_date("".join(written("birth date")[:1])),
-        ids=tuple(written("id")),
+    return known_patient(
+        key,
+        names=(text.partition("=")[0] for text in written("person")),
+        birth_dates=written("birth date"),
+        ids=written("id"),
     )
 
 

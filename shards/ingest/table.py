@@ -391,20 +391,18 @@ class TableSource:
         return report
 
     def _known(self, study: str, patient: str, rows: Sequence[Mapping[str, str]]) -> KnownPatient:
-        from shards.reports.identity import KnownPatient
-        from shards.reports.intake import birth_date, split_name
+        from shards.reports.intake import known_patient
 
         def cells(columns: Sequence[str]) -> tuple[str, ...]:
             return tuple(dict.fromkeys(cell for column in columns for row in rows if (cell := row[column].strip())))
 
         known = self.mapping.known
-        names = [split_name(name) for name in cells(known.names)]
-        born = cells((known.birth_date,)) if known.birth_date else ()
-        return KnownPatient(
-            key=patient,
-            first_names=(*cells(known.first_names), *(first for first, _ in names if first)),
-            last_names=(*cells(known.last_names), *(last for _, last in names if last)),
-            birth_date=birth_date(born[0]) if born else None,
+        return known_patient(
+            patient,
+            first_names=cells(known.first_names),
+            last_names=cells(known.last_names),
+            names=cells(known.names),
+            birth_dates=cells((known.birth_date,)) if known.birth_date else (),
             ids=(*cells(known.ids), *cells((self.mapping.columns.patient,)), study),
         )
 

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -79,15 +79,15 @@ def _report(row: Mapping[str, Cell] | None, columns: Columns, secret: bytes | No
     texts = {section: row[column] for section, column in columns.texts.items() if row[column].strip()}
     if not texts:
         return Refusal(shown, "no text")
-    spoken = [name for column in columns.names for name in _names(row[column])]
     key = hashed_key(secret, "patient", patient)
-    known = KnownPatient(
-        key=key,
-        first_names=(*_texts(row, columns.first_names), *(first for first, _ in spoken if first)),
-        last_names=(*_texts(row, columns.last_names), *(last for _, last in spoken if last)),
-        birth_date=birth_date(next(iter(_texts(row, (columns.birth_date,) if columns.birth_date else ())), "")),
+    known = known_patient(
+        key,
+        first_names=_texts(row, columns.first_names),
+        last_names=_texts(row, columns.last_names),
+        names=_texts(row, columns.names),
+        birth_dates=_texts(row, (columns.birth_date,) if columns.birth_date else ()),
         # The names of patient and study are identifiers wherever they stand.
-        ids=tuple(dict.fromkeys((*_texts(row, columns.ids), patient, study))),
+        ids=dict.fromkeys((*_texts(row, columns.ids), patient, study)),
     )
     return RawReport(study=shown, patient=key, texts=texts, known=known)
 
@@ -116,8 +116,27 @@ def _decoded(cell: bytes) -> str:
         return cell.decode("utf-8", "replace")
 
 
-def _names(cell: Cell) -> list[tuple[str, str]]:
-    return [split_name(text) for text in _texts({"": cell}, ("",))]
+def known_patient(
+    key: str,
+    *,
+    first_names: Iterable[str] = (),
+    last_names: Iterable[str] = (),
+    names: Iterable[str] = (),
+    birth_dates: Sequence[str] = (),
+    ids: Iterable[str] = (),
+) -> KnownPatient:
+    """What a record says of a patient, as it is written there; `names` hold first and last name in one.
+
+    Of several birth dates the first counts.
+    """
+    parts = [split_name(name) for name in names]
+    return KnownPatient(
+        key=key,
+        first_names=(*first_names, *(first for first, _ in parts if first)),
+        last_names=(*last_names, *(last for _, last in parts if last)),
+        birth_date=birth_date(birth_dates[0]) if birth_dates else None,
+        ids=tuple(ids),
+    )
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -255,10 +274,6 @@ def _without_zeros(file: io.TextIOBase) -> Iterator[str]:
 
 def _as_read(cell: str) -> Cell:
     """The cell, or its bytes where they are no UTF-8."""
-    return cell if cell.isascii() or cell.isprintable() else _undecoded(cell)
-
-
-def _undecoded(cell: str) -> Cell:
     try:
         cell.encode()
     except UnicodeEncodeError:

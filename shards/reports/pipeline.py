@@ -119,13 +119,13 @@ class Pipeline:
         counts: Counter[str] = Counter({"reports/read": len(reports)})
         documents = [self._document(report, counts) for report in reports]
         readable = [document for document in documents if isinstance(document, _Document)]
-        readings = dict(zip(map(id, readable), self._read(readable, counts), strict=True))
+        readings = iter(self._read(readable, counts))
         results: list[PreparedReport | Failed] = []
         for document in documents:
             if isinstance(document, Failed):
                 result: PreparedReport | Failed = document
             else:
-                result = self._record(document, readings[id(document)])
+                result = self._record(document, next(readings))
             if isinstance(result, Failed):
                 counts[f"failed/{result.cause}"] += 1
             else:

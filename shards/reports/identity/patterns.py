@@ -13,8 +13,6 @@ from shards.reports.identity.gazetteers import Word
 from shards.reports.identity.view import Kind, View
 
 OLDEST_AGE_YEARS = 89  # HIPAA: ages above it point at persons
-_NOT_AFTER_WORD = r"(?<![\w])"
-
 _MAIL = re.compile(
     r"(?<![\w.])(?:[\w+'\-]{1,30}[.\-_] )?[\w.+'&\-]{1,64}\s?(?:@|\[at\]|\(at\)|\[@\])\s?[\w\-]+(?:\.[\w\-]+)*"
     r"(?: ?[.,]\s?[a-z]{2,}(?![\w@])| (?:fr|com|org|net|be|ch|ca|de|uk|eu|lu)(?!\w))?"

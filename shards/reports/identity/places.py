@@ -326,15 +326,6 @@ def _beside_identifier(view: View, start: int, end: int) -> bool:
     )
 
 
-def _after_city(view: View, start: int) -> bool:
-    index = view.first_word_from(start) - 1
-    if index < 0 or not re.fullmatch(r" ?[,(\-] ?|\s\(", view.text[view.ends[index] : start]):
-        return False
-    return bool(
-        view.shapes[index] != LOWER and view.flags[index] & Word.CITY_START and _city_match(view, index) is not None
-    )
-
-
 def _lines_before_code(view: View, start: int) -> None:
     """The street lines above a town and its code, if they begin with a number, a flat or a studio."""
     match = _STREET_LINES.search(view.masked[max(0, start - 100) : start])
