@@ -15,7 +15,7 @@ from shards.reports.identity import Detector, KnownPatient, Surrogates, deidenti
 from shards.reports.identity.dates import distance, value_of
 from shards.reports.identity.detector import union
 from shards.reports.identity.gazetteers import plain
-from shards.reports.identity.view import Identifier
+from shards.reports.identity.view import Identifier, Kind
 
 DETECTOR = Detector()
 SURROGATES = Surrogates(secret=b"a secret of thirty-two bytes ....")
@@ -194,8 +194,44 @@ class TestSurrogates:
 
     def test_shape_of_numbers_stays(self) -> None:
         made = SURROGATES.surrogate("01 42-26.14 96", "phone", patient="p", language="fr")
-        assert re.fullmatch(r"\d\d \d\d-\d\d\.\d\d \d\d", made)
-        assert all(a != b for a, b in zip(made, "01 42-26.14 96", strict=True) if a.isdigit())
+        assert re.fullmatch(r"0[1-9] \d\d-\d\d\.\d\d \d\d", made)
+        assert all(a != b for a, b in zip(made[1:], "1 42-26.14 96", strict=True) if a.isdigit())
+
+    @pytest.mark.parametrize(
+        ("written", "kind", "form"),
+        [
+            ("03 81 47 01 10", "phone", r"0[1-9]( \d\d){4}"),
+            ("+33 (0)3 81 47 01 10", "phone", r"\+33 \(0\)[1-9]( \d\d){4}"),
+            ("0033 3.81.47.01.10", "phone", r"0033 [1-9](\.\d\d){4}"),
+            ("+32 2 555 12 12", "phone", r"\+32 [1-9] \d{3} \d\d \d\d"),
+            ("(514) 555-0199", "phone", r"\([1-9]\d\d\) \d{3}-\d{4}"),
+            ("0381470110 poste 4512", "phone", r"0[1-9]\d{8} poste \d{4}"),
+            ("03 8l 47 O1 10", "phone", r"0[1-9] [\d]{2} \d\d \d\d \d\d"),
+            ("1203", "phone", r"[1-9]\d{3}"),
+            ("0012345", "id", r"00[1-9]\d{4}"),
+            ("RX-00712a", "id", r"[A-Z]{2}-00\d{3}[a-z]"),
+            ("H2X 1Y4", "zip", r"[A-Z]\d[A-Z] \d[A-Z]\d"),
+            ("75 013", "zip", r"\d\d \d{3}"),
+            ("12 bis, rue des Lilas", "address", r"\d+ [^\W\d]\D+"),
+            ("Rue de la Loi 16", "address", r"[^\W\d]\D+ \d+"),
+            ("RUE DE LA PAIX", "address", r"[A-Z ]+"),
+            ("B.P. 123", "address", r"B\.P\. \d{3}"),
+        ],
+    )
+    def test_surrogates_keep_the_form_and_never_the_value(self, written: str, kind: Kind, form: str) -> None:
+        for number in range(20):
+            made = SURROGATES.surrogate(written, kind, patient=f"p{number}", language="fr")
+            assert re.fullmatch(form, made), made
+            assert made != written
+
+    @pytest.mark.parametrize(
+        "written", [*DATES, "2019", "12 mars", "lundi 12", "mars", "12/03", "années 90", "14 et 15 mars", "S12 2020"]
+    )
+    def test_no_date_comes_back_to_itself(self, written: str) -> None:
+        for number in range(200):
+            made = SURROGATES.surrogate(written, "date", patient=f"p{number}", language="fr")
+            assert made != written
+            assert any(character.isdigit() for character in made) == any(c.isdigit() for c in written)
 
     def test_nothing_tells_the_secret(self) -> None:
         assert "secret" not in repr(SURROGATES).replace("Surrogates", "")
