@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import shards.reports.identity.known_patient as known_patient
+import shards.reports.identity.mentions as mentions
 import shards.reports.identity.names as names
 import shards.reports.identity.patterns as patterns
 import shards.reports.identity.places as places
@@ -32,41 +33,51 @@ class Detector:
     config: Config = field(default_factory=Config)
 
     def find(self, text: str, language: str = "unknown", patient: KnownPatient | None = None) -> tuple[Identifier, ...]:
-        """Identifiers in the order of the text, without overlap."""
-        if len(text) > _CHUNK:
-            return self._find_in_parts(text, language, patient)
-        if not text:
-            return ()
-        view = view_of(text)
-        if patient is not None:
-            known_patient.find(view, patient)
-        patterns.find_addresses_of_mail(view)
-        places.find_addresses(view)
-        patterns.find(view)
-        places.find_addressed(view)
-        strong = names.find_by_cue(view)  # before cities: many towns are surnames
-        places.find_cities(view)
-        names.find_by_shape(view, strong)
-        found = list(view.identifiers)
-        for recogniser in self.config.recognisers:
-            found += recogniser(text, language)
+        """Identifiers in the order of the text, without overlap.
+
+        Long documents are read part by part, since the rules' cost grows with the square of length; names told in one
+        part are found in all.
+        """
+        parts = [(start, view_of(text[start:end])) for start, end in _parts(text)]
+        told: set[str] = set()
+        for _, view in parts:
+            if patient is not None:
+                known_patient.find(view, patient)
+            patterns.find_addresses_of_mail(view)
+            places.find_addresses(view)
+            patterns.find(view)
+            places.find_addressed(view)
+            told |= names.find_by_cue(view)  # before cities: many towns are surnames
+        for _, view in parts:
+            places.find_cities(view)
+            told |= names.find_by_shape(view)
+        found: list[Identifier] = []
+        for start, view in parts:
+            mentions.find(view, told)
+            of_part = list(view.identifiers)
+            for recogniser in self.config.recognisers:
+                of_part += recogniser(view.text, language)
+            found += (
+                [
+                    Identifier(start=one.start + start, end=one.end + start, kind=one.kind, layer=one.layer)
+                    for one in of_part
+                ]
+                if start
+                else of_part
+            )
         return union(found)
 
-    def _find_in_parts(self, text: str, language: str, patient: KnownPatient | None) -> tuple[Identifier, ...]:
-        """Long documents part by part, cut at line ends or spaces: the rules' cost grows with the square of length."""
-        found: list[Identifier] = []
-        start = 0
-        while start < len(text):
-            end = min(start + _CHUNK, len(text))
-            if end < len(text):
-                cut = max(text.rfind("\n", start + _CHUNK // 2, end), text.rfind(". ", start + _CHUNK // 2, end))
-                end = cut + 1 if cut > 0 else end
-            found += [
-                Identifier(start=one.start + start, end=one.end + start, kind=one.kind, layer=one.layer)
-                for one in self.find(text[start:end], language, patient)
-            ]
-            start = end
-        return tuple(found)
+
+def _parts(text: str) -> Iterator[tuple[int, int]]:
+    """Bounds of the document's parts, cut behind line ends or sentences."""
+    start = 0
+    while start < len(text):
+        end = min(start + _CHUNK, len(text))
+        if end < len(text):
+            cut = max(text.rfind("\n", start + _CHUNK // 2, end), text.rfind(". ", start + _CHUNK // 2, end))
+            end = cut + 1 if cut > 0 else end
+        yield start, end
+        start = end
 
 
 def union(found: Sequence[Identifier]) -> tuple[Identifier, ...]:

@@ -6,6 +6,7 @@ made by `python -m ci.data.identity_lists`; the short tables below are ours.
 
 from __future__ import annotations
 
+import re
 import tomllib
 import unicodedata
 from collections.abc import Iterable
@@ -14,12 +15,17 @@ from functools import cache
 from pathlib import Path
 
 LISTS = Path(__file__).with_name("lists")
+LEXICON = Path(__file__).parents[1] / "lexicon"
 _TABLES = tomllib.loads((LISTS / "context.toml").read_text("utf-8"))
 
 
 def table(name: str) -> frozenset[str]:
     """The words of one table of context.toml."""
     return frozenset(_TABLES[name].split())
+
+
+# Full-width, mathematical, circled and letter-like forms of Latin letters and digits.
+_LOOK_ALIKES = (*range(0xFF01, 0xFF5F), *range(0x1D400, 0x1D800), *range(0x2460, 0x24EB), *range(0x2100, 0x2150))
 
 
 def _plain_table() -> dict[int, str]:
@@ -31,6 +37,10 @@ def _plain_table() -> dict[int, str]:
         base = unicodedata.normalize("NFD", character)[0].lower()
         if character.isalpha() and len(base) == 1:
             table[code] = {"ø": "o", "ł": "l", "đ": "d", "ð": "d", "ı": "i"}.get(base, base)
+    for code in _LOOK_ALIKES:
+        folded = unicodedata.normalize("NFKC", chr(code)).lower()
+        if len(folded) == 1 and folded.isascii() and folded.isalnum():
+            table[code] = folded
     return table
 
 
@@ -67,6 +77,7 @@ class Word:
     DEMONYM = 65536  # lyonnais
     USUAL_FIRST = 131072  # a first name of the surrogates' languages: known even in lower case
     CALL = 262144  # rappeler, contacter: a name follows at once
+    FINDING = 524288  # a word of the finding or anatomy vocabulary: a known name only where it stands as one
 
 
 MONTHS: dict[str, int] = {
@@ -170,7 +181,26 @@ def gazetteer() -> Gazetteer:
         (NUMBERS, Word.COMMON), (STOPS, Word.COMMON), (TITLES, Word.COMMON),
     ):  # fmt: skip
         mark(entries, flag)
+    for word in lexicon_words():
+        named = flags.get(word, 0) & (Word.FIRST | Word.LAST | Word.CITY_START)
+        mark((word,), Word.FINDING if named else Word.FINDING | Word.COMMON)
     return Gazetteer(flags=flags, cities={first: frozenset(rests) for first, rests in cities.items()})
+
+
+def lexicon_words() -> frozenset[str]:
+    """Plain words of the vocabularies that reports are read by; a report's findings are written in them."""
+    strings: list[str] = []
+
+    def collect(value: object) -> None:
+        if isinstance(value, str):
+            strings.append(value)
+        elif isinstance(value, dict | list):
+            for one in value.values() if isinstance(value, dict) else value:
+                collect(one)
+
+    for name in ("anatomy.toml", "findings.toml", "places.toml"):
+        collect(tomllib.loads((LEXICON / name).read_text("utf-8")))
+    return frozenset(word for word in re.findall(r"[^\W\d_]+", plain(" ".join(strings))) if len(word) > 2)
 
 
 def read_list(name: str) -> list[str]:

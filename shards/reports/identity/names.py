@@ -43,18 +43,16 @@ def find_by_cue(view: View) -> set[str]:
     return strong
 
 
-def find_by_shape(view: View, strong: set[str]) -> None:
-    """Claim the names that no word announces, then every other mention of the names in `strong`."""
+def find_by_shape(view: View) -> set[str]:
+    """Claim the names that no word announces; returns the words of the sure ones, in plain form."""
+    strong: set[str] = set()
     for index in view.capitalised:
         if view.free(index):
             _by_shape(view, index, strong)
     for index in view.small_names:
         if view.flags[index] & Word.FIRST and view.free(index):
             _in_lower_case(view, index)
-    if strong:
-        for index in view.capitalised:
-            if view.words[index] in strong and view.free(index) and not eponym(view, index):
-                view.claim(view.starts[index], view.ends[index], "person_name", "gazetteer")
+    return strong
 
 
 def _claim(view: View, first: int, last: int, kind: Kind, strong: set[str] | None) -> None:
@@ -64,9 +62,7 @@ def _claim(view: View, first: int, last: int, kind: Kind, strong: set[str] | Non
     view.claim(start, end, kind, "gazetteer")
     if strong is not None:
         for index in range(first, last + 1):
-            if view.ends[index] - view.starts[index] > 2 and (
-                not view.flags[index] & (Word.COMMON | Word.PARTICLE | Word.EPONYM)
-            ):
+            if view.ends[index] - view.starts[index] > 2 and not view.flags[index] & (Word.STOP | Word.PARTICLE):
                 strong.add(view.words[index])
 
 

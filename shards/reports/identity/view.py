@@ -88,6 +88,10 @@ class View:
         self.masked = self.masked[:start] + "\0" * (end - start) + self.masked[end:]
         self.identifiers.append(Identifier(start=start, end=end, kind=kind, layer=layer))
 
+    def is_common(self, word: str) -> bool:
+        """Whether a plain word that the document may not hold is a common one."""
+        return bool(gazetteer().flags.get(word, 0) & Word.COMMON)
+
     def in_capitals(self, index: int) -> bool:
         """Whether word `index` stands in a line written in capitals, where a capital says nothing."""
         line_start = self.text.rfind("\n", 0, self.starts[index]) + 1
