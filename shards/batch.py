@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from shards.keyed import hash_u64
 
@@ -26,6 +26,7 @@ NOT_ANNOTATED = -2  # in `Batch["labels"]`; in JSON such a label is absent
 UNCERTAIN = -1
 
 LabelValue = Literal[0, 1, -1]
+Span = tuple[int, int]  # characters [start, end)
 
 
 class ViewRecord(BaseModel):
@@ -59,8 +60,23 @@ class Box(BaseModel):
     height: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """What a report says of one word of ECAMP's list, in a sentence of its language. `spans`: where it is mentioned."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    entity: str
+    status: Literal["present", "possible", "absent"]
+    sentence: str
+    spans: tuple[Span, ...]
+
+
 class StudyRecord(BaseModel):
-    """`<key>.json`: everything about a study except its pixels. Unknown members are refused, absent ones default."""
+    """`<key>.json`: everything about a study except its pixels. Unknown members are refused, absent ones default.
+
+    Spans count characters of the report's sections joined in alphabetical order with a line break between them.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -69,8 +85,14 @@ class StudyRecord(BaseModel):
     patient: str  # keyed hash
     language: str = "en"
     report: dict[str, str] = Field(default_factory=dict)  # section -> text
-    anatomy: dict[str, str] = Field(default_factory=dict)  # anatomy -> its sentences
+    anatomy: dict[str, str] = Field(default_factory=dict)  # anatomy -> its sentences: impression, then findings
+    anatomy_status: dict[str, Literal["normal", "abnormal"]] = Field(default_factory=dict)  # absent = not mentioned
+    anatomy_findings: dict[str, str] = Field(default_factory=dict)  # anatomy -> its sentences there
+    anatomy_impression: dict[str, str] = Field(default_factory=dict)  # absent = not mentioned in the impression
     entities: list[dict[str, Any]] = Field(default_factory=list)
+    distilled: list[Distilled] = Field(default_factory=list)
+    boilerplate: list[Span] = Field(default_factory=list)  # words that every report uses alike
+    descriptors: list[Span] = Field(default_factory=list)  # words right before what is mentioned
     labels: dict[str, LabelValue] = Field(default_factory=dict)  # absent = not annotated
     boxes: list[Box] = Field(default_factory=list)
     structured_report: dict[str, Any] | None = None
@@ -79,6 +101,16 @@ class StudyRecord(BaseModel):
     provenance: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     deidentifier: str | None = None  # version of the tool, or the user's statement, that cleared the text
     views: list[ViewRecord] = Field(min_length=1)
+
+    @field_validator("distilled", "boilerplate", "descriptors")
+    @classmethod
+    def _spans_lie_in_the_report(cls, value: list[Any], info: ValidationInfo) -> list[Any]:
+        report = info.data.get("report", {})
+        length = sum(map(len, report.values())) + max(0, len(report) - 1)
+        spans = [span for one in value for span in (one.spans if isinstance(one, Distilled) else (one,))]
+        if not all(0 <= start < end <= length for start, end in spans):
+            raise ValueError("a span lies outside of the report")
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)

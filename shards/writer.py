@@ -36,6 +36,11 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 REFUSED = "refused.jsonl"
 RECEIPTS = "receipts/"
+# Members of a record that count as present where they are not empty.
+COUNTED = (
+    "report", "anatomy", "anatomy_status", "anatomy_findings", "anatomy_impression", "entities", "distilled",
+    "boilerplate", "descriptors", "labels", "boxes",
+)  # fmt: skip
 KEY_LENGTH_MAX = 64  # with the longest member name still within the 100 bytes of a plain tar header
 
 
@@ -182,9 +187,9 @@ class ShardBuilder:
 
     def _count(self, sample: Sample) -> None:
         record = sample.record
-        present = {
-            name: bool(getattr(record, name)) for name in ("report", "anatomy", "entities", "labels", "boxes")
-        } | {name: getattr(record, name) is not None for name in ("structured_report", "sex", "age_years")}
+        present = {name: bool(getattr(record, name)) for name in COUNTED} | {
+            name: getattr(record, name) is not None for name in ("structured_report", "sex", "age_years")
+        }
         present["masks"] = bool(sample.masks)
         present["view"] = any(view.view for view in record.views)
         present["spacing_mm"] = any(view.spacing_mm for view in record.views)

@@ -182,7 +182,7 @@ class DicomRadiographs:
             seen.add(header.instance)
             studies.setdefault(header.study, []).append(header)
         items = []
-        prepared, joined = (self.structured.file if self.structured else None), 0
+        prepared = self.structured.file if self.structured else None
         for study, views in sorted(studies.items()):
             patients = {view.patient for view in views}
             if len(patients) > 1:
@@ -191,7 +191,6 @@ class DicomRadiographs:
             views.sort(key=lambda view: view.order)
             key = hashed_key(self.secret, "study", study)
             place = prepared.place(key) if prepared else None
-            joined += place is not None
             items.append(
                 Item(
                     key=key,
@@ -200,7 +199,7 @@ class DicomRadiographs:
                 )
             )
         if self.structured is not None:
-            self.structured.check_joins(joined)
+            self.structured.check_joins([(item.key, item.patient, item.payload[2]) for item in items])
         items.sort(key=lambda item: item.key)  # the order of UIDs is one of dates
         return Plan(items=items, refusals=refusals)
 

@@ -291,7 +291,7 @@ class TableSource:
             except _RowRefusedError as error:
                 refusals += [Refusal(shown, str(error)) for shown, _ in rows]
         if self.structured is not None:
-            self.structured.check_joins(sum(item.payload.prepared is not None for item in items))
+            self.structured.check_joins([(item.key, item.patient, item.payload.prepared) for item in items])
         return Plan(items=items, refusals=refusals)
 
     def _shown(self, file: str) -> str:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from shards.batch import Distilled
 from shards.reports.anatomy import Survey, Words, fold
 from shards.reports.entities import Entity
 from shards.reports.language import Language, Span
@@ -23,16 +24,6 @@ DESCRIPTOR_WORDS = 2  # at most, right before an entity
 
 Status = Literal["present", "possible", "absent"]
 _FIRST: tuple[Status, ...] = ("present", "possible", "absent")  # what counts where mentions differ
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distilled:
-    """What a report says of one word of ENTITIES, in a sentence of its language. `spans`: where it is mentioned."""
-
-    entity: str
-    status: Status
-    sentence: str
-    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

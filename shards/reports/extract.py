@@ -175,56 +175,93 @@ def _verify_places(found: Extraction, document: str) -> None:
 
 
 def record_members(found: Extraction, document: str, ontology: str = "chexpert14") -> dict[str, Any]:
-    """What of an extraction a `StudyRecord` holds: report, anatomy, entities, labels, structured_report, language.
+    """What of an extraction a `StudyRecord` holds, as data, from report and anatomy to ECAMP's sentences and spans.
 
-    Sections of one name are joined by a line break, and the structured report's spans moved to the `source_text` of
-    them. An anatomy's text is its impression, then its findings. Text stands in the result: no log may take it.
+    Sections of one name are joined by a line break, and all spans moved to the `source_text` of them. An anatomy's text
+    is its impression, then its findings. Text stands in the result: no log may take it.
     """
-    kept: dict[str, list[Span]] = {}
-    for part in found.sections:
-        start, end = part.body
-        text = document[start:end]
-        start, end = start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
-        if start < end:
-            kept.setdefault(part.name, []).append((start, end))
-    report = {name: "\n".join(document[start:end] for start, end in spans) for name, spans in kept.items()}
-    moves: list[tuple[int, int, int]] = []  # start, end in the document, start in the source text
-    place = 0
-    for name in sorted(kept):
-        for start, end in kept[name]:
-            moves.append((start, end, place))
-            place += end - start + 1
+    report, moves = _report(found.sections, document)
+    findings, impression = (
+        {one.anatomy: _passage(document, spans) for one in found.anatomy if (spans := getattr(one, name))}
+        for name in ("findings", "impression")
+    )
     return {
         "language": found.language,
         "report": report,
         "anatomy": {
-            one.anatomy: " ".join(_closed(document[start:end]) for start, end in one.impression + one.findings)
+            one.anatomy: " ".join(text[one.anatomy] for text in (impression, findings) if one.anatomy in text)
             for one in found.anatomy
         },
+        "anatomy_status": {one.anatomy: one.status for one in found.anatomy},
+        "anatomy_findings": findings,
+        "anatomy_impression": impression,
         "entities": [
             {
                 "concept": one.concept, "text": document[one.start : one.end], "status": one.status,
-                "laterality": one.laterality, "position": one.position,
+                "laterality": one.laterality, "position": one.position, "span": moves.span((one.start, one.end)),
             }
             for one in found.entities
         ],
+        "distilled": [
+            {
+                "entity": one.entity, "status": one.status, "sentence": one.sentence,
+                "spans": [moves.span(span) for span in one.spans],
+            }
+            for one in found.context.distilled
+        ],
+        "boilerplate": [moves.span(span) for span in found.context.boilerplate],
+        "descriptors": [moves.span(span) for span in found.context.descriptors],
         "labels": found.labels.get(ontology, {}),
         "structured_report": None if found.structured is None else _moved(found.structured, moves),
     }  # fmt: skip
 
 
-def _closed(text: str) -> str:
-    """A clause out of its sentence ends like one, or it would run into the next."""
-    return text + "." if text[-1].isalnum() else text
+class _Moves:
+    """Where pieces of the document stand in the source text: (start and end there, start here) of each."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[int, int, int]] = []
+
+    def add(self, piece: Span, place: int) -> None:
+        self._pieces.append((*piece, place))
+
+    def span(self, span: Span) -> list[int] | None:
+        """The span as JSON holds it; None where the source text leaves it out, as it does a letterhead."""
+        for start, end, place in self._pieces:
+            if start <= span[0] and span[1] <= end:
+                return [span[0] - start + place, span[1] - start + place]
+        return None
 
 
-def _moved(report: StructuredReport, moves: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+def _report(parts: Iterable[Section], document: str) -> tuple[dict[str, str], _Moves]:
+    """Text by section, and how spans of the document move to the source text of it."""
+    kept: dict[str, list[Span]] = {}
+    for part in parts:
+        start, end = part.body
+        text = document[start:end]
+        start, end = start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
+        if start < end:
+            kept.setdefault(part.name, []).append((start, end))
+    moves = _Moves()
+    place = 0
+    for name in sorted(kept):
+        for start, end in kept[name]:
+            moves.add((start, end), place)
+            place += end - start + 1
+    return {name: "\n".join(document[start:end] for start, end in spans) for name, spans in kept.items()}, moves
+
+
+def _passage(document: str, spans: Iterable[Span]) -> str:
+    """Clauses out of their sentences, each ending like one, or it would run into the next."""
+    texts = (document[start:end] for start, end in spans)
+    return " ".join(text + "." if text[-1].isalnum() else text for text in texts)
+
+
+def _moved(report: StructuredReport, moves: _Moves) -> dict[str, Any]:
     """The report as data, its spans moved from the document to the source text."""
     data = report.model_dump(mode="json")
     for item in data["items"]:
         for observation in item["observations"]:
             if observation["span"] is not None:
-                start, end = observation["span"]
-                first, _, place = next(move for move in moves if move[0] <= start and end <= move[1])
-                observation["span"] = [start - first + place, end - first + place]
+                observation["span"] = moves.span(observation["span"])
     return data

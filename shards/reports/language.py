@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
+from shards.batch import Span
+
 Language = Literal["en", "fr", "unknown"]
-Span = tuple[int, int]
 
 SAMPLE_CHARACTERS = 20_000  # of a longer document; its language does not change after that
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,9 @@ from shards.reports.identity import KnownPatient
 from shards.reports.pipeline import WHOLE, Cell, Config, Failed, Pipeline, RawReport
 from shards.reports.prepared import Place, PreparedFile, PreparedReport
 from shards.reports.sections import SECTION_NAMES
+
+OTHER_PATIENT = "prepared for another patient"
+JOINS_TRIED = 20  # whether reports are of the patients here shows on the first ones; each is checked as it is packed
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,25 @@ class Structured:
     def __getstate__(self) -> dict[str, Any]:  # the index of a prepared file stays behind
         return {"secret": self.secret, "config": self.config, "prepared": self.prepared}
 
-    def check_joins(self, studies: int) -> None:
-        """Raises ConfigError where none of the planned studies has a prepared report, or these have other labels."""
-        if self.prepared is not None and not studies:
+    def check_joins(self, items: Sequence[tuple[str, str, Place | None]]) -> None:
+        """Raises ConfigError where prepared reports fit nothing of the plan, or have other labels.
+
+        `items`: study, patient and place of the prepared report of each planned study.
+        """
+        if self.prepared is None:
+            return
+        joined = [(study, patient, place) for study, patient, place in items if place is not None]
+        if not joined:
             raise ConfigError(
                 f"--reports structured {self.prepared}: none of its studies is in --input; prepare the reports with "
                 "the same --key-file, and a column --study that holds what names the study here"
             )
-
+        tried = joined[:JOINS_TRIED]
+        if all(self._joined(*one) == Failed(study=one[0], cause=OTHER_PATIENT) for one in tried):
+            raise ConfigError(
+                f"--reports structured {self.prepared}: the first {len(tried)} of its studies belong to other patients "
+                "here; prepare the reports with a column --patient that holds what names the patient here"
+            )
         if self.file is not None and (other := sorted(self.file.labels - set(self.labels))):
             raise ConfigError(
                 f"--labels {self.config.ontology}: the reports of {self.prepared} were prepared with others, such as "
@@ -80,7 +94,7 @@ class Structured:
         Labels that the record has already stay.
         """
         if self.prepared is not None:
-            result = self._joined(record.study, place)
+            result = self._joined(record.study, record.patient, place)
         elif texts:
             raw = RawReport(study=record.study, patient=record.patient, texts=texts, known=known)
             result = self._pipeline.prepare([raw])[0][0]
@@ -88,18 +102,23 @@ class Structured:
             return record, None
         if isinstance(result, Failed):
             return record, f"report: {result.cause}"
-        members = result.members()
+        members = record.model_dump() | result.members()
         members["labels"] = {**result.labels, **record.labels}
         members["provenance"] = {**record.provenance, "extractor": result.extractor}
         if record.deidentifier is not None:
             members["deidentifier"] = f"{record.deidentifier}; text: {result.deidentifier}"
-        return record.model_copy(update=members), None
+        return StudyRecord.model_validate(members), None
 
-    def _joined(self, study: str, place: Place | None) -> PreparedReport | Failed:
+    def _joined(self, study: str, patient: str, place: Place | None) -> PreparedReport | Failed:
+        cause = "changed since the start"
         if self.prepared is None or place is None:
             return Failed(study=study, cause="not among the prepared ones")
         try:
             report = PreparedReport.from_line(PreparedFile.read(self.prepared, place), self.secret)
         except (DataError, OSError):
-            return Failed(study=study, cause="changed since the start")
-        return report if report.study == study else Failed(study=study, cause="changed since the start")
+            return Failed(study=study, cause=cause)
+        if report.study != study:
+            return Failed(study=study, cause=cause)
+        if report.patient != patient:
+            return Failed(study=study, cause=OTHER_PATIENT)
+        return report

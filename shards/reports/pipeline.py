@@ -27,7 +27,7 @@ from shards.reports.sections import SECTION_NAMES, sections
 from shards.reports.sentences import sentences
 from shards.reports.text import clean
 
-VERSION = 1
+VERSION = 2
 RULES = f"rules {extract.SCHEMA_VERSION}"
 WHOLE = "report"  # name of a text that holds all sections, with or without headings
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,20 @@ class PreparedReport:
     entities: list[dict[str, Any]] = field(repr=False)
     labels: dict[str, LabelValue] = field(repr=False)
     structured_report: dict[str, Any] | None = field(repr=False)
+    # Lines of an earlier format lack these.
+    anatomy_status: dict[str, str] = field(default_factory=dict, repr=False)
+    anatomy_findings: dict[str, str] = field(default_factory=dict, repr=False)
+    anatomy_impression: dict[str, str] = field(default_factory=dict, repr=False)
+    distilled: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    boilerplate: list[Sequence[int]] = field(default_factory=list, repr=False)
+    descriptors: list[Sequence[int]] = field(default_factory=list, repr=False)
 
     def _body(self) -> dict[str, Any]:
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def members(self) -> dict[str, Any]:
         """Members of a StudyRecord by name."""
-        return {
-            "language": self.language, "report": dict(self.report), "anatomy": dict(self.anatomy),
-            "entities": list(self.entities), "labels": dict(self.labels),
-            "structured_report": self.structured_report, "deidentifier": self.deidentifier,
-        }  # fmt: skip
+        return {name: value for name, value in self._body().items() if name not in ("study", "patient", "extractor")}
 
     def to_line(self, secret: bytes | None) -> bytes:
         """One line of JSON with its seal; the same bytes for the same report and secret."""
@@ -65,7 +68,7 @@ class PreparedReport:
             body = json.loads(line)
             seal = body.pop("seal")
             report = cls(**body)
-            right = isinstance(seal, str) and hmac.compare_digest(seal, _seal(_dumps(report._body()), secret))
+            right = isinstance(seal, str) and hmac.compare_digest(seal, _seal(_dumps(body), secret))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise DataError("no prepared report; make it with launchers/prepare_reports.py") from None
         if not right:

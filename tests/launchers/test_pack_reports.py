@@ -95,6 +95,7 @@ def test_table_text_passes_the_pipeline(tmp_path: Path, key: Path, capfd: pytest
     (reason,) = manifest.refused
     assert reason.startswith("report: cleaning: ") and "binary" in reason
     assert manifest.fields["report"] == 2 and manifest.fields["entities"] == 2
+    assert manifest.fields["anatomy_status"] == manifest.fields["distilled"] == 2 and "boxes" not in manifest.fields
     assert manifest.labels[:2] == ("Nodule", "Pleural Effusion") and "Pneumothorax" in manifest.labels
     found = records(tmp_path / "out")
     assert {name for record in found.values() for name in record["labels"]} <= set(manifest.labels)
@@ -235,3 +236,15 @@ class TestDicom:
         assert self.pack(tmp_path, key, "joined", "--reports", "structured", output) == 0
         (inside,), (joined,) = (list(records(tmp_path / name).values()) for name in ("inside", "joined"))
         assert joined["labels"] == inside["labels"] and joined["entities"] == inside["entities"]
+
+
+def test_prepared_reports_of_other_patients(tmp_path: Path, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused at once where none fits, else one by one: a report must not meet the images of somebody else."""
+    file = prepared(tmp_path, key, "p.jsonl", "--patient", "surname")
+    assert pack_table(tmp_path, key, "out", "--reports", "structured", file, report="") == 2
+    assert "belong to other patients here" in capsys.readouterr().err
+    own, other = (path.read_bytes().splitlines(True) for path in (prepared(tmp_path, key, "own.jsonl"), file))
+    file.write_bytes(own[0] + other[1])
+    assert pack_table(tmp_path, key, "out", "--reports", "structured", file, report="") == 0
+    manifest = Manifest.from_bytes((tmp_path / "out" / "manifest.json").read_bytes())
+    assert manifest.refused["report: prepared for another patient"] == 1 and manifest.fields["report"] == 1

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from shards.batch import StudyRecord, ViewRecord
 from shards.errors import DataError
@@ -95,6 +96,29 @@ def test_what_a_record_holds_fits_it_and_the_structured_spans_move_with_their_se
     assert spans["effusion"] == ["pleural effusion"] and spans["pneumonia"] == ["pneumonia"]
     assert record.report["impression"].startswith("Left effusion")
     assert record.anatomy["heart"] == "The heart is normal."
+    assert record.anatomy_status["heart"] == "normal" and record.anatomy_status["lung"] == "abnormal"
+    assert "heart" not in record.anatomy_impression and record.anatomy_findings["heart"] == "The heart is normal."
+    lung = (record.anatomy_impression["lung"], record.anatomy_findings["lung"])
+    assert record.anatomy["lung"] == " ".join(lung)
+    told = {one.entity: (one.sentence, [text[slice(*span)] for span in one.spans]) for one in record.distilled}
+    assert told["effusion"][0] == "There is an effusion." and any("effusion" in said for said in told["effusion"][1])
+    assert [text[slice(*span)].lower() for span in record.boilerplate] == ["there is no"] * len(record.boilerplate)
+    assert record.descriptors and all(1 <= len(text[slice(*span)].split()) <= 2 for span in record.descriptors)
+    assert all(text[slice(*entity["span"])] == entity["text"] for entity in record.entities)
+
+
+def test_a_record_refuses_spans_outside_of_its_report() -> None:
+    plain = {"study": "s", "patient": "p", "views": [{"id": "0", "height": 8, "width": 8}]}
+    told = plain | {"report": {"a": "12", "b": "3"}}
+    distilled = {"entity": "mass", "status": "absent", "sentence": "There is no mass.", "spans": [[0, 4]]}
+    record = StudyRecord.model_validate(told | {"boilerplate": [[0, 4]], "distilled": [distilled]})
+    assert record.boilerplate == [(0, 4)]
+    for wrong in (
+        {"boilerplate": [[3, 5]]}, {"descriptors": [[2, 2]]}, {"distilled": [distilled | {"spans": [[-1, 2]]}]},
+        {"distilled": [distilled | {"other": 1}]}, {"anatomy_status": {"lung": "well"}},
+    ):  # fmt: skip
+        with pytest.raises(ValidationError):
+            StudyRecord.model_validate(told | wrong)
 
 
 def test_an_extraction_survives_json() -> None:

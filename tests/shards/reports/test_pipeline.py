@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from shards.batch import StudyRecord, ViewRecord
 from shards.errors import ConfigError, DataError
+from shards.ingest import hashed_key
 from shards.reports import llm, pipeline
 from shards.reports.identity import KnownPatient
 from shards.reports.pipeline import WHOLE, Config, Failed, Pipeline, RawReport
@@ -91,7 +92,20 @@ def test_members_fit_the_record(rules: Pipeline) -> None:
     record = StudyRecord(
         study="s", patient="p", views=[ViewRecord(id="0", height=1, width=1)], **result.members()
     )  # fmt: skip
+    assert record.anatomy_status and record.distilled and record.descriptors
     assert StudyRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def test_a_line_of_an_earlier_format_reads(rules: Pipeline) -> None:
+    (result,) = prepare(rules, raw(ENGLISH))
+    body = json.loads(result.to_line(SECRET))
+    for name in ("seal", "anatomy_status", "anatomy_findings", "anatomy_impression", "distilled", "boilerplate"):
+        del body[name]
+    del body["descriptors"]
+    text = json.dumps(body, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    seal = hashed_key(SECRET, "prepared report", text)
+    read = PreparedReport.from_line(json.dumps(body | {"seal": seal}).encode(), SECRET)
+    assert read.report == result.report and read.distilled == [] and read.anatomy_status == {}
 
 
 def test_sections_from_columns_of_their_own(rules: Pipeline) -> None:
