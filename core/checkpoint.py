@@ -49,6 +49,7 @@ from core.mirror import Mirror
 from core.models.initialise import load_weights, read_weights
 from core.models.text import TextEncoder
 from core.models.vision import VisionEncoder
+from core.models.volume import VolumeEncoder
 from core.tasks import Task
 from core.world import World
 from shards.errors import ConfigError, DataError, RoentgenError, StoreFullError
@@ -601,11 +602,15 @@ def load_checkpoint_weights(task: Task, source: str) -> str:
 def load_towers(task: Task, init: InitConfig) -> str:
     """Load the towers' weights named by the recipe; returns what matched, '' if none are named."""
     reports = []
-    for path, kind in ((init.vision, VisionEncoder), (init.text, TextEncoder)):
+    kinds: tuple[tuple[str | None, str, tuple[type, ...]], ...] = (
+        (init.vision, "vision", (VisionEncoder, VolumeEncoder)),
+        (init.text, "text", (TextEncoder,)),
+    )
+    for path, side, kind in kinds:
         if path is None:
             continue
         towers = [module for module in task.modules() if isinstance(module, kind)]
         if len(towers) != 1:
-            raise ConfigError(f"{path}: this task has {len(towers)} towers of kind {kind.__name__}, not one")
+            raise ConfigError(f"{path}: this task has {len(towers)} {side} towers, not one")
         reports.append(load_weights(towers[0], path).summary())
     return "; ".join(reports)

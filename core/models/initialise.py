@@ -19,15 +19,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from core.models.anatomy_pool import AnatomyPool
 from core.models.fusion import CrossStack
 from core.models.heads import LogitBias, LogitScale, Projection
 from core.models.text import TextEncoder
 from core.models.transformer import Block, LayerScale, Linear, Transformer
 from core.models.vision import VisionEncoder, resize_positions
+from core.models.volume import VolumeEncoder
 from shards.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,8 @@ def _draw(part: nn.Module, name: str, parameter: nn.Parameter, generator: torch.
     elif isinstance(part, Linear):
         values = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(values / math.sqrt(part.fan_in) if part.std is None else values * part.std)
+    elif isinstance(part, AnatomyPool):
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * part.first_std(name))
     elif isinstance(part, nn.Linear | Projection):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1]))
     else:
@@ -277,16 +282,18 @@ class _Load:
         self.reshaped.append(f"{name}: {why}, {old} -> {tuple(new.shape)}")
 
 
-def load_weights(encoder: VisionEncoder | TextEncoder, path: str | Path, *, prefix: str = "") -> LoadReport:
+def load_weights(
+    encoder: VisionEncoder | VolumeEncoder | TextEncoder, path: str | Path, *, prefix: str = ""
+) -> LoadReport:
     """Copy a local file's weights into `encoder` and report, also to the log, what matched.
 
     `prefix` is cut from the file's names first (`image_encoder.` and the like), names without it are left out. Learned
     positions are interpolated (vision) or cut or left partly as drawn (text) when sizes differ, three-channel patch
-    weights are summed for a grey encoder. ConfigError, with the list, when shapes disagree or less than half of the
-    encoder is there (a norm fits anything); the encoder is then unchanged.
+    weights are summed for a grey encoder; a volume encoder inflates those of a 2D one. ConfigError, with the list, when
+    shapes disagree or less than half of the encoder is there (a norm fits anything); the encoder is then unchanged.
     """
     wanted = dict(encoder.named_parameters())
-    rules = _VISION_RULES if isinstance(encoder, VisionEncoder) else _TEXT_RULES
+    rules = _TEXT_RULES if isinstance(encoder, TextEncoder) else _VISION_RULES
     load = _Load()
     for name, tensor in sorted(read_weights(path).items()):
         if not name.startswith(prefix):
@@ -311,6 +318,8 @@ def load_weights(encoder: VisionEncoder | TextEncoder, path: str | Path, *, pref
             load.tensors[weight] = load.tensors[weight].T
     if isinstance(encoder, VisionEncoder):
         _fit_vision(encoder, load)
+    elif isinstance(encoder, VolumeEncoder):
+        _inflate(encoder, load)
     else:
         _fit_text(encoder, load)
     for name in sorted(set(load.tensors) - set(wanted)):
@@ -370,22 +379,55 @@ def _fit_vision(encoder: VisionEncoder, load: _Load) -> None:
     for name in ("class_token", "registers"):
         if name in tensors:
             tensors[name] = tensors[name].reshape(-1, tensors[name].shape[-1])
+    side = _square_grid(load)
+    if side and encoder.positions is not None and (side, side) != config.grid:
+        resized = resize_positions(tensors["positions"], (side, side), config.grid)
+        load.change("positions", resized, "interpolated to another grid")
+
+
+def _square_grid(load: _Load) -> int | None:
+    """Side of the grid that the file's positions lie on, a class token's own one taken off; None if there is none."""
+    tensors = load.tensors
     if "positions" not in tensors:
-        return
+        return None
     positions = tensors["positions"]
     tensors["positions"] = positions = positions.reshape(-1, positions.shape[-1])
     side = math.isqrt(len(positions))
-    if side * side != len(positions):
-        # A square grid and one position more: the class token's, which ours carries itself.
-        side = math.isqrt(len(positions) - 1)
-        if side * side != len(positions) - 1:
-            return  # named as a misfit by the caller
-        load.change("positions", positions[1:], "class position folded into class_token")
-        if "class_token" in tensors:
-            tensors["class_token"] = tensors["class_token"] + positions[:1]
-    if encoder.positions is not None and (side, side) != config.grid:
-        resized = resize_positions(tensors["positions"], (side, side), config.grid)
-        load.change("positions", resized, "interpolated to another grid")
+    if side * side == len(positions):
+        return side
+    # A square grid and one position more: the class token's, which ours carries itself.
+    side = math.isqrt(len(positions) - 1)
+    if side * side != len(positions) - 1:
+        return None  # named as a misfit by the caller
+    load.change("positions", positions[1:], "class position folded into class_token")
+    if "class_token" in tensors:
+        tensors["class_token"] = tensors["class_token"] + positions[:1]
+    return side
+
+
+def _inflate(encoder: VolumeEncoder, load: _Load) -> None:
+    """2D patch weights and positions to 3D; a file of our own volume encoder is left as it is.
+
+    A kernel is resized to the patch's rows and columns, shared out over its slices and channels, so that a patch of one
+    grey answers as it did. Positions are resized across and alike in all slices: depth is learned.
+    """
+    config, tensors = encoder.config, load.tensors
+    depth, height, width = config.patch_size
+    kernel = tensors.get("patch.weight")
+    if kernel is not None and kernel.ndim == 4:  # [D, C, P, P]
+        grey = kernel.sum(1, keepdim=True)
+        resized = F.interpolate(grey, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
+        resized = resized * (grey.shape[2] * grey.shape[3] / (height * width)) / (depth * config.channels)
+        inflated = resized[:, :, None].expand(-1, config.channels, depth, -1, -1).flatten(1)
+        load.change("patch.weight", inflated, "inflated to a volume's patch")
+    given = tensors.get("positions", encoder.positions)
+    if given.shape == encoder.positions.shape or given.shape[-1] != config.width:
+        return
+    side = _square_grid(load)
+    if side:
+        slices, rows, columns = config.grid
+        across = resize_positions(tensors["positions"], (side, side), (rows, columns))
+        load.change("positions", across.repeat(slices, 1), "interpolated, alike in all slices")
 
 
 def _fit_text(encoder: TextEncoder, load: _Load) -> None:

@@ -8,6 +8,7 @@ Letters: T = tokens of all sequences, D = width, H = heads, K = D / H.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -190,10 +191,16 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        for state in self.states(x, layout):
+            x = state
+        return x
+
+    def states(self, x: Tensor, layout: Layout) -> Iterator[Tensor]:
+        """The stream `[T, D]` after each block."""
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # No random state to restore: blocks draw nothing.
                 x = checkpoint(block, x, layout, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, layout)
-        return x
+            yield x
