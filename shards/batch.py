@@ -5,6 +5,7 @@ This module holds names, shapes and units only; nothing here reads a file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:  # packing needs no torch, and each of its worker processes wo
 PICKLE_EXTENSIONS = frozenset(
     {"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib", "dill", "cloudpickle", "npy", "npz"}
 )
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "jp2", "jph", "j2k", "tif", "tiff", "bmp", "webp", "pnm", "pgm"})
+VOLUME_EXTENSION = "vol"  # a part of a volume, or of its label map: `shards.volume_codec`
+IMAGE_EXTENSIONS = frozenset(
+    {"jpg", "jpeg", "png", "jp2", "jph", "j2k", "tif", "tiff", "bmp", "webp", "pnm", "pgm", VOLUME_EXTENSION}
+)
 
 NOT_ANNOTATED = -2  # in `Batch["labels"]`; in JSON such a label is absent
 UNCERTAIN = -1
@@ -30,21 +34,29 @@ Span = tuple[int, int]  # characters [start, end)
 
 
 class ViewRecord(BaseModel):
-    """One image of a study. `id` is the part of the member name after the key: `<key>.<id>.jpg`."""
+    """One image or volume of a study. `id` is the part of the member name after the key: `<key>.<id>.jpg`.
+
+    A volume of `depth` slices is stored in parts, `<key>.<id>-<part>.vol`; its axes are (z, y, x): z grows
+    towards the head, y to the front, x to the patient's right.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     id: Annotated[str, Field(pattern=r"^[0-9]+$")]
     height: Annotated[int, Field(ge=1)]
     width: Annotated[int, Field(ge=1)]
+    depth: Annotated[int, Field(ge=1)] | None = None  # slices of a volume; None: an image
     bits: Literal[8, 16] = 8  # of the stored pixels
     view: str | None = None  # PA, AP, LATERAL, ...
     laterality: Literal["L", "R", "B"] | None = None
     body_part: str | None = None
-    spacing_mm: tuple[float, float] | None = None  # row, column
+    spacing_mm: tuple[float, float] | tuple[float, float, float] | None = None  # (slice,) row, column
     # Stored values shown as black and white. None: 0 and the largest value of `bits`.
     window: tuple[float, float] | None = None
     window_hu: tuple[float, float] | None = None
+    mask_maps: Annotated[int, Field(ge=0)] = 0  # label maps of a volume; structures that overlap lie in different ones
+    # Of each structure in the label maps of a volume: z0, y0, x0, z1, y1, x1 in voxels, the ends outside.
+    anatomy_boxes: dict[str, tuple[int, int, int, int, int, int]] | None = None
 
 
 class Box(BaseModel):
@@ -122,13 +134,23 @@ class EncodedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodedVolume:
+    """A volume, or one of its label maps, as its parts from the feet to the head."""
+
+    parts: tuple[EncodedImage, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One study before collation. `images[i]` belongs to `record.views[i]`; `masks`: (view id, n) -> label map."""
+    """One study before collation. `images[i]` belongs to `record.views[i]`; `masks`: (view id, n) -> label map.
+
+    A view with a depth is a volume, and so are its label maps.
+    """
 
     key: str
     record: StudyRecord
-    images: tuple[EncodedImage, ...]
-    masks: dict[tuple[str, int], EncodedImage] = field(default_factory=dict)
+    images: tuple[EncodedImage | EncodedVolume, ...]
+    masks: Mapping[tuple[str, int], EncodedImage | EncodedVolume] = field(default_factory=dict)
     split: str = "train"
 
 

@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.batch import IMAGE_EXTENSIONS, PICKLE_EXTENSIONS
+from shards.batch import IMAGE_EXTENSIONS, PICKLE_EXTENSIONS, VOLUME_EXTENSION
 from shards.errors import DataError
 
 TEXT_EXTENSIONS = ("json", "txt", "caption", "text")
 
 _VIEW_MEMBER = re.compile(r"^(\d+)(?:-(\d+))?\.[a-z0-9]+$")
+_VOLUME_PART = re.compile(rf"^(\d+)-(\d+)\.{VOLUME_EXTENSION}$")
+_MASK_PART = re.compile(rf"^(\d+)-(\d+)\.mask\.(\d+)\.{VOLUME_EXTENSION}$")
 
 
 def member_extension(member: str) -> str:
@@ -64,9 +66,18 @@ class MembersTable:
         return range(int(self.first[sample]), int(self.first[sample + 1]))
 
     def images(self, sample: int) -> list[int]:
-        """Rows of the views of a sample: ours by view id, foreign ones in tar order. Row i belongs to view i."""
+        """Row of each view of a sample, of a volume that of its first part: ours by view id, foreign in tar order."""
+        return [rows[0] for rows in self.views(sample)]
+
+    def views(self, sample: int) -> list[list[int]]:
+        """Rows of each view of a sample: one of an image, those of the parts of a volume in their order."""
         rows = [row for row in self.rows(sample) if is_image(self.member[row])]
-        return [rows[i] for i in view_order([self.member[row] for row in rows])]
+        return [[rows[i] for i in view] for view in group_views([self.member[row] for row in rows])]
+
+    def mask_parts(self, sample: int, view_id: str) -> dict[tuple[int, int], int]:
+        """(label map, part) -> row, of the label maps of a volume."""
+        matches = ((row, _MASK_PART.match(self.member[row])) for row in self.rows(sample))
+        return {(int(match[3]), int(match[2])): row for row, match in matches if match and match[1] == view_id}
 
     def records(self, sample: int) -> list[int]:
         """Rows of the JSON or text members, the first of them if a sample has both: read with the views."""
@@ -142,3 +153,23 @@ def view_order(members: Sequence[str]) -> list[int]:
         return list(range(len(members)))
     numbers = [(int(match[1]), int(match[2] or 0)) for match in matches if match]
     return sorted(range(len(members)), key=numbers.__getitem__)
+
+
+def group_views(members: Sequence[str]) -> list[list[int]]:
+    """Places of the image members by view, in the order of `view_order`: the parts of a volume are one view."""
+    views: list[list[int]] = []
+    volume: str | None = None  # id of the view that the last part belongs to
+    for place in view_order(members):
+        part = _VOLUME_PART.match(members[place])
+        if part is not None and part[1] == volume:
+            views[-1].append(place)
+        else:
+            views.append([place])
+        volume = part[1] if part is not None else None
+    return views
+
+
+def part_number(member: str) -> int | None:
+    """Which part of a volume a member is; None for an image."""
+    match = _VOLUME_PART.match(member)
+    return int(match[2]) if match else None

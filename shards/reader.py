@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,26 @@ import numpy as np
 from awscrt.checksums import crc32c as crc32c_of
 from pydantic import ValidationError
 
-from shards.batch import EncodedImage, Sample, StudyRecord
+from shards.batch import VOLUME_EXTENSION, EncodedImage, EncodedVolume, Sample, StudyRecord, ViewRecord
 from shards.errors import BadSampleError, DataError
 from shards.image_header import probe_image
 from shards.manifest import Manifest, Shard
-from shards.members import TEXT_EXTENSIONS, MembersTable, is_image, is_pickle, member_extension, view_order
+from shards.members import (
+    TEXT_EXTENSIONS,
+    MembersTable,
+    group_views,
+    is_image,
+    is_pickle,
+    member_extension,
+    view_order,
+)
 from shards.store import Store, Stores
 from shards.tar_index import StoreStream
+from shards.volume_codec import part_count
 
 CAPTION_FIELDS = ("caption", "text", "report", "findings", "impression", "description", "TEXT")
 
-_MASK_MEMBER = re.compile(r"^(\d+(?:-\d+)?)\.mask\.(\d+)\.[a-z0-9]+$")
+_MASK_MEMBER = re.compile(r"^(\d+)\.mask\.(\d+)\.[a-z0-9]+$")
 
 
 def read_members(store: Store, shard: Shard) -> MembersTable:
@@ -168,17 +177,40 @@ def sample_from_members(
     try:
         record = record_from_members(members, adopted=adopted, key=key)
         names = [name for name in members if is_image(name)]
-        names = [names[i] for i in view_order(names)]
-        if len(names) != len(record.views):
-            raise ValueError(f"{len(names)} images for {len(record.views)} views")
+        views = [[names[place] for place in view] for view in group_views(names)]
+        if len(views) != len(record.views):
+            raise ValueError(f"{len(views)} images for {len(record.views)} views")
+        images = tuple(_image(members, view, of) for view, of in zip(record.views, views, strict=True))
+        masks = _masks(members, record)
     except ValueError as error:
         raise BadSampleError(shard, shown_key or key, str(error)) from None
-    masks = {}
+    return Sample(key=key, record=record, images=images, masks=masks, split=split)
+
+
+def _image(members: Mapping[str, bytes], view: ViewRecord, names: Sequence[str]) -> EncodedImage | EncodedVolume:
+    """An image, or the parts of a volume. Raises ValueError when parts are missing."""
+    if view.depth is None:
+        return EncodedImage(data=members[names[0]], extension=member_extension(names[0]))
+    return _volume(members, view, "")
+
+
+def _volume(members: Mapping[str, bytes], view: ViewRecord, infix: str) -> EncodedVolume:
+    expected = [f"{view.id}-{number}{infix}.{VOLUME_EXTENSION}" for number in range(part_count(view.depth or 0))]
+    missing = [name for name in expected if name not in members]
+    if missing:
+        raise ValueError(f"member .{missing[0]} is missing")
+    return EncodedVolume(parts=tuple(EncodedImage(data=members[n], extension=VOLUME_EXTENSION) for n in expected))
+
+
+def _masks(members: Mapping[str, bytes], record: StudyRecord) -> dict[tuple[str, int], EncodedImage | EncodedVolume]:
+    masks: dict[tuple[str, int], EncodedImage | EncodedVolume] = {}
     for name, data in members.items():
         if match := _MASK_MEMBER.match(name):
             masks[match[1], int(match[2])] = EncodedImage(data=data, extension=member_extension(name))
-    images = tuple(EncodedImage(data=members[name], extension=member_extension(name)) for name in names)
-    return Sample(key=key, record=record, images=images, masks=masks, split=split)
+    for view in record.views:
+        for number in range(view.mask_maps if view.depth is not None else 0):
+            masks[view.id, number] = _volume(members, view, f".mask.{number}")
+    return masks
 
 
 def read_samples(store: Store, manifest: Manifest, shard: Shard) -> Iterator[Sample | BadSampleError]:

@@ -43,8 +43,7 @@ class TarIndex:
 
     def images(self) -> np.ndarray:
         """[n] int64, number of views of each sample."""
-        flags = np.asarray([is_image(member) for member in self.table.member], dtype=np.int64)
-        return np.add.reduceat(flags, self.table.first[:-1]) if len(self.table) else flags
+        return np.asarray([len(self.table.images(sample)) for sample in range(len(self.table))], dtype=np.int64)
 
     def chunks(self, target_bytes: int = CHUNK_BYTES) -> ChunkTable:
         """Consecutive samples of at most `target_bytes`; one larger sample is a chunk of its own."""

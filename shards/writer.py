@@ -22,13 +22,14 @@ from itertools import islice
 import numpy as np
 from awscrt.checksums import crc32c as crc32c_of
 
-from shards.batch import Sample
+from shards.batch import EncodedImage, EncodedVolume, Sample, ViewRecord
 from shards.errors import ConfigError, DataError
 from shards.ingest import Item, Loaded, Refusal, Source
 from shards.manifest import Manifest, Shard
 from shards.members import MembersTable, is_pickle
 from shards.store import Store, open_store
 from shards.tar_index import CHUNK_BYTES, TAR_BLOCK, TarIndex, describe_shard
+from shards.volume_codec import part_count
 from shards.workers import WorkerDiedError, in_order
 
 logger = logging.getLogger(__name__)
@@ -137,14 +138,40 @@ def sample_members(sample: Sample) -> list[tuple[str, bytes]]:
     body = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
     members = [("json", body.encode())]
     for view, image in zip(sample.record.views, sample.images, strict=True):
-        members.append((f"{view.id}.{image.extension}", image.data))
+        if isinstance(image, EncodedVolume) != (view.depth is not None):
+            raise DataError(f"sample {sample.key}: view {view.id} is a volume with a depth, or neither")
+        if isinstance(image, EncodedVolume):
+            members += _volume_members(sample, view, image)
+        else:
+            members.append((f"{view.id}.{image.extension}", image.data))
+    volumes = {(view.id, number) for view in sample.record.views for number in range(view.mask_maps)}
     for (view_id, number), mask in sorted(sample.masks.items()):
-        members.append((f"{view_id}.mask.{number}.{mask.extension}", mask.data))
+        if isinstance(mask, EncodedVolume) != ((view_id, number) in volumes):
+            raise DataError(f"sample {sample.key}: label map {number} of view {view_id} is not one of its mask_maps")
+        if isinstance(mask, EncodedImage):
+            members.append((f"{view_id}.mask.{number}.{mask.extension}", mask.data))
     for member, content in members:
         if is_pickle(member):
             raise DataError(f"sample {sample.key}: member .{member} is in a pickle format, which no shard may hold")
         if not content:
             raise DataError(f"sample {sample.key}: member .{member} has 0 bytes")
+    return members
+
+
+def _volume_members(sample: Sample, view: ViewRecord, volume: EncodedVolume) -> list[tuple[str, bytes]]:
+    """Each part with those of its label maps behind it, so that a few parts are one range of the tar."""
+    maps = [sample.masks.get((view.id, number)) for number in range(view.mask_maps)]
+    count = part_count(view.depth or 0)
+    members = []
+    for number in range(count):
+        for infix, whole in (("", volume), *((f".mask.{n}", one) for n, one in enumerate(maps))):
+            if not isinstance(whole, EncodedVolume) or len(whole.parts) != count:
+                found = len(whole.parts) if isinstance(whole, EncodedVolume) else "no"
+                raise DataError(
+                    f"sample {sample.key}: {found} parts of member {view.id}{infix}, {view.depth} slices need {count}"
+                )
+            part = whole.parts[number]
+            members.append((f"{view.id}-{number}{infix}.{part.extension}", part.data))
     return members
 
 
