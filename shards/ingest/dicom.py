@@ -42,6 +42,7 @@ from shards.errors import ConfigError
 from shards.ingest import Item, Loaded, Plan, Refusal, hashed_key, key_fingerprint
 from shards.ingest.image_file import ImageLimits
 from shards.reports.identity.header import BODY_PARTS, MODALITIES, SEARCHED, VIEWS, age_years_of, sex_of
+from shards.reports.text import wide_charset
 
 if TYPE_CHECKING:  # only --reports structured needs them
     from shards.reports.identity import KnownPatient
@@ -267,11 +268,15 @@ class DicomRadiographs:
             if self.reports.suffix.lower() == ".parquet":
                 rows = pq.read_table(self.reports).to_pylist()
             else:
-                rows = list(csv.DictReader(io.StringIO(self.reports.read_text("utf-8-sig"), newline="")))
+                data = self.reports.read_bytes()
+                text = data.decode(wide_charset(data[:4096]) or "utf-8-sig").lstrip("\ufeff")
+                rows = list(csv.DictReader(io.StringIO(text, newline="")))
         except OSError as error:
             raise ConfigError(f"--reports {self.reports}: {error.strerror or 'cannot be read'}") from None
         except (ValueError, csv.Error):
-            raise ConfigError(f"--reports {self.reports}: no CSV in UTF-8 and no Parquet; convert it") from None
+            raise ConfigError(
+                f"--reports {self.reports}: no Parquet and no CSV in UTF-8 or UTF-16; convert it"
+            ) from None
         columns = set(rows[0]) if rows else set()
         sections = [name for name in REPORT_SECTIONS if name in columns]
         if "study" not in columns or not sections:

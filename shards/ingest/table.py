@@ -26,6 +26,7 @@ from shards.batch import EncodedImage, LabelValue, Sample, StudyRecord, ViewReco
 from shards.errors import ConfigError
 from shards.ingest import Item, Loaded, Plan, Refusal, hashed_key, key_fingerprint
 from shards.ingest.image_file import ImageLimits, ImageRefusedError, load_image_file
+from shards.reports.text import wide_charset
 
 if TYPE_CHECKING:  # the tables of the pipeline take a second to load; only --reports structured needs them
     from shards.reports.identity import KnownPatient
@@ -525,7 +526,8 @@ def read_rows(path: Path, used: Mapping[str, str]) -> Iterator[tuple[int, dict[s
     if path.suffix.lower() in (".parquet", ".pq"):
         yield from _parquet_rows(path, data, used)
         return
-    text = data.decode("utf-8-sig", "surrogateescape")
+    wide = wide_charset(data[:4096])
+    text = data.decode(wide, "replace").lstrip("\ufeff") if wide else data.decode("utf-8-sig", "surrogateescape")
     rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     try:
         header = next(rows, [])

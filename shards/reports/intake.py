@@ -27,9 +27,10 @@ from shards.errors import ConfigError, DataError
 from shards.ingest import Refusal, hashed_key
 from shards.reports.identity import KnownPatient
 from shards.reports.pipeline import WHOLE, Cell, RawReport
-from shards.reports.text import MAX_SIZE, clean
+from shards.reports.text import MAX_SIZE, clean, wide_charset
 
 CELL_MAX = 64 << 20  # characters; a cell above the size of a report is refused alone, above this the table is
+CHARSET_BYTES = 4096  # even, since characters of UTF-16 have two or four
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".pq")
 TEXTS = (".txt", ".text", ".md", ".html", ".htm")
 
@@ -222,7 +223,10 @@ def _rows(path: Path, columns: Columns) -> Iterator[Mapping[str, Cell] | None]:
 def _csv(path: Path, used: Sequence[str]) -> Iterator[Mapping[str, Cell] | None]:
     csv.field_size_limit(CELL_MAX)
     # Bytes that are not UTF-8 come as surrogates, so that only their cells are decoded otherwise.
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open(path, "rb") as file:
+        wide = wide_charset(file.read(CHARSET_BYTES))
+    errors = "replace" if wide else "surrogateescape"
+    with open(path, encoding=wide or "utf-8-sig", errors=errors, newline="") as file:
         lines = _without_zeros(file)
         first = next(lines, "")
         # Strict, or a quotation mark that is never closed would make one report of those of several patients.
@@ -269,7 +273,7 @@ def _is_name(cell: str) -> bool:
 
 def _without_zeros(file: io.TextIOBase) -> Iterator[str]:
     for line in file:
-        yield line.replace("\0", "")
+        yield line.replace("\0", "").replace("\ufeff", "")
 
 
 def _as_read(cell: str) -> Cell:
@@ -283,6 +287,9 @@ def _as_read(cell: str) -> Cell:
 
 def _json_lines(path: Path, used: Sequence[str]) -> Iterator[Mapping[str, Cell] | None]:
     with open(path, "rb") as file:
+        if wide_charset(file.read(CHARSET_BYTES)):
+            raise ConfigError(f"--input {path}: JSON lines in UTF-16 or UTF-32; JSON is UTF-8: convert it")
+        file.seek(0)
         rows = (_json_object(line) for line in file if line.strip())
         head = list(islice(rows, 100))  # a row may leave columns out, not all of them do
         if head:

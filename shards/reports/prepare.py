@@ -135,9 +135,7 @@ def prepare(
     """
     parts = _open_parts(job)
     model = job.pipeline.model
-    if model is not None:
-        llm.Reader(model, job.pipeline.vocabulary, key_fingerprint(job.secret)).probe()
-        # Each process has its share of the calls at once.
+    if model is not None:  # each process has its share of the calls at once
         model = replace(model, concurrency=max(1, model.concurrency // job.workers))
     preparer = Preparer(replace(job.pipeline, model=model), job.secret)
     sent: deque[tuple[int, str]] = deque()
@@ -160,6 +158,8 @@ def prepare(
                 on_progress(state)
 
     try:
+        if job.pipeline.model is not None:
+            llm.Reader(job.pipeline.model, job.pipeline.vocabulary, key_fingerprint(job.secret)).probe()
         with closing(run(preparer, pending(), job.workers)) as results:
             for done in results:
                 _write_part(parts, *sent.popleft(), done)

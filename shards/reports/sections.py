@@ -110,6 +110,8 @@ _HEADING = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
+# A mark and a blank, or a quotation mark that no other one closes.
+_LIST_AFTER_PROSE = re.compile(r"""(?<=[.!?] )(?:["“•·] (?=[^\W_])|["“](?=[A-ZÀ-Ý])(?![^"”]*\S["”]))""")
 _SENTENCE = r"(?:[^\W\d_]+[ ,;'’-]+){%s,12}[^\W\d_]+ ?\."
 _PROSE = re.compile(rf"{_SENTENCE % 3}|{_SENTENCE % 1}\s+{_SENTENCE % 1}")  # one long sentence or two short ones
 
@@ -135,7 +137,7 @@ def sections(text: str) -> tuple[Section, ...]:
         return ()
     found = list(_headings(text))
     if not found:
-        return (Section(name="findings", start=0, end=len(text), heading=None),)
+        return _without_headings(text)
     ends = [span[0] for _, span in found[1:]] + [len(text)]
     parts = [
         Section(name=name, start=span[0], end=end, heading=span) for (name, span), end in zip(found, ends, strict=True)
@@ -145,6 +147,19 @@ def sections(text: str) -> tuple[Section, ...]:
     if not any(part.name == "findings" for part in parts):
         parts = _with_unnamed_findings(text, parts)
     return tuple(parts)
+
+
+def _without_headings(text: str) -> tuple[Section, ...]:
+    """Findings; where list marks follow prose in its own line, as in exports that lost their headings, they begin the
+    impression. A quotation mark that quotes nothing is such a mark."""
+    mark = _LIST_AFTER_PROSE.search(text)
+    if mark is None or text[0] in '"“•·*-' or not _PROSE.search(text, 0, mark.start()):
+        return (Section(name="findings", start=0, end=len(text), heading=None),)
+    start, end = mark.span()
+    return (
+        Section(name="findings", start=0, end=start, heading=None),
+        Section(name="impression", start=start, end=len(text), heading=(start, end)),
+    )
 
 
 def _headings(text: str) -> Iterator[tuple[SectionName, Span]]:

@@ -20,11 +20,14 @@ MAX_CONTROL_SHARE = 0.05
 MAX_HIGH_BYTE_SHARE = 0.5  # of bytes that are no UTF-8; French in cp1252 has 0.04, compressed data 0.5 and controls
 MAX_MARKUP_ROUNDS = 4  # markup escaped this many times over is unescaped; deeper is left as it is
 
+# How files begin that hold more than text; databases keep some in Base64.
 FILE_SIGNATURES = (
-    (b"%PDF", "a PDF file"),
-    (b"{\\rtf", "an RTF file"),
-    (b"PK\x03\x04", "a zip or Office file"),
-    (b"\xd0\xcf\x11\xe0", "an old Office file"),
+    ("%PDF", "a PDF file"),
+    ("JVBERi", "a PDF file in Base64"),
+    ("{\\rtf", "an RTF file"),
+    ("e1xydG", "an RTF file in Base64"),
+    ("PK\x03\x04", "a zip or Office file"),
+    ("\xd0\xcf\x11\xe0", "an old Office file"),
 )
 
 # By byte order mark; UTF-32 first, since its mark starts with that of UTF-16.
@@ -109,7 +112,7 @@ def clean(raw: bytes | str) -> Cleaned:
         unit = "bytes" if isinstance(raw, bytes) else "characters"
         raise DataError(f"report of {len(raw)} {unit} is larger than {MAX_SIZE}; split the file into its reports")
     repairs: Counter[str] = Counter()
-    text = _decode(raw, repairs) if isinstance(raw, bytes) else raw
+    text = _as_text(raw, repairs)
     if "<" in text or "&" in text:
         text = _without_markup(text, repairs)
     if not text.isascii():
@@ -125,10 +128,40 @@ def clean(raw: bytes | str) -> Cleaned:
     return Cleaned(text=_tidy(text), repairs=dict(repairs))
 
 
-def _decode(raw: bytes, repairs: Counter[str]) -> str:
+def _as_text(raw: bytes | str, repairs: Counter[str]) -> str:
+    """Text of a cell or file; of RTF its text, where the extra is installed that reads it."""
+    start = raw[:100].decode("latin-1") if isinstance(raw, bytes) else raw[:100]
+    start = start.lstrip("\ufeff\xef\xbb\xbf \t\r\n\"'")
     for signature, kind in FILE_SIGNATURES:
-        if raw.startswith(signature):
+        if start.startswith(signature):
+            if kind == "an RTF file":
+                return _text_of_rtf(raw, repairs)
             raise DataError(f"report is {kind}; give its text")
+    return _decode(raw, repairs) if isinstance(raw, bytes) else raw
+
+
+def _text_of_rtf(raw: bytes | str, repairs: Counter[str]) -> str:
+    try:
+        from striprtf.striprtf import rtf_to_text
+    except ImportError:
+        raise DataError("report is an RTF file; pip install striprtf, which reads it, or give its text") from None
+    try:
+        text = rtf_to_text(raw.decode("cp1252", "replace") if isinstance(raw, bytes) else raw)
+    except Exception as error:  # it raises many kinds, whose messages quote the file
+        raise DataError(f"report is a broken RTF file ({type(error).__name__}); give its text") from None
+    repairs["rtf"] += 1
+    return text
+
+
+def wide_charset(start: bytes) -> str | None:
+    """UTF-16 or UTF-32 by the byte order mark or the zeros in the first bytes of a file; None for all others."""
+    for mark, charset in BYTE_ORDER_MARKS:
+        if start.startswith(mark):
+            return None if charset == "utf-8" else charset
+    return _unmarked_utf16(start)
+
+
+def _decode(raw: bytes, repairs: Counter[str]) -> str:
     for mark, charset in BYTE_ORDER_MARKS:
         if raw.startswith(mark):
             repairs["byte_order_mark"] += 1

@@ -291,7 +291,7 @@ class TestLanguageModel:
     ) -> None:
         with ModelServer(lambda request: 404) as server:
             assert self.run(server, table(tmp_path, 1), tmp_path / "a.jsonl", key) == 2
-        assert "status 404" in one_line(capsys)
+        assert "status 404" in one_line(capsys) and not (tmp_path / "a.jsonl.parts").exists()
 
 
 class TestRay:

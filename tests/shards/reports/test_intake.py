@@ -129,6 +129,14 @@ def test_table_without_names_of_columns_shows_no_row(row: bytes, tmp_path: Path)
     assert "Quintrell" not in str(caught.value) and "Zwingmann" not in str(caught.value)
 
 
+@pytest.mark.parametrize("charset", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
+def test_csv_as_spreadsheets_save_it(charset: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes('study;patient;report\r\n1;2;"Épanchement\nà gauche."\r\n'.encode(charset))
+    (report,) = read(path)
+    assert isinstance(report, RawReport) and str(report.texts[WHOLE]).split() == ["Épanchement", "à", "gauche."]
+
+
 def test_known_names_in_an_old_charset(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"study,patient,report,name\n1,1,Fine.,Genevi\xe8ve\n")
     (one,) = read_reports(tmp_path / "t.csv", Columns(first_names=("name",)), SECRET)
@@ -151,6 +159,7 @@ def test_bad_json_line(line: str, tmp_path: Path) -> None:
         ("t.csv", b"study,patient,rapport\n1,1,x\n", "no column 'report'; there is rapport"),
         ("t.csv", b"study,study,patient,report\n1,1,1,x\n", "'study' stands twice"),
         ("t.jsonl", b'{"study": 1, "patient": 1}\n', "no column 'report'"),
+        ("t.jsonl", '{"study": 1}'.encode("utf-16"), "JSON lines in UTF-16"),
         ("t.parquet", b"PAR1", "no Parquet table"),
         ("t.xlsx", b"x", "no table by its name"),
         ("nowhere.csv", None, "no such file or folder"),

@@ -93,6 +93,15 @@ def test_findings_without_heading_are_told_from_what_comes_before() -> None:
     assert [name for name, _ in parts(letterhead)] == ["header", "impression"]
 
 
+def test_list_marks_after_prose_begin_an_impression_that_lost_its_heading() -> None:
+    prose = "The heart is of normal size. No effusion was seen. "
+    for listed in ('" Normal chest. " Small cyst', "• Normal chest. • Small cyst.", '"Normal chest.'):
+        assert parts(prose + listed)[0] == ("findings", prose.strip()) and parts(prose + listed)[1][0] == "impression"
+    for quoted in ('"Normal" is what was said before.', "The liver shows: • a cyst."):
+        assert [name for name, _ in parts(prose + quoted)] == ["findings"]
+    assert [name for name, _ in parts("• The heart is of normal size. • No effusion.")] == ["findings"]
+
+
 def test_empty_text_has_no_section() -> None:
     assert sections("") == ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import unicodedata
 
 import pytest
@@ -88,19 +89,48 @@ def test_empty_and_one_character_reports_are_documents(raw: bytes | str) -> None
     "raw",
     [
         b"%PDF-1.7 secret",
-        b"{\\rtf1 secret}",
+        "%PDF-1.7 secret",
+        "\ufeff\n '%PDF-1.7 secret",
+        "JVBERi0xLjQKsecret",
         bytes(range(256)) * 4,
         b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR secret",
         "secret\x00\x01\x02\x03",
         b"secret " * (MAX_SIZE // 7 + 1),
         "secret " * (MAX_SIZE // 7 + 1),
     ],
-    ids=["pdf", "rtf", "bytes", "png", "controls", "large bytes", "large text"],
+    ids=[
+        "pdf",
+        "pdf in a cell",
+        "pdf behind a mark",
+        "pdf in base64",
+        "bytes",
+        "png",
+        "controls",
+        "large bytes",
+        "large text",
+    ],
 )
 def test_what_is_no_report_is_refused_without_a_word_of_it(raw: bytes | str) -> None:
     with pytest.raises(DataError, match=r"^report (of \d+|is)") as error:
         clean(raw)
     assert "secret" not in str(error.value)
+
+
+RTF = r"{\rtf1\ansi{\fonttbl\f0 Arial;}\f0 FINDINGS: Panchement \'e9lev\'e9.\par IMPRESSION: Normal.}"
+
+
+@pytest.mark.parametrize("raw", [RTF, RTF.encode()])
+def test_rtf_is_refused_without_the_extra_that_reads_it(raw: bytes | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "striprtf.striprtf", None)
+    with pytest.raises(DataError, match=r"^report is an RTF file; pip install striprtf"):
+        clean(raw)
+
+
+@pytest.mark.parametrize("raw", [RTF, RTF.encode()])
+def test_rtf_gives_its_text(raw: bytes | str) -> None:
+    pytest.importorskip("striprtf")
+    found = clean(raw)
+    assert found.text == "FINDINGS: Panchement élevé.\nIMPRESSION: Normal." and found.repairs["rtf"] == 1
 
 
 def test_largest_reports_of_one_repeated_mark_end_in_time() -> None:
