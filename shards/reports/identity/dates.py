@@ -6,43 +6,46 @@ Day-month order is read from the numbers where they tell, otherwise from the lan
 
 from __future__ import annotations
 
-import datetime
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Literal
 
-from shards.reports.identity.gazetteers import MONTHS, NUMBERS, Word, table
+from shards.reports.identity.gazetteers import MONTHS, NUMBERS, WEEKDAYS, Word, table
 from shards.reports.identity.view import LOWER, View
-
-Order = Literal["day first", "month first"]
 
 YEAR = r"(?:19|20)\d\d"
 _SEPARATOR = r" ?[./|\-\\,_]{1,2} ?"
 _DIGITS_BEFORE, _DIGITS_AFTER = r"(?<!\w)(?<!\d[.,/])", r"(?![\d\w]|[.,/]\d)"
 NUMERIC = re.compile(
     rf"{_DIGITS_BEFORE}(?:"
-    rf"(?P<iso>{YEAR}{_SEPARATOR}[01]?\d{_SEPARATOR}[0-3]?\d(?:t\d\d:\d\d(?::\d\d)?z?)?)"
-    rf"|(?P<full>\d\d?{_SEPARATOR}\d\d?{_SEPARATOR}{YEAR}\d?"
+    rf"(?P<iso>{YEAR}{_SEPARATOR}[01]?\d{_SEPARATOR}[0-3]?\d(?:t\d\d:\d\d(?::\d\d(?:\.\d+)?)?z?)?)"
+    rf"|(?P<full>\d\d?{_SEPARATOR}\d\d?{_SEPARATOR}{YEAR}\d?|\d\d?:\d\d?:{YEAR}"
     rf"|[0-3]?\d(?:{_SEPARATOR}| )[0-3]?\d(?:{_SEPARATOR}| ){YEAR}(?! \d{{3}}))"
     rf"|(?P<short>[0-3]?\d(?P<s1>[./|\-])[0-3]?\d(?P=s1)\d\d)"
     rf"|(?P<month_year>(?:0?[1-9]|1[0-2]) ?[/.\-] ?{YEAR}|{YEAR}[/.\-](?:0[1-9]|1[0-2])"
     rf"|(?:0[1-9]|1[0-2]) {YEAR}(?! \d\d?(?!:)))"
+    rf"|(?P<years>{YEAR} ?[/\-] ?(?:{YEAR}|\d\d))"
     rf"|(?P<spaced>\d ?\d ?\d ?\d ?(?:1 ?9|2 ?0) ?\d ?\d|(?:1 ?9|2 ?0) ?\d ?\d ?\d ?\d ?\d ?\d)"
     rf"|(?P<tight>[0-3]\d[01]\d\d\d|[0-3]\d [01]\d \d\d(?! \d))"
-    rf"|(?P<day_month>0[1-9]/[1-9]\d|[0-3]?\d ?[./] ?[01]?\d)"
+    rf"|(?P<day_month>0[1-9]/[1-9]\d|[0-3]?\d ?[./] ?[01]?\d|[0-3]\d-[01]\d)"
     rf"|(?P<year>{YEAR}s?)"
     rf"){_DIGITS_AFTER}"
 )
+_MONTH = f"(?:{'|'.join(sorted(MONTHS, key=len, reverse=True))})"
 _GLUED = re.compile(
-    rf"(?<!\w)(?:[0-3]?\d ?-?|(?=[a-z]+[.\-]?{YEAR}))"
-    rf"({'|'.join(sorted(MONTHS, key=len, reverse=True))})\.?-?(\d{{4}}|\d\d)?(?![a-z\d])"
+    rf"(?<!\w)(?:[0-3]?\d ?(?:er)?-?|(?=[a-z]+[.\-]?{YEAR}|[a-z]{{3,9}}-\d\d(?!\d)|[a-z]{{4,9}}\d\d(?!\d)))"
+    rf"{_MONTH}\.?-?(\d{{4}}|\d\d)?(?![a-z\d])"
 )
 # Text taken out of PDF files loses spaces: "le12/03/2019à".
 _LETTERS_AROUND = re.compile(
     rf"(?<!\d)(?<!\d[./\-])(?:\d\d?[./\-]\d\d?[./\-]{YEAR}(?!\d)"
     rf"|[0-3]?\d[ ./\-](?:i{{1,3}}|i?v|vi{{1,3}}|ix|xi{{0,2}})[ ./\-]{YEAR}(?!\d))"
 )
-_TWO_DIGIT_YEAR = re.compile(r"(?<!\w)(?:annees?|fin|debut|depuis|ete|hiver|en|in) ('?[4-9]\d)(?=\s*(?:[).,;:\n]|$))")
+_WEEK = re.compile(rf"(?<!\w)(?:(?:s|sem\.?|semaine|week) ?\d\d?|[tq][1-4])[ /\-]{{1,2}}(?:(?:de|of) )?{YEAR}(?!\d)")
+_TWO_DIGIT_YEAR = re.compile(
+    r"(?<!\w)(?:(?:annees?|the) ('?[3-9]\d)(?:'?s)?(?=\s*(?:[).,;:\n]|$)| [a-z]|\))"
+    r"|(?:fin|debut|depuis|ete|hiver|en|in) ('?[4-9]\d)(?=\s*(?:[).,;:\n]|$)))|(?<![\w'])('[3-9]\d)(?!\w)"
+)
 _DAY_BEFORE = re.compile(r"(?<![\d.,])([0-3]?\d)(?: ?(?:er|ere|st|nd|rd|th))?[ ,\-/._]{0,3}(?:of |de |du mois de )?$")
 _YEAR_AFTER = re.compile(r"[ ,.\-/_]{0,3}(?:of |de )?('?\d\d(?!\d|[,.]\d|:\d| ?(?:mm|cm|h))|\d{4})(?!\d)")
 _DAY_AFTER = re.compile(r"\.? ?([0-3]?\d)(?: ?(?:st|nd|rd|th))?(?!\d|:\d|[.,]\d)(?:[ ,]{1,2}('\d\d|\d{4})(?!\d))?")
@@ -52,13 +55,15 @@ _YEAR_CUE = re.compile(
     r"|circa|dated|year|years|courant|avant|apres|before|after|between|entre|et|and|or|ou|of|early|late|mid|summer|winter"
     r"|spring|fall|jusqu'en|the)[\s\-]*\(?$"
 )
+_WEEKDAYS = "|".join(sorted(WEEKDAYS))
+_WEEKDAYS_SHORT = "|".join(sorted({day[:3] for day in WEEKDAYS} - {"mar"}))  # "mar" is March
 _EXTENDS = re.compile(
-    r"(?<!\w)(?:(?:fin|debut|mi|courant|early|late|mid|ete|printemps|automne|hiver|noel|paques|toussaint|rentree|summer|winter|spring|fall"
-    r"|autumn)(?: (?:de|of))?[ \-]+"
-    r"|(?:lundi|mardi|mercredi|jeudi|vendredi|samedi|dimanche|monday|tuesday|wednesday|thursday|friday|saturday"
-    r"|sunday),? "
+    r"(?<!\w)(?:(?:fin|debut|mi|courant|early|late|mid|ete|printemps|automne|hiver|noel|paques|toussaint|rentree|summer"
+    r"|winter|spring|fall|autumn)(?: (?:de|of))?[ \-]+"
+    rf"|(?:{_WEEKDAYS}),? |(?:{_WEEKDAYS_SHORT})\.?,? "
     r"|(?<![\d.,/])(?<!\d )[0-3]?\d(?:er|st|nd|rd|th)?(?:/[01]\d)? ?(?:au|et|and|to|,|&|-|–|/) ?)$"
 )
+_WEEKDAY_DAY = re.compile(rf"(?<!\w)(?:{_WEEKDAYS}) (?:[0-3]?\d)(?![\d:h]|[.,/]\d)")
 _FIELD = re.compile(r"(?:^|[|(,;¦\0]) ?$"), re.compile(r" ?(?:$|[|),;.¦\0])")
 _UNIT_AFTER = re.compile(
     r" ?(?:mg|ml|g|kg|mcg|ui|u|iu|mm|cm|hu|uh|ms|ng|pg|µg|μg|%|/mm|/ml|cc|kcal|cal|gy|cgy|mgy|bq|mbq|volts?|hz"
@@ -69,13 +74,15 @@ _DATE_CUE = re.compile(
     r"(?:^|[\s(\[])(?:le|du|au|on|dated|date|since|depuis|rdv|from|until|jusqu'au)[\s:,]*\(?$"
     r"|(?:date|rdv|rendez-vous)[^\n:]{0,40}: ?$|(?:^|\n)\s*[-•*]\s+$|[a-z] - $"
 )
+_DATED = re.compile(r"(?<!\w)(?:dated|date|since|depuis|jusqu'au|comparaison avec|compared (?:to|with))[ :,]*\(?$")
+_ON_THE_DAY = re.compile(r"(?:^|\s)(?:le|on) $")
+_PART_OF_BONE = re.compile(r" (?:sup|inf|moy|mo|prox|dis)")
 _BIRTH_CUE = re.compile(
     r"(?:\bnee?\b[^.\n]{0,12}|naiss\w*\.?|\bnais\b\.?|\bddn\b|\bdob\b|d\.o\.b\.?|\bborn\b|birth\w*"
     r"|mise au monde|birthdate)"
     r"[^\d\n]{0,25}$"
 )
 _NO_YEAR = re.compile(r"(?:[=<>~≈±°º#*x×]|\d|\bn|\ba|\bde|\bdes|\bles|\bou|\btaux|\w-|[a-z]:) ?$")
-_WEEKDAY = re.compile(r"(?<!\w)(?:lundi|mardi|mercredi|jeudi|vendredi|samedi|dimanche) (?:[0-3]?\d)(?![\d:h]|[.,/]\d)")
 # Two numbers with a stroke that are a measure: blood pressure, visual acuity, scores.
 _NO_DATE = re.compile(
     r"(?:\bta|\bpa|tension\w*|pression\w*|\bbp|\bav|acuit[ey]\w*|\bod|\bog|\boeil \w+"
@@ -83,10 +90,17 @@ _NO_DATE = re.compile(
     r"|\bgcs|\bratio|rapport|\bpas|\d)[\s:=a]{0,6}$|[x×*]\s?$"
 )
 _MONTH_SHORT_YEAR = re.compile(r"0[1-9]/(?:1[3-9]|2\d|[4-9]\d)")
+_TWO_DIGITS_EACH = re.compile(r"[0-3]\d ?[./] ?[01]\d")
 _LEGAL = re.compile(
     r"(?:\bloi|\bdecret|\barrete|\bordonnance|\bdirective|\bcirculaire)s?(?: n[°o] ?[\d\-]+)?(?: du)? (?:n[°o] ?)?$"
 )
 _LIST_BEFORE = re.compile(r"(?:^|\n|\s)\s*[-•*:]\s+$|(?:^|\n)\s*[-•*]\s*$|\d{4}\)?\s?[-–/]\s?$|\(\s*$")
+_DATED_DASH = re.compile(r"(?:^|\s)(?:le|on|dated|exam(?:en|ination)? d[ue]|date(?: d'examen)?)[ :]*$")
+_RANGE_AFTER = re.compile(r"\s?[-–/)]\s?(?:\d{4}|juil)")
+_LABEL_BEFORE = re.compile(r"(?<!\w)[a-z]\d{1,2} $")  # "S2 12/05, S3 20mar": a cycle's number, no measure
+_DIGIT_RUN = re.compile(r"\d+")
+_LOOK_BACK = 24  # characters
+_EXTENSIONS_MAX = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,100 +114,141 @@ class Found:
 
 def find(view: View) -> list[Found]:
     """Every date of the document; spans may touch but do not overlap."""
+    spans, weak = _numeric(view) if view.longest_number else ([], [])
+    spans += _in_words(view)
+    if weak:
+        spans += _certain_of(view, weak, spans)
+    return _joined(view, spans) if spans else []
+
+
+def _numeric(view: View) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Dates in digits, and those that are dates only where the context says so: day and month, a year."""
     text = view.masked
     spans: list[tuple[int, int]] = []
-    weak: list[tuple[int, int]] = []  # day and month, or year: a date only where the context says so
-    if view.longest_number:
-        for match in NUMERIC.finditer(text):
-            kind = match.lastgroup if match.lastgroup != "s1" else "short"
-            kind = next(
-                name
-                for name in ("iso", "full", "short", "month_year", "spaced", "tight", "day_month", "year")
-                if match[name]
-            )
-            start, end = match.span()
-            if kind == "full" and " " not in match.group():
-                spans.append((start, end))  # also a mistyped one: 31/02/2019 is no quantity
-            elif kind in ("iso", "full", "short", "spaced"):
-                if _is_date(match.group(), spaced=kind == "spaced") and not (
-                    kind == "short" and _UNIT_AFTER.match(text, end)
-                ):
-                    spans.append((start, end))
-            elif kind == "month_year":
-                if not _UNIT_AFTER.match(text, end):
-                    spans.append((_number_words_before(view, start), end))
-            else:
-                weak.append((start, end))
-        if view.longest_number >= 4:
-            spans += [match.span() for match in _LETTERS_AROUND.finditer(text)]
-        spans += [match.span() for match in _GLUED.finditer(text)]
-        spans += [match.span(1) for match in _TWO_DIGIT_YEAR.finditer(text)]
-        if any(view.flags[index] & Word.WEEKDAY for index in view.marked):
-            spans += [match.span() for match in _WEEKDAY.finditer(text)]
-        if view.longest_number >= 4:
-            spans += [m.span() for m in _MISSPELT.finditer(text) if m[2] not in MONTHS and _near_month(m[2])]
-    spans += _in_words(view)
-    lines_with_dates = {text.count("\n", 0, start) for start, _ in spans} if weak else set()
-    for start, end in weak:
-        before = text[max(0, start - 24) : start]
-        if _UNIT_AFTER.match(text, end) or any(start < e and s < end for s, e in spans):
+    weak: list[tuple[int, int]] = []
+    read_up_to = 0
+    for run in _DIGIT_RUN.finditer(text):
+        match = NUMERIC.match(text, run.start()) if run.start() >= read_up_to else None
+        if match is None:
             continue
-        written = text[start:end]
-        if end - start >= 6 and "/" not in written and "." not in written:  # six digits, or three pairs
-            digits = written.replace(" ", "")
-            alone = _FIELD[0].search(before.rpartition("\n")[2]) and _FIELD[1].match(
-                text[end : end + 2].partition("\n")[0]
-            )
-            if _possible(int(digits[:2]), int(digits[2:4])) and (
-                _DATE_CUE.search(before)
-                or alone
-                or re.search(r"\($", before)
-                or (" " in written and not re.search(r"\d ?$", before))
-            ):
-                spans.append((start, end))
-            continue
-        if end - start >= 4 and written.rstrip("s").isdigit():  # a year
-            cue = (
-                _YEAR_CUE.search(before)
-                or _LIST_BEFORE.search(before)
-                or re.match(r"\s?[-–/)]\s?(?:\d{4}|juil)", text[end : end + 8])
-            )
-            if cue or (1930 <= int(written[:4]) < 2040 and not _NO_YEAR.search(before)):
-                spans.append((start, end))
-            continue
-        if _MONTH_SHORT_YEAR.fullmatch(written) and not _NO_DATE.search(before):
-            spans.append((start, end))
-            continue
-        day, month = (int(part) for part in re.findall(r"\d+", text[start:end]))
-        dated = _DATE_CUE.search(before) is not None
-        if not (1 <= min(day, month) <= 12 and max(day, month) <= 31):
-            continue
-        decimal = "." in written
-        if (
-            (re.fullmatch(r"[0-3]\d ?/ ?(?:0[1-9]|1[12])", written) and not _NO_DATE.search(before))
-            or (dated and re.fullmatch(r"[0-3]\d ?[./] ?[01]\d", written))
-            or (
-                not decimal
-                and re.search(r"(?:^|\s)(?:le|on) $", before)
-                and not re.match(r" (?:sup|inf|moy|mo|prox|dis)", text[end:])
-            )
-            or (
-                not before.rpartition("\n")[2].strip()
-                and not text[end : end + 40].partition("\n")[0].strip()
-                and re.fullmatch(r"[0-3]\d/[01]\d", written)
-            )
-            or (
-                text.count("\n", 0, start) in lines_with_dates
-                and re.fullmatch(r"[0-3]\d ?[./] ?[01]\d", written)
-                and re.search(r"(?:\w\d+|[,;])\s$|\($", before)
-            )
+        start, end = match.span()
+        read_up_to = end
+        kind = match.lastgroup
+        if kind in ("day_month", "year", "years", "tight"):
+            weak.append((start, end))
+        elif kind == "full" and " " not in match.group():
+            spans.append((start, end))  # also a mistyped one: 31/02/2019 is no quantity
+        elif kind == "month_year":
+            if not _UNIT_AFTER.match(text, end):
+                spans.append((_number_words_before(view, start), end))
+        elif _is_date(match.group(), spaced=kind == "spaced") and not (
+            kind == "short" and _UNIT_AFTER.match(text, end)
         ):
             spans.append((start, end))
+    if "'" in text or view.longest_number >= 2:
+        spans += [match.span(match.lastindex or 0) for match in _TWO_DIGIT_YEAR.finditer(text)]
+    if any(view.flags[index] & Word.WEEKDAY for index in view.marked):
+        spans += [match.span() for match in _WEEKDAY_DAY.finditer(text)]
+    spans += [match.span() for match in _GLUED.finditer(text)]
+    if view.longest_number >= 4:
+        spans += [match.span() for pattern in (_LETTERS_AROUND, _WEEK) for match in pattern.finditer(text)]
+        spans += [m.span() for m in _MISSPELT.finditer(text) if m[2] not in MONTHS and _near_month(m[2])]
+    return spans, weak
+
+
+def _certain_of(view: View, weak: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of the weak spans that are dates by what stands around them."""
+    text = view.masked
+    taken = bytearray(len(text))
+    line_ends = [match.start() for match in re.finditer("\n", text)]
+    dated_lines = set()
+    for start, end in spans:
+        taken[start:end] = b"\1" * (end - start)
+        dated_lines.add(bisect_left(line_ends, start))
+    found = []
+    for start, end in weak:
+        if _UNIT_AFTER.match(text, end) or 1 in taken[start:end]:
+            continue
+        before = text[max(0, start - _LOOK_BACK) : start]
+        written = text[start:end]
+        if end - start >= 6 and written.replace(" ", "").isdigit():
+            certain = _six_digits(text, start, end, before)
+        elif end - start >= 4 and written.rstrip("s").isdigit():
+            certain = _year(text, end, written, _LABEL_BEFORE.sub("", before))
+        elif end - start >= 6 and written[:4].isdigit():
+            certain = _years(written) and _year(text, end, written, _LABEL_BEFORE.sub("", before))
+        else:
+            certain = _day_and_month(text, start, end, before, bisect_left(line_ends, start) in dated_lines)
+        if certain:
+            found.append((start, end))
+    return found
+
+
+def _six_digits(text: str, start: int, end: int, before: str) -> bool:
+    """Whether six digits, or three pairs, are day, month and year: behind a cue, or alone in a field."""
+    written = text[start:end]
+    digits = written.replace(" ", "")
+    if not _possible(int(digits[:2]), int(digits[2:4])):
+        return False
+    if _DATE_CUE.search(before) or before.endswith("("):
+        return True
+    if _FIELD[0].search(before.rpartition("\n")[2]) and _FIELD[1].match(text[end : end + 2].partition("\n")[0]):
+        return True
+    return " " in written and not re.search(r"\d ?$", _LABEL_BEFORE.sub("", before))
+
+
+def _year(text: str, end: int, written: str, before: str) -> bool:
+    """Whether four digits are a year."""
+    if _YEAR_CUE.search(before) or _LIST_BEFORE.search(before) or _RANGE_AFTER.match(text, end, end + 8):
+        return True
+    return 1930 <= int(written[:4]) < 2040 and not _NO_YEAR.search(before)
+
+
+def _years(written: str) -> bool:
+    """Whether the second year of "2018-19" or "2018/2019" follows within a lifetime."""
+    first, second = (int(part) for part in re.findall(r"\d+", written))
+    return 0 < (second - first if second > 100 else second - first % 100) <= (100 if second > 100 else 5)
+
+
+def _day_and_month(text: str, start: int, end: int, before: str, dated_line: bool) -> bool:
+    """Whether two short numbers are day and month, and no measure, fraction or score."""
+    written = text[start:end]
+    measure = _NO_DATE.search(before) is not None
+    if _MONTH_SHORT_YEAR.fullmatch(written) and not measure:
+        return True
+    day, month = (int(part) for part in re.findall(r"\d+", written))
+    if not _possible(day, month):
+        return False
+    if "-" in written:  # "12-03" is a range more often than a date
+        return (
+            re.fullmatch(r"[0-3]\d-(?:0[1-9]|1[0-2])", written) is not None and _DATED_DASH.search(before) is not None
+        )
+    if re.fullmatch(r"[0-3]\d ?/ ?(?:0[1-9]|1[12])", written) and not measure:
+        return True
+    two_digits_each = _TWO_DIGITS_EACH.fullmatch(written) is not None
+    if two_digits_each and (_DATE_CUE.search(before) or (dated_line and re.search(r"(?:\w\d+|[,;])\s$|\($", before))):
+        return True
+    if "." in written:
+        return False
+    if _ON_THE_DAY.search(before):
+        return not _PART_OF_BONE.match(text, end)
+    if _DATED.search(before):
+        return True
+    alone = not before.rpartition("\n")[2].strip() and not text[end : end + 40].partition("\n")[0].strip()
+    return alone and re.fullmatch(r"[0-3]\d/[01]\d", written) is not None
+
+
+def _joined(view: View, spans: list[tuple[int, int]]) -> list[Found]:
+    """Overlapping spans as one, with the weekday, season or other days that stand before them."""
+    text = view.masked
     merged: list[Found] = []
     for start, end in sorted(set(spans)):
         if _LEGAL.search(text, max(0, start - 40), start):
             continue
-        while (extension := _EXTENDS.search(text, max(0, start - 24), start)) and extension.group().strip():
+        for _ in range(_EXTENSIONS_MAX):
+            extension = _EXTENDS.search(text, max(0, start - _LOOK_BACK), start)
+            if extension is None:
+                break
             start = extension.start()
         if merged and start < merged[-1].end:
             last = merged.pop()
@@ -211,7 +266,7 @@ def _is_date(written: str, spaced: bool = False) -> bool:
         if not _possible(int(parts[0]), int(parts[1])) or not 1900 <= int(parts[2]) < 2100:
             parts = [digits[:4], digits[4:6], digits[6:]]
     else:
-        parts = re.findall(r"\d+", written)
+        parts = re.findall(r"\d+", written.partition("t")[0])
     if len(parts) != 3:
         return False
     first, second, third = (int(part) for part in parts)
@@ -323,7 +378,7 @@ def _around_month(view: View, index: int) -> tuple[int, int] | None:
     before = text[max(0, start - 24) : start]
     day = _DAY_BEFORE.search(before)
     year = _YEAR_AFTER.match(text, month_end)
-    if day and 1 <= int(day[1]) <= 31 and not re.search(r"\d\s*$", before[: day.start()]):
+    if day and 1 <= int(day[1]) <= 31 and not re.search(r"\d\s*$", _LABEL_BEFORE.sub("", before[: day.start()])):
         begin = start - (len(before) - day.start(1))
         if year is None:
             words_end = _words_after(view, index)
@@ -402,11 +457,3 @@ def _words_after(view: View, index: int) -> int | None:
     if index + 1 < len(view.words) and view.flags[index + 1] & Word.NUMBER and view.gap(index).strip(" ,") == "":
         return view.ends[_number_run(view, index + 1) - 1]
     return None
-
-
-def valid(year: int, month: int, day: int) -> datetime.date | None:
-    """The date, or None when the calendar has none."""
-    try:
-        return datetime.date(year, month, day)
-    except ValueError:
-        return None

@@ -228,7 +228,7 @@ class TestSurrogates:
         "written", [*DATES, "2019", "12 mars", "lundi 12", "mars", "12/03", "années 90", "14 et 15 mars", "S12 2020"]
     )
     def test_no_date_comes_back_to_itself(self, written: str) -> None:
-        for number in range(200):
+        for number in range(60):
             made = SURROGATES.surrogate(written, "date", patient=f"p{number}", language="fr")
             assert made != written
             assert any(character.isdigit() for character in made) == any(c.isdigit() for c in written)
