@@ -1,0 +1,338 @@
+"""What a run will need, on paper: memory of a GPU, bytes from the store, bytes between GPUs, hours, money.
+
+    python launchers/plan.py --recipe chest:clip_b16 --nodes 4
+    python launchers/plan.py --recipe chest:dmlm_b16 --nodes 2 --gpu A100-40 --studies 227835 --epochs 30
+
+Every line shows its formula. A study's memory and arithmetic are counted on one forward pass of the recipe's own task
+on this CPU (seconds); what is assumed is marked and has an option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from configs import schema
+from configs.schema import TrainConfig
+from core import cost
+from core.engine import checkpoint_activations
+from core.metrics import PEAK_FLOPS
+from core.models import attention
+from shards.batch import Batch
+from shards.dataset import DataSet
+from shards.errors import ConfigError, RoentgenError
+from shards.order import lanes_of_rank
+
+GPU_GB = {"H200": 141, "H100": 80, "A100-80": 80, "A100-40": 40, "B200": 192, "L40S": 48, "L4": 24, "V100": 32}
+BUCKETS_BYTES = 2 * 50_000_000 * 4  # DeepSpeed's buckets to reduce and to gather, of fp32 (core.engine)
+GB = 1e9
+
+
+class Line(NamedTuple):
+    """One row of the plan. `value` in `unit`; `formula` with the numbers that it was computed from."""
+
+    name: str
+    value: float
+    unit: str
+    formula: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Machines and data of a plan. `utilisation`: share of the GPU's bf16 peak that a step reaches, assumed."""
+
+    nodes: int
+    gpus: int  # a node
+    gpu: str
+    network_gbit: float  # a node, to others and to the store
+    utilisation: float
+    study_bytes: float
+    studies: int | None
+    epochs: float | None
+    price: float | None  # of a GPU for an hour
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        config = schema.apply_overrides(schema.load_recipe(arguments.recipe), arguments.overrides)
+        site = _site(arguments, config)
+        _check_ranks(config, site)
+        lines = plan(config, site, counted(config))
+    except RoentgenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    _show(arguments.recipe, site, lines)
+    if arguments.json:
+        rows = {line.name: {"value": line.value, "unit": line.unit, "formula": line.formula} for line in lines}
+        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = result.add_argument
+    add("--recipe", required=True, metavar="FIELD:RUN", help="as for pretrain.py, which lists them")
+    add("--set", dest="overrides", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change it")
+    add("--nodes", type=int, default=1)
+    add("--gpus", type=int, default=8, help="of a node (8)")
+    add("--gpu", choices=sorted(GPU_GB), default="H100")
+    add("--network-gbit", type=float, default=400.0, help="of a node, Gbit/s (assumed: 400)")
+    add("--utilisation", type=float, default=0.35, help="share of the bf16 peak that a step reaches (assumed: 0.35)")
+    add("--data", metavar="MANIFEST", help="read sizes from here; default: data.train of the recipe, if it is set")
+    add("--study-bytes", type=float, help="bytes read a study, where there is no manifest")
+    add("--studies", type=int, help="in an epoch, where there is no manifest")
+    add("--epochs", type=float, help="instead of the recipe's trainer.steps")
+    add("--price", type=float, help="of a GPU for an hour, in your currency")
+    add("--json", metavar="FILE", help="write the lines there, too")
+    return result
+
+
+def _site(arguments: argparse.Namespace, config: TrainConfig) -> Site:
+    """Raises ConfigError naming the option."""
+    for name in ("nodes", "gpus", "network_gbit", "epochs", "studies", "study_bytes", "price"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    if not 0 < arguments.utilisation <= 1:
+        raise ConfigError(f"--utilisation {arguments.utilisation}: a share of the peak, above 0 and at most 1")
+    url = arguments.data or (config.data.train if isinstance(config.data.train, str) else "")
+    studies, study_bytes = arguments.studies, arguments.study_bytes
+    if url:
+        manifest = DataSet(url, config.data.train_split, store=config.data.store).manifest
+        studies = studies or manifest.samples
+        study_bytes = study_bytes or sum(shard.bytes for shard in manifest.shards) / manifest.samples
+    return Site(
+        nodes=arguments.nodes, gpus=arguments.gpus, gpu=arguments.gpu, network_gbit=arguments.network_gbit,
+        utilisation=arguments.utilisation, study_bytes=study_bytes or 0.0, studies=studies, epochs=arguments.epochs,
+        price=arguments.price,
+    )  # fmt: skip
+
+
+def _check_ranks(config: TrainConfig, site: Site) -> None:
+    lanes_of_rank(0, site.ranks, config.data.lanes, config.global_batch_size)  # says what would fit
+
+
+def counted(config: TrainConfig) -> cost.Cost:
+    """A study's cost, counted on this CPU with the recipe's own task."""
+    words = vocabulary(config)
+    task_config = config.task
+    if hasattr(
+        task_config, "match_group"
+    ):  # it must divide the few studies of a count, and costs the same whatever it is
+        task_config = replace(task_config, match_group=cost.FEW)
+    task = task_config.build(vocab_size=words, seed=config.seed)
+    if config.engine.activation_checkpointing:
+        checkpoint_activations(task)
+    attention.take_only("sdpa")  # as a GPU does
+    try:
+        return cost.measure(
+            task,
+            lambda studies: synthetic_batch(config, studies, words),
+            half_precision=config.engine.precision != "fp32",
+        )
+    finally:
+        attention.take_only(None)
+
+
+def vocabulary(config: TrainConfig) -> int:
+    """Words of the text encoder, or of the tokenizer that the run would train."""
+    text = getattr(config.task, "text", None)
+    return getattr(text, "vocab_size", None) or config.tokenizer_words
+
+
+def synthetic_batch(config: TrainConfig, studies: int, words: int) -> Batch:
+    """Noise in the shapes of the recipe, one image a study, texts of full length."""
+    side, length = config.data.decode.image_size, config.data.text_length
+    generator = torch.Generator().manual_seed(0)
+    patches = (side // config.data.masking.patch_size) ** 2
+    masked = round(config.data.masking.patch_mask_ratio * patches)
+    number = torch.arange(studies)
+    text = torch.randint(5, words, (studies, length), generator=generator)
+    columns: dict[str, Tensor] = {
+        "pixel_values": torch.randn(studies, 1, side, side, generator=generator),
+        "input_ids": text,
+        "attention_mask": torch.ones(studies, length, dtype=torch.bool),
+        "study_index": number,
+        "valid": torch.ones(studies, dtype=torch.bool),
+        "section_ids": torch.full((studies, length), 3),
+        "text_mask": torch.arange(length).expand(studies, -1) % 6 == 1,
+        "patch_mask": (torch.arange(patches) < masked).expand(studies, -1),
+    }
+    keys = ("report_key", "finding_key", "patient_key", "draw_key", "sample_id", "set_index", "epoch")
+    known = columns | dict.fromkeys(keys, number)
+    fields = schema.task_class(config.task).fields
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise ConfigError(f"{config.recipe}: no synthetic {', '.join(unknown)} to count a study's cost with")
+    return {name: known[name] for name in fields}
+
+
+def plan(config: TrainConfig, site: Site, of: cost.Cost) -> list[Line]:
+    """The lines, in the order of a reader's questions: does it fit, is it fed, how long, how much."""
+    compute, network = _compute(config, site, of), _network(config, site, of)
+    compute_s, network_s = compute[-1].value, network[-1].value
+    step_s = max(compute_s, network_s)
+    slower = "compute" if step_s == compute_s else "network"
+    step = [
+        Line("step/seconds", step_s, "s", f"the slower of compute and network, which overlap: {slower}"),
+        Line("step/studies_per_s", config.global_batch_size / step_s, "1/s",
+             f"{config.global_batch_size} / {step_s:.3g} s"),
+    ]  # fmt: skip
+    rest = [*_store(config, site, step_s), *_run(config, site, step_s)]
+    return [*_parameters(of), *_memory(config, site, of), *compute, *network, *step, *rest]
+
+
+def _parameters(of: cost.Cost) -> list[Line]:
+    parts = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in of.parameters.items() if count >= 1e5)
+    return [Line("parameters", sum(of.parameters.values()) / 1e6, "million", parts)]
+
+
+def _memory(config: TrainConfig, site: Site, of: cost.Cost) -> list[Line]:
+    """Of one GPU, GB. P parameters, W ranks."""
+    engine, ranks = config.engine, site.ranks
+    weights, trained = sum(of.parameters.values()), of.trained
+    share = {"states": ranks if engine.zero_stage >= 1 else 1, "gradients": ranks if engine.zero_stage >= 2 else 1}
+    share["weights"] = ranks if engine.zero_stage == 3 else 1
+    master = engine.precision == "bf16_master"
+    size = 2 if master else 4
+
+    def divided(by: int) -> str:
+        return f" / {by} ranks" if by > 1 else ""
+
+    # ZeRO steps a flat fp32 copy of its share, whatever the precision of the weights.
+    states = 12 if engine.zero_stage >= 1 else 8
+    own = config.global_batch_size // ranks
+    together = min(engine.micro_batch or own, own)
+    lines = [
+        Line("memory/weights", size * weights / share["weights"] / GB, "GB",
+             f"{size} B x {weights / 1e6:.1f} M{divided(share['weights'])}"),
+        Line("memory/gradients", 4 * trained / share["gradients"] / GB, "GB",
+             f"4 B x {trained / 1e6:.1f} M{divided(share['gradients'])}"),
+        Line("memory/optimizer", states * trained / share["states"] / GB, "GB",
+             f"{states} B (two moments{', fp32 copy' if states == 12 else ''}) x {trained / 1e6:.1f} M"
+             f"{divided(share['states'])}"),
+        Line("memory/buckets", (BUCKETS_BYTES if ranks > 1 else 0) / GB, "GB", "DeepSpeed's, 2 x 50 M x 4 B"),
+        Line("memory/activations", (of.kept_bytes * together + of.fixed_bytes) / GB, "GB",
+             f"{of.kept_bytes / 1e6:.1f} MB a study (counted) x {together} together + {of.fixed_bytes / 1e6:.0f} MB"),
+        Line("memory/global_batch", of.gathered_bytes * config.global_batch_size / GB, "GB",
+             f"{of.gathered_bytes:.0f} B a study x {config.global_batch_size}"),
+    ]  # fmt: skip
+    total, room = sum(line.value for line in lines), GPU_GB[site.gpu]
+    verdict = "fits" if total < 0.9 * room else f"does NOT fit: {_way_out(config, together)}"
+    return [*lines, Line("memory/total", total, "GB", f"of {room} GB ({site.gpu}), 10 % kept free: {verdict}")]
+
+
+def _way_out(config: TrainConfig, together: int) -> str:
+    if together > 1:
+        return f"set engine.micro_batch={max(1, together // 2)}"
+    if not config.engine.activation_checkpointing:
+        return "set engine.activation_checkpointing=true"
+    return "raise engine.zero_stage, or take more ranks"
+
+
+def _compute(config: TrainConfig, site: Site, of: cost.Cost) -> list[Line]:
+    """Arithmetic of a step; the last line is its seconds."""
+    cached = config.engine.micro_batch is not None and config.engine.micro_batch * site.ranks < config.global_batch_size
+    passes = 3 + cached + config.engine.activation_checkpointing  # a backward costs two forwards
+    why = "forward 1, backward 2" + (", cached 1" if cached else "")
+    why += ", recomputed 1" if config.engine.activation_checkpointing else ""
+    peak = next(flops for name, flops in PEAK_FLOPS.items() if site.gpu.startswith(name))
+    peak *= 1.0 if config.engine.precision != "fp32" else 0.5
+    flop = passes * of.flop * config.global_batch_size
+    return [
+        Line("compute/flop", flop / 1e12, "TFLOP",
+             f"a step: {of.flop / 1e9:.3g} GFLOP a study (counted) x {passes} ({why}) x {config.global_batch_size}"),
+        Line("compute/seconds", flop / (site.ranks * peak * site.utilisation), "s",
+             f"/ ({site.ranks} GPUs x {peak / 1e12:.0f} TFLOP/s x {site.utilisation} (assumed))"),
+    ]  # fmt: skip
+
+
+def _network(config: TrainConfig, site: Site, of: cost.Cost) -> list[Line]:
+    """Bytes of a step between GPUs; the last line is the seconds that they need between nodes."""
+    ranks = site.ranks
+    around = (ranks - 1) / ranks
+    passes = 3 if config.engine.zero_stage == 3 else 2  # ZeRO 3 gathers weights for the backward once more
+    gradients = passes * around * 4 * of.trained
+    rows = around * of.gathered_bytes * config.global_batch_size
+    # Rings go through each node's link once, however many GPUs it has.
+    over_link = (gradients + rows) if site.nodes > 1 else 0.0
+    return [
+        Line("network/weights_gb", gradients / GB, "GB",
+             f"a step and GPU: {passes} x {around:.3f} x 4 B x {of.trained / 1e6:.1f} M"),
+        Line("network/embeddings_gb", rows / GB, "GB",
+             f"a step and GPU: {around:.3f} x {of.gathered_bytes:.0f} B x {config.global_batch_size}"),
+        Line("network/seconds", over_link / (site.network_gbit / 8 * GB), "s",
+             f"{over_link / GB:.2f} GB over {site.network_gbit:.0f} Gbit/s a node"),
+    ]  # fmt: skip
+
+
+def _store(config: TrainConfig, site: Site, step_s: float) -> list[Line]:
+    if not site.study_bytes:
+        return []
+    rate = site.study_bytes * config.global_batch_size / step_s
+    return [
+        Line("store/mb_per_s", rate / 1e6, "MB/s",
+             f"{site.study_bytes / 1e3:.1f} kB a study x {config.global_batch_size} / {step_s:.3g} s"),
+        Line("store/mb_per_s_per_node", rate / site.nodes / 1e6, "MB/s", f"/ {site.nodes} nodes"),
+    ]  # fmt: skip
+
+
+def _run(config: TrainConfig, site: Site, step_s: float) -> list[Line]:
+    steps, how = float(config.trainer.steps), "trainer.steps of the recipe"
+    lines = []
+    if site.epochs is not None:
+        if site.studies is None:
+            raise ConfigError("--epochs needs --studies, or a manifest (--data) that says how many there are")
+        steps = site.epochs * site.studies / config.global_batch_size
+        how = f"{site.epochs:g} epochs x {site.studies:,} studies / {config.global_batch_size}"
+    hours = steps * step_s / 3600
+    lines += [
+        Line("run/steps", steps, "", how),
+        Line("run/hours", hours, "h", f"{steps:,.0f} x {step_s:.3g} s, without evaluation and restarts"),
+        Line("run/gpu_hours", hours * site.ranks, "h", f"x {site.ranks} GPUs"),
+    ]
+    if site.price is not None:
+        lines.append(Line("run/price", hours * site.ranks * site.price, "", f"x {site.price:g} an hour"))
+        if site.studies is not None:
+            epoch = site.studies / config.global_batch_size * step_s / 3600 * site.ranks * site.price
+            lines.append(Line("run/price_per_epoch", epoch, "", f"{site.studies:,} studies"))
+    return lines
+
+
+def _show(recipe: str, site: Site, lines: Sequence[Line]) -> None:
+    table = Table(title=f"{recipe} on {site.nodes} x {site.gpus} {site.gpu}", title_justify="left")
+    for name, justify in (("", "left"), ("value", "right"), ("", "left"), ("formula", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    group = ""
+    for line in lines:
+        before, group = group, line.name.partition("/")[0]
+        if before and before != group:
+            table.add_section()
+        table.add_row(line.name, _digits(line.value), line.unit, line.formula)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

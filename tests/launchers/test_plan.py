@@ -1,0 +1,76 @@
+"""Planning: what is counted is linear in studies, what is assumed moves what it should, errors name the option."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import schema
+from core import cost
+from launchers import plan
+
+TINY = ["--recipe", "chest:clip_tiny", "--gpus", "4"]
+
+
+def lines(tmp_path: Path, *arguments: str) -> dict[str, float]:
+    file = tmp_path / "plan.json"
+    assert plan.main([*TINY, *arguments, "--json", str(file)]) == 0
+    return {name: line["value"] for name, line in json.loads(file.read_text()).items()}
+
+
+def test_every_study_costs_the_same_and_recomputing_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = schema.load_recipe("chest:clip_tiny")
+    few = plan.counted(config)
+    monkeypatch.setattr(cost, "FEW", 3)
+    monkeypatch.setattr(cost, "MORE", 9)
+    many = plan.counted(config)
+    assert many.kept_bytes == pytest.approx(few.kept_bytes, rel=0.02)
+    assert many.flop == pytest.approx(few.flop, rel=1e-4)
+    assert few.trained == sum(few.parameters.values()) == sum(p.numel() for p in config.task.build(
+        vocab_size=plan.vocabulary(config)).parameters())  # fmt: skip
+    assert few.gathered_bytes == 2 * 128 * 4 + 8 + 1  # two embeddings in fp32, a key, valid
+    recomputed = schema.apply_overrides(config, ["engine.activation_checkpointing=true"])
+    assert plan.counted(recomputed).kept_bytes < 0.5 * few.kept_bytes
+
+
+def test_the_plan_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = lines(tmp_path, "--study-bytes", "1000", "--studies", "960", "--epochs", "10", "--price", "2")
+    assert one["run/steps"] == 100
+    assert one["run/price"] == pytest.approx(2 * one["run/gpu_hours"]) and one["run/gpu_hours"] == pytest.approx(
+        4 * one["run/hours"]
+    )
+    assert one["store/mb_per_s"] == pytest.approx(96 * 1e-3 / one["step/seconds"])
+    memory = [value for name, value in one.items() if name.startswith("memory/") and name != "memory/total"]
+    assert one["memory/total"] == pytest.approx(sum(memory))
+    assert one["network/seconds"] == 0  # one node
+    shown = capsys.readouterr().out
+    assert "(counted)" in shown and "(assumed)" in shown and "fits" in shown
+
+    two = lines(tmp_path, "--nodes", "2", "--utilisation", "0.7", "--set", "engine.zero_stage=3")
+    assert two["compute/seconds"] == pytest.approx(one["compute/seconds"] / 4)
+    assert two["memory/weights"] == pytest.approx(one["memory/weights"] / 8)
+    assert two["network/seconds"] > 0
+
+
+def test_what_does_not_fit_says_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.setitem(plan.GPU_GB, "L4", 0.1)
+    lines(tmp_path, "--gpu", "L4")
+    assert "engine.micro_batch=12" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "0"], "--nodes 0: must be above 0"),
+        (["--utilisation", "35"], "--utilisation 35.0: a share"),
+        (["--gpus", "5"], "does not divide"),
+        (["--epochs", "3"], "--studies, or a manifest"),
+        (["--data", "/nowhere/manifest.json"], "/nowhere"),
+    ],
+)
+def test_errors_name_the_option(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([*TINY, *arguments]) != 0
+    assert message in capsys.readouterr().err
