@@ -25,7 +25,8 @@ from shards import adopt, reader, tar_index, writer
 from shards.errors import ConfigError
 from shards.ingest import Source
 from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS, ImageLimits
-from shards.ingest.phantom_chest import ChestPhantom
+from shards.ingest.phantom_chest import SPLITS, ChestPhantom
+from shards.ingest.phantom_ct import CtPhantom
 from shards.ingest.table import TableMapping, TableSource
 from shards.manifest import Manifest
 from shards.store import open_store, split_url
@@ -48,8 +49,9 @@ Pack studies into shards: plain WebDataset tars with a manifest, split by patien
   reports with them: raw text passes de-identification and extraction, or was prepared by prepare_reports.py
     python launchers/pack.py --source dicom --input DIR --key-file site.key --reports structured reports.csv \\
         --output shards/site
-  synthetic chests with known truth:
+  synthetic chests with known truth, and CT volumes with organ masks:
     python launchers/pack.py --source phantom --samples 3000 --difficulty easy --output shards/phantom
+    python launchers/pack.py --source phantom_ct --samples 1200 --normal 0.9 --output shards/phantom_ct
   WebDataset tars from elsewhere, indexed once and never rewritten:
     python launchers/pack.py --source adopt --input 'train=s3://bucket/cc/{000..127}.tar' --output shards/cc
   check a packed set, every byte:
@@ -67,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
         "pack.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("--verify", metavar="MANIFEST", help="check all shards of a manifest instead of packing")
-    result.add_argument("--source", choices=("table", "dicom", "phantom", "adopt"), help="what --input holds")
+    result.add_argument(
+        "--source", choices=("table", "dicom", "phantom", "phantom_ct", "adopt"), help="what --input holds"
+    )
     result.add_argument(
         "--input",
         action="append",
@@ -115,12 +119,23 @@ def parser() -> argparse.ArgumentParser:
     phantom.add_argument(
         "--samples", default="3000", metavar="N[,N,N]", help="studies: train, or train,validation,test (%(default)s)"
     )
-    phantom.add_argument("--difficulty", default="easy", help="easy or standard (%(default)s)")
+    phantom.add_argument("--difficulty", help="easy or standard (phantom: easy, phantom_ct: standard)")
     phantom.add_argument("--size", type=int, default=128, help="pixels a side (%(default)s)")
     phantom.add_argument(
         "--degraded", type=float, default=0.0, metavar="SHARE",
         help="of the studies have a bad image, mild to useless, and a report hedged for it (%(default)s)",
     )  # fmt: skip
+    phantom.add_argument(
+        "--normal", type=float, default=0.9, metavar="SHARE", help="of organs without disease, phantom_ct (%(default)s)"
+    )
+    phantom.add_argument(
+        "--shape",
+        type=int,
+        nargs=3,
+        default=(48, 64, 64),
+        metavar=("D", "H", "W"),
+        help="voxels, phantom_ct (48 64 64)",
+    )
     phantom.add_argument("--structured", action="store_true", help="write structured reports, too")
 
     shards = result.add_argument_group("shards")
@@ -153,7 +168,9 @@ def _input_folder(arguments: argparse.Namespace) -> Path:
 def build_source(arguments: argparse.Namespace) -> Source:
     """The source that the arguments name. Only DICOM is imported on demand: its decoders are many and slow to load."""
     if arguments.source == "phantom":
-        return ChestPhantom(_phantom_config(arguments))
+        return ChestPhantom(_chest_config(arguments))
+    if arguments.source == "phantom_ct":
+        return CtPhantom(_ct_config(arguments))
     folder, secret = _input_folder(arguments), command.secret(arguments, f"--source {arguments.source} needs")
     structured, reports = _reports(arguments, secret)
     limits = ImageLimits(side_min=arguments.side_min, area_max=arguments.area_max)
@@ -200,24 +217,38 @@ def _reports(arguments: argparse.Namespace, secret: bytes | None) -> tuple[Struc
     return Structured(secret, config), file
 
 
-def _phantom_config(arguments: argparse.Namespace) -> ChestPhantom.Config:
+def _phantom_counts(text: str) -> dict[str, int]:
+    """Studies of each split."""
     try:
-        counts = [int(part) for part in arguments.samples.split(",")]
+        counts = [int(part) for part in text.split(",")]
     except ValueError:
         counts = []
     if len(counts) == 1:  # a tenth for choosing checkpoints, a fifth for the figures
         counts += [max(1, counts[0] // 10), max(1, counts[0] // 5)]
     if len(counts) != 3 or min(counts) < 0:
-        raise ConfigError(f"--samples {arguments.samples}: write one count, or train,validation,test: 3000,300,600")
+        raise ConfigError(f"--samples {text}: write one count, or train,validation,test: 3000,300,600")
+    return dict(zip(SPLITS, counts, strict=True))
+
+
+def _chest_config(arguments: argparse.Namespace) -> ChestPhantom.Config:
     return ChestPhantom.Config(
-        difficulty=arguments.difficulty,
+        **_phantom_counts(arguments.samples),
+        difficulty=arguments.difficulty or ChestPhantom.Config.difficulty,
         seed=arguments.seed,
-        train=counts[0],
-        validation=counts[1],
-        test=counts[2],
         size=arguments.size,
         degraded=arguments.degraded,
         structured=arguments.structured,
+    )
+
+
+def _ct_config(arguments: argparse.Namespace) -> CtPhantom.Config:
+    depth, height, width = arguments.shape
+    return CtPhantom.Config(
+        **_phantom_counts(arguments.samples),
+        difficulty=arguments.difficulty or CtPhantom.Config.difficulty,
+        seed=arguments.seed,
+        normal=arguments.normal,
+        shape=(depth, height, width),
     )
 
 

@@ -35,6 +35,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "tensorboard": ("core/metrics.py",),
     "torch.utils.tensorboard": ("core/metrics.py",),
     "pydicom": ("shards/ingest/dicom.py",),
+    "nibabel": ("shards/ingest/nifti.py",),
+    "SimpleITK": (),
     "triton": ("kernels/",),
     "openai": ("shards/reports/llm.py",),
     "ray": ("launchers/submit.py", "launchers/ray_pretrain.py", "launchers/ray_data.py"),

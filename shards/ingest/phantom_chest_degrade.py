@@ -76,7 +76,7 @@ def _clip(pixels: Array) -> Array:
 
 def _grain(scene: Scene, size: int) -> Array:
     """Noise of standard deviation near 1, part fine and part coarse."""
-    fine = pixel_noise(scene.seed, "chest phantom: degrading noise", scene.index, size)
+    fine = pixel_noise(scene.seed, "chest phantom: degrading noise", scene.index, (size, size))
     coarse = cloud(scene.seed, "chest phantom: degrading grain", scene.index, size, GRAINS)
     return np.float32(0.7) * fine + np.float32(1.7) * coarse
 

@@ -6,6 +6,7 @@ they are the same on every machine. Attenuation is relative to the mediastinum's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,28 +34,29 @@ def step(distance: Array, width: float) -> Array:
     return slope
 
 
-def _bump(square: Array) -> Array:
+def bump(square: Array) -> Array:
     """Smooth hill of a squared distance: 1 at 0, 0 from 1 on."""
     t = np.maximum(np.float32(1.0) - square, 0.0)
     return t * t
 
 
-def _square(x: Array) -> Array:
+def squared(x: Array) -> Array:
+    """x times x."""
     return x * x
 
 
-def _wave(phase: Array) -> Array:
+def wave(phase: Array) -> Array:
     """Distance of each phase from the nearest whole number, in [0, 0.5]."""
     return np.abs(phase - np.floor(phase + np.float32(0.5)))
 
 
-def pixel_noise(seed: int, purpose: str, index: int, size: int) -> Array:
+def pixel_noise(seed: int, purpose: str, index: int, shape: tuple[int, ...]) -> Array:
     """About normal, standard deviation 1: four 16-bit uniforms of one hash a pixel, summed."""
-    words = hash_u64(seed, purpose, index, np.arange(size * size, dtype=np.uint64))
+    words = hash_u64(seed, purpose, index, np.arange(math.prod(shape), dtype=np.uint64))
     total = np.zeros(words.shape, dtype=np.float32)
     for shift in (0, 16, 32, 48):
         total += ((words >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.float32)
-    return ((total * np.float32(1.0 / 65536.0) - np.float32(2.0)) * np.float32(1.7320508)).reshape(size, size)
+    return ((total * np.float32(1.0 / 65536.0) - np.float32(2.0)) * np.float32(1.7320508)).reshape(shape)
 
 
 def cloud(seed: int, purpose: str, index: int, size: int, cells: int) -> Array:
@@ -113,10 +115,10 @@ def _lungs(x: Array, y: Array, wall: Array, anatomy: Anatomy, raised: Mapping[st
     median, half_width = (outer + inner) * np.float32(0.5), (outer - inner) * np.float32(0.5)
     u = (ax - median) / half_width
     v = np.maximum((np.float32(-0.20) - y) * np.float32(1.0 / (-0.20 - anatomy.apex)), 0.0)
-    radius = np.sqrt(np.sqrt(_square(_square(u)) + _square(_square(v))))
+    radius = np.sqrt(np.sqrt(squared(squared(u)) + squared(squared(v))))
     depth = (np.float32(1.0) - radius) * half_width
     floor = by_side(_dome("left", anatomy, raised), _dome("right", anatomy, raised))
-    floor += np.float32(0.62) * _square(ax - np.float32(0.36)) + np.float32(0.9) * np.maximum(
+    floor += np.float32(0.62) * squared(ax - np.float32(0.36)) + np.float32(0.9) * np.maximum(
         ax - np.float32(0.62), 0.0
     )
     inside = step(depth, 0.05) * step(floor - y, 0.05)
@@ -127,14 +129,14 @@ def _ribs(ax: Array, y: Array, wall: Array, anatomy: Anatomy) -> Array:
     """Attenuation of the posterior (bright, going down outwards) and anterior (faint, going down inwards) ribs."""
     cage = step(wall + np.float32(0.02) - ax, 0.06) * step(y - np.float32(anatomy.apex - 0.04), 0.08)
     spacing = np.float32(1.0 / anatomy.rib_spacing)
-    outwards = _square(ax * np.float32(1.0 / anatomy.cage))
-    posterior = (y - np.float32(anatomy.rib_slope) * ax - np.float32(0.22) * _square(outwards)) * spacing
-    distance = _wave(posterior + np.float32(anatomy.rib_phase))
+    outwards = squared(ax * np.float32(1.0 / anatomy.cage))
+    posterior = (y - np.float32(anatomy.rib_slope) * ax - np.float32(0.22) * squared(outwards)) * spacing
+    distance = wave(posterior + np.float32(anatomy.rib_phase))
     tube = step(np.float32(0.24) - distance, 0.14)
-    rim = _bump(_square((distance - np.float32(0.20)) * np.float32(1.0 / 0.10)))
+    rim = bump(squared((distance - np.float32(0.20)) * np.float32(1.0 / 0.10)))
     back = (np.float32(0.10) * tube + np.float32(0.05) * rim) * cage * step(ax - np.float32(0.05), 0.06)
     anterior = (y + np.float32(0.75) * ax - np.float32(0.45) * outwards) * spacing
-    front_distance = _wave(anterior + np.float32(anatomy.rib_phase * 1.7))
+    front_distance = wave(anterior + np.float32(anatomy.rib_phase * 1.7))
     front = step(np.float32(0.22) - front_distance, 0.16) * cage * step(ax - np.float32(0.34), 0.16)
     return (back + np.float32(0.055) * front) * np.float32(anatomy.bone)
 
@@ -148,7 +150,7 @@ def _vessels(lungs: _Lungs, anatomy: Anatomy, phases: Sequence[Any], stronger: f
     total = np.zeros_like(angle)
     for count, bend, first, last, phase in ((3.0, 1.1, 0.02, 0.75, phases[0]), (6.5, -1.6, 0.22, 1.0, phases[1])):
         # distance to the nearest branch, in half images
-        distance = _wave(angle * np.float32(count) + np.float32(bend) * reach + phase) * reach
+        distance = wave(angle * np.float32(count) + np.float32(bend) * reach + phase) * reach
         branch = np.maximum(np.float32(1.0) - distance / (width * np.float32(count)), 0.0)
         total += branch * (step(reach - np.float32(first), 0.1) * step(np.float32(last) - reach, 0.5))
     return total * np.float32(0.11 * anatomy.vessels * stronger) * lungs.tissue
@@ -193,7 +195,7 @@ def render(scene: Scene, difficulty: Difficulty, size: int) -> Drawing:
     # Soft parts: a trunk with shoulders and neck, then the lungs carved out of it, the heart taking the place of lung.
     ax = lungs.ax
     shoulder = np.float32(0.24) + np.float32(1.05) * step(y + np.float32(0.74), 0.55)
-    trunk = step(shoulder + np.float32(0.02) - ax, 0.16) * (np.float32(0.98) - np.float32(0.22) * _square(_square(ax)))
+    trunk = step(shoulder + np.float32(0.02) - ax, 0.16) * (np.float32(0.98) - np.float32(0.22) * squared(squared(ax)))
     heart, in_heart = _heart(x, y, anatomy, present.get("cardiomegaly"))
     organs[in_heart] = MASKS["heart"]
     if "cardiomegaly" in present:
@@ -232,7 +234,7 @@ def render(scene: Scene, difficulty: Difficulty, size: int) -> Drawing:
 
     mottle = cloud(scene.seed, "chest phantom: mottle", scene.index, size, max(2, size // 5))
     level = (attenuation - np.float32(0.28 - anatomy.exposure)) * np.float32(1.0 / anatomy.latitude)
-    noise = pixel_noise(scene.seed, "chest phantom: pixel noise", scene.index, size) + np.float32(0.5) * mottle
+    noise = pixel_noise(scene.seed, "chest phantom: pixel noise", scene.index, (size, size)) + np.float32(0.5) * mottle
     level = level + np.float32(difficulty.noise) * noise * (np.float32(0.5) + np.maximum(level, 0.0))
     return Drawing(_tone(level), organs, regions)
 
@@ -260,7 +262,7 @@ def _pneumothorax(lungs: _Lungs, finding: Finding, lucency: Array, contrast: flo
     rim = np.float32(0.03 + 0.20 * finding.strength) * (np.float32(0.25) + np.float32(0.75) * higher)
     outer = step(lungs.ax - lungs.median + np.float32(0.16) + np.float32(0.3) * higher, 0.1)
     beyond = step(rim - lungs.depth, 0.03) * outer
-    line = _bump(_square((lungs.depth - rim) * np.float32(1.0 / 0.022))) * outer
+    line = bump(squared((lungs.depth - rim) * np.float32(1.0 / 0.022))) * outer
     collapse = np.float32(0.16 * finding.strength * contrast) * (np.float32(1.0) - beyond)
     changed = lucency + np.float32(contrast) * (np.float32(0.13) * beyond - np.float32(0.20) * line) - collapse
     return changed, beyond
@@ -273,7 +275,7 @@ def _consolidation(lungs: _Lungs, finding: Finding, anatomy: Anatomy, haze: Arra
     """Patch with ragged borders, limited by the lungs."""
     centre_x, centre_y = _lesion_centre(finding, anatomy)
     radius = (0.13 + 0.20 * finding.strength) * (0.5 + 0.5 * finding.bulk)
-    square = _square((lungs.ax - np.float32(centre_x)) * np.float32(1.15 / radius)) + _square(
+    square = squared((lungs.ax - np.float32(centre_x)) * np.float32(1.15 / radius)) + squared(
         (lungs.y - np.float32(centre_y)) * np.float32(1.0 / radius)
     )
     patch = step(np.float32(0.85) - np.sqrt(square) + np.float32(0.45) * haze, 0.8) * lungs.tissue
@@ -285,7 +287,7 @@ def _nodule(lungs: _Lungs, finding: Finding, anatomy: Anatomy, haze: Array) -> t
     """Ball with a sharp border: attenuation follows its thickness."""
     centre_x, centre_y = _lesion_centre(finding, anatomy)
     radius = finding.radius_mm * 2.0 / FIELD_OF_VIEW_MM
-    square = (_square(lungs.ax - np.float32(centre_x)) + _square(lungs.y - np.float32(centre_y))) * np.float32(
+    square = (squared(lungs.ax - np.float32(centre_x)) + squared(lungs.y - np.float32(centre_y))) * np.float32(
         1 / radius**2
     )
     ball = np.sqrt(np.maximum(np.float32(1.0) - square, 0.0))
@@ -301,23 +303,23 @@ def _atelectasis(lungs: _Lungs, finding: Finding, anatomy: Anatomy, haze: Array)
     middle, half_length = 0.42 + 0.08 * finding.across, (0.16 + 0.12 * finding.strength) * (0.5 + 0.5 * finding.bulk)
     along = (lungs.ax - np.float32(middle)) * np.float32(1.0 / half_length)
     offset = lungs.y - np.float32(floor - above) - np.float32(slope) * (lungs.ax - np.float32(middle))
-    offset = offset + np.float32(0.03) * _square(along)
+    offset = offset + np.float32(0.03) * squared(along)
     width = (0.034 + 0.034 * finding.strength) * finding.bulk
-    band = _bump(_square(offset * np.float32(1.0 / width))) * step(np.float32(1.0) - np.abs(along), 0.3) * lungs.tissue
+    band = bump(squared(offset * np.float32(1.0 / width))) * step(np.float32(1.0) - np.abs(along), 0.3) * lungs.tissue
     return np.float32(0.30 + 0.25 * finding.strength) * band, band > 0.3
 
 
 def _edema(lungs: _Lungs, finding: Finding, anatomy: Anatomy, haze: Array) -> tuple[Array, Array]:
     """Bat-wing haze around the hilum, thickened vessels, short horizontal septal lines at the wall."""
     strength = finding.strength
-    square = _square((lungs.ax - np.float32(0.26)) * np.float32(1.0 / 0.50)) + _square(
+    square = squared((lungs.ax - np.float32(0.26)) * np.float32(1.0 / 0.50)) + squared(
         (lungs.y + np.float32(0.02)) * np.float32(1.0 / 0.62)
     )
-    wing = _bump(square) * lungs.tissue * (np.float32(1.0) + np.float32(0.35) * haze)
+    wing = bump(square) * lungs.tissue * (np.float32(1.0) + np.float32(0.35) * haze)
     streaks = _vessels(
         lungs, anatomy, [np.float32(finding.extra), np.float32(1.0 - finding.extra)], 0.3 + 0.5 * strength
     )
-    septal = _bump(_square(_wave(lungs.y * np.float32(17.0)) * np.float32(1.0 / 0.16)))
+    septal = bump(squared(wave(lungs.y * np.float32(17.0)) * np.float32(1.0 / 0.16)))
     septal = septal * step(np.float32(0.09) - lungs.depth, 0.03) * step(lungs.y - np.float32(0.05), 0.2) * lungs.tissue
     added = np.float32(0.10 + 0.30 * strength) * wing + streaks + np.float32(0.05 + 0.10 * strength) * septal
     return added, wing > 0.25
@@ -333,7 +335,7 @@ def _heart(x: Array, y: Array, anatomy: Anatomy, enlarged: Finding | None) -> tu
     half_height = 0.33 + 0.35 * (ratio - 0.44)
     offset_y = y - np.float32(anatomy.diaphragm + 0.13 - half_height)
     offset_x = x - np.float32(anatomy.turn + 0.32 * width) - np.float32(0.30) * offset_y
-    square = _square(offset_x * np.float32(1.0 / width)) + _square(offset_y * np.float32(1.0 / half_height))
+    square = squared(offset_x * np.float32(1.0 / width)) + squared(offset_y * np.float32(1.0 / half_height))
     outline = step(np.float32(1.0) - np.sqrt(square), 0.10)
     return outline * np.sqrt(np.maximum(np.float32(1.15) - np.float32(0.55) * square, 0.0)), outline > 0.5
 
@@ -342,11 +344,11 @@ def _mediastinum(x: Array, y: Array, anatomy: Anatomy) -> Array:
     """Great vessels, hila and spine; the trachea as air."""
     middle = x - np.float32(anatomy.turn)
     stem = step(np.float32(0.135) - np.abs(middle - np.float32(0.02)), 0.10) * step(np.float32(0.1) - y, 0.5)
-    knob = _bump((_square(middle - np.float32(0.12)) + _square(y + np.float32(0.36))) * np.float32(1 / 0.13**2))
-    beside = _square(np.abs(middle) - np.float32(0.20)) + _square((y + np.float32(0.02)) * np.float32(0.6))
-    hila = _bump(beside * np.float32(1 / 0.15**2))
+    knob = bump((squared(middle - np.float32(0.12)) + squared(y + np.float32(0.36))) * np.float32(1 / 0.13**2))
+    beside = squared(np.abs(middle) - np.float32(0.20)) + squared((y + np.float32(0.02)) * np.float32(0.6))
+    hila = bump(beside * np.float32(1 / 0.15**2))
     spine = step(np.float32(0.085) - np.abs(middle), 0.04)
-    discs = _bump(_square(_wave(y * np.float32(6.3) + np.float32(anatomy.rib_phase)) * np.float32(1.0 / 0.14)))
+    discs = bump(squared(wave(y * np.float32(6.3) + np.float32(anatomy.rib_phase)) * np.float32(1.0 / 0.14)))
     spine = spine * (np.float32(1.0) - np.float32(0.55) * discs) * np.float32(0.11 * anatomy.bone)
     trachea = step(np.float32(0.05) - np.abs(middle - np.float32(0.01)), 0.05) * step(np.float32(-0.24) - y, 0.12)
     return (
@@ -358,9 +360,9 @@ def _hernia(x: Array, y: Array, finding: Finding, anatomy: Anatomy) -> tuple[Arr
     """Stomach behind the heart: a ball with air above a level fluid surface."""
     radius = (0.15 + 0.11 * finding.strength) * (0.7 + 0.3 * finding.bulk)
     centre_x, centre_y = 0.05 + 0.05 * finding.across, anatomy.diaphragm - 0.04 - 0.3 * radius
-    square = (_square(x - np.float32(centre_x)) + _square(y - np.float32(centre_y))) * np.float32(1 / radius**2)
+    square = (squared(x - np.float32(centre_x)) + squared(y - np.float32(centre_y))) * np.float32(1 / radius**2)
     inside = step(np.float32(1.0) - square, 0.25)
-    wall = _bump(_square((np.sqrt(square) - np.float32(0.92)) * np.float32(1 / 0.16)))
+    wall = bump(squared((np.sqrt(square) - np.float32(0.92)) * np.float32(1 / 0.16)))
     air = step(np.float32(0.70) - square, 0.25) * step(np.float32(centre_y - 0.1 * radius) - y, 0.02)
     added = np.float32(0.18) * inside + np.float32(0.12) * wall - np.float32(0.36 + 0.26 * finding.strength) * air
     return added, square < 1.0
@@ -374,22 +376,22 @@ def _clavicles(x: Array, y: Array, anatomy: Anatomy) -> Array:
     tube = (
         step(np.float32(0.030) - offset, 0.022) * step(ax - np.float32(0.06), 0.04) * step(np.float32(0.84) - ax, 0.06)
     )
-    rim = _bump(_square((offset - np.float32(0.024)) * np.float32(1.0 / 0.014))) * tube
+    rim = bump(squared((offset - np.float32(0.024)) * np.float32(1.0 / 0.014))) * tube
     return (np.float32(0.12) * tube + np.float32(0.08) * rim) * np.float32(anatomy.bone)
 
 
 def _soft_tissue(x: Array, ax: Array, y: Array, anatomy: Anatomy, trunk: Array) -> Array:
     """Chest wall, breasts, shoulder blades and the stomach's air bubble."""
-    breast = _bump(
-        _square((ax - np.float32(0.48)) * np.float32(1 / 0.40)) + _square((y - np.float32(0.22)) * np.float32(1 / 0.42))
+    breast = bump(
+        squared((ax - np.float32(0.48)) * np.float32(1 / 0.40)) + squared((y - np.float32(0.22)) * np.float32(1 / 0.42))
     )
     edge = step(np.float32(0.44) - y, 0.08)
     blade = step(ax - np.float32(0.70) - np.float32(0.22) * (y + np.float32(0.3)), 0.05) * step(
         np.float32(0.12) - y, 0.2
     )
-    bubble = _bump(
-        _square((x - np.float32(0.40)) * np.float32(1 / 0.20))
-        + _square((y - np.float32(anatomy.diaphragm + 0.20)) * np.float32(1 / 0.11))
+    bubble = bump(
+        squared((x - np.float32(0.40)) * np.float32(1 / 0.20))
+        + squared((y - np.float32(anatomy.diaphragm + 0.20)) * np.float32(1 / 0.11))
     )
     return (
         np.float32(anatomy.tissue) * trunk + np.float32(1.6 * anatomy.breast) * breast * edge
@@ -412,13 +414,13 @@ def _clutter(x: Array, y: Array, scene: Scene, lungs: _Lungs) -> Array:
         )
     if "nipples" in scene.clutter:  # mimics a nodule, but on both sides at one height
         height, radius = 0.20 + 0.15 * places[2], 0.035
-        square = (_square(np.abs(x) - np.float32(0.46)) + _square(y - np.float32(height))) * np.float32(1 / radius**2)
-        total += np.float32(0.14) * _bump(square)
+        square = (squared(np.abs(x) - np.float32(0.46)) + squared(y - np.float32(height))) * np.float32(1 / radius**2)
+        total += np.float32(0.14) * bump(square)
     if "fat pad" in scene.clutter:  # mimics a large heart or a small effusion
-        square = _square((x - np.float32(0.44)) * np.float32(1 / 0.20)) + _square(
+        square = squared((x - np.float32(0.44)) * np.float32(1 / 0.20)) + squared(
             (y - np.float32(0.44)) * np.float32(1 / 0.16)
         )
-        total += np.float32(0.22) * _bump(square)
+        total += np.float32(0.22) * bump(square)
     if "line" in scene.clutter:  # a tube on the chest
         path = (
             x

@@ -91,7 +91,7 @@ class Scene:
     clutter: tuple[str, ...]
 
 
-class _Draws:
+class Draws:
     """Uniform numbers in [0, 1) of one key, taken one after the other."""
 
     def __init__(self, seed: int, purpose: str, identifier: int, count: int) -> None:
@@ -119,7 +119,7 @@ def patient_of(index: int) -> int:
 def draw_scene(seed: int, index: int, difficulty: Difficulty) -> Scene:
     """The scene of study `index`. The patient decides anatomy and the chronic findings, the study pose and the rest."""
     patient = patient_of(index)
-    body = _Draws(seed, "chest phantom: patient", patient, 96)
+    body = Draws(seed, "chest phantom: patient", patient, 96)
     sex: Literal["F", "M"] = "F" if body.chance(0.5) else "M"
     age_years = int(body.between(18, 90))
     spread = difficulty.variation
@@ -134,7 +134,7 @@ def draw_scene(seed: int, index: int, difficulty: Difficulty) -> Scene:
     )  # fmt: skip
     chronic = {name: _draw_finding(name, body, difficulty) for name in ("cardiomegaly", "hernia")}
 
-    study = _Draws(seed, "chest phantom: study", index, 160)
+    study = Draws(seed, "chest phantom: study", index, 160)
     anatomy = replace(
         anatomy, tilt=study.bell(0.0, 0.035 * spread), scale=study.bell(1.0, 0.04 * spread),
         shift_x=study.bell(0.0, 0.04 * spread), shift_y=study.bell(0.0, 0.04 * spread),
@@ -159,7 +159,7 @@ def draw_scene(seed: int, index: int, difficulty: Difficulty) -> Scene:
     )  # fmt: skip
 
 
-def _draw_finding(name: str, draws: _Draws, difficulty: Difficulty) -> Finding:
+def _draw_finding(name: str, draws: Draws, difficulty: Difficulty) -> Finding:
     """Strength, truth and place of one finding. Every finding takes the same number of draws."""
     strength = draws.between(difficulty.weakest, 1.0)
     rise = (strength - difficulty.decision) / difficulty.blur

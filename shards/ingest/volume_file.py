@@ -1,0 +1,196 @@
+"""One CT volume and its masks from NIfTI files, brought to the grid and the values that a shard stores.
+
+Order of arXiv 2501.14548, 5.1: HU once, upright, resampled (image linear, masks nearest), cropped to the labelled
+anatomies with a margin. Nothing is clipped: the HU window is a choice of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from shards.errors import ConfigError
+from shards.ingest.class_map import ANATOMY_IDS, ClassMap, class_map
+from shards.ingest.nifti import ENDINGS, Rescale, hounsfield, is_nifti, read_nifti
+from shards.ingest.volume import (
+    AIR_HU,
+    Array,
+    Grid,
+    Triple,
+    Volume,
+    VolumeRefusedError,
+    label_box,
+    part_of,
+    resample,
+    stacked,
+    target_grid,
+    whole_hu,
+    with_margin,
+)
+
+CHEST_SPACING_MM: Triple = (3.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeOptions:
+    """How volumes are brought to one form.
+
+    `spacing_mm` (z, y, x): None leaves upright volumes as they are. `unknown_ids` are labels that the class map does
+    not know, `other_grid` a mask whose voxels do not lie where the volume's do.
+    """
+
+    spacing_mm: Triple | None = CHEST_SPACING_MM
+    crop: bool = True
+    class_map: str = "totalseg_v2"
+    unknown_ids: Literal["refuse", "drop"] = "refuse"
+    other_grid: Literal["refuse", "resample"] = "refuse"
+
+    def check(self) -> None:
+        """Raises ConfigError naming the option."""
+        class_map(self.class_map)
+        if self.spacing_mm is not None and not all(0.1 <= size <= 100.0 for size in self.spacing_mm):
+            raise ConfigError(
+                f"--spacing {' '.join(map(str, self.spacing_mm))}: three numbers from 0.1 to 100 mm: z y x"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReadVolume:
+    """A volume as it is stored, and what was done to it in a few numbers and words for the record."""
+
+    volume: Volume
+    provenance: dict[str, str | int | float | bool | None]
+    notes: tuple[str, ...] = ()  # reasons for what was left out of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeReader:
+    """Reads volumes and masks. Picklable: it goes to worker processes."""
+
+    options: VolumeOptions = field(default_factory=VolumeOptions)
+
+    @cached_property
+    def _classes(self) -> ClassMap:
+        return class_map(self.options.class_map)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that changes the output."""
+        return {"volume": vars(self.options), "class map version": self._classes.version}
+
+    def read(
+        self, path: Path, masks: Path | None = None, *, stated: Rescale | None = None, spacing_mm: Triple | None = None
+    ) -> ReadVolume:
+        """The volume of a file. Raises VolumeRefusedError with the reason.
+
+        `masks`: a label map, or a folder with one file a structure, named as the class map names it. `stated` and
+        `spacing_mm` come from a table beside the files: the rescale to HU, and a spacing that goes before the header's.
+        """
+        file = read_nifti(path)
+        grid = file.grid if spacing_mm is None else _with_spacing(file.grid, spacing_mm)
+        values = hounsfield(file.stored, file.rescale, stated)
+        notes: list[str] = []
+        target = target_grid(grid, self.options.spacing_mm)
+        if target.same_as(grid):
+            target = grid
+        label_maps = self._label_maps(masks, file.grid, grid, target, notes) if masks is not None else ()
+        box = label_box(label_maps)
+        if masks is not None and box is None:
+            notes.append("mask without any anatomy")
+        if box is not None and self.options.crop:
+            box = with_margin(box, target.shape)
+            within = tuple(slice(box[axis], box[axis + 3]) for axis in range(3))
+            label_maps = tuple(np.ascontiguousarray(label_map[within]) for label_map in label_maps)
+            hu = values.hu[within] if target is grid else _resampled_hu(values.hu, grid, part_of(target, box))
+        else:
+            hu = values.hu if target is grid else _resampled_hu(values.hu, grid, target)
+        provenance = {
+            "values": values.how, "voxels rounded": values.rounded, "voxels not a number": values.not_a_number,
+            "resampled": target is not grid, "cropped": box is not None and self.options.crop,
+        }  # fmt: skip
+        if masks is not None:
+            provenance["class map"] = f"{self._classes.name} {self._classes.version}"
+        volume = Volume(hu=np.ascontiguousarray(hu), spacing_mm=target.spacing_mm, label_maps=label_maps)
+        return ReadVolume(volume=volume, provenance=provenance, notes=tuple(notes))
+
+    def _label_maps(
+        self, masks: Path, as_stored: Grid, grid: Grid, target: Grid, notes: list[str]
+    ) -> tuple[Array, ...]:
+        """Label maps on `target`, ids of ANATOMY_IDS. `as_stored` is the volume's grid by its own header."""
+
+        def placed(label_map: Array, own: Grid) -> Array:
+            if own.same_as(as_stored) or own.same_as(grid):
+                own = grid
+            elif self.options.other_grid == "refuse":
+                raise VolumeRefusedError("mask of another grid")
+            return label_map if target is own else resample(label_map, own, target, nearest=True, outside=0)
+
+        if masks.is_dir():
+            structures = [(number, placed(region, own) != 0) for number, region, own in self._structures(masks, notes)]
+            return stacked(structures, target.shape)
+        stored, own = _read_labels(masks)
+        return (placed(self._anatomies(stored, notes), own),)
+
+    def _anatomies(self, stored: Array, notes: list[str]) -> Array:
+        """uint8 ids of ANATOMY_IDS of a model's label map."""
+        table, known = self._classes.table(), self._classes.known()
+        present = np.unique(stored)
+        unknown = [number for number in present.tolist() if not 0 <= number < len(known) or not known[number]]
+        if unknown:
+            if self.options.unknown_ids == "refuse":
+                raise VolumeRefusedError(f"mask ids unknown to the class map {self._classes.name}")
+            notes.append(f"mask ids unknown to the class map {self._classes.name}, left out")
+            stored = np.where(np.isin(stored, unknown), 0, stored)
+        return table[stored]
+
+    def _structures(self, folder: Path, notes: list[str]) -> Iterator[tuple[int, Array, Grid]]:
+        """(id of ANATOMY_IDS, uint8 region, grid) of each file that an anatomy takes, in the order of their names."""
+        for path in sorted(folder.iterdir()):
+            if not is_nifti(path):
+                continue
+            name = path.name[: -len(next(ending for ending in reversed(ENDINGS) if path.name.lower().endswith(ending)))]
+            if name not in self._classes.anatomy_of:
+                if self.options.unknown_ids == "refuse":
+                    raise VolumeRefusedError(f"structure unknown to the class map {self._classes.name}")
+                notes.append(f"structure unknown to the class map {self._classes.name}, left out")
+                continue
+            anatomy = self._classes.anatomy_of[name]
+            if anatomy is not None:
+                stored, own = _read_labels(path)
+                if stored.any():
+                    yield ANATOMY_IDS[anatomy], (stored != 0).astype(np.uint8), own
+
+
+def _read_labels(path: Path) -> tuple[Array, Grid]:
+    """A label map's integers. Raises VolumeRefusedError with a reason that begins with `mask`."""
+    try:
+        file = read_nifti(path)
+    except VolumeRefusedError as error:
+        raise VolumeRefusedError(f"mask: {error}") from None
+    stored = file.stored
+    if stored.dtype.kind == "f":
+        whole = np.nan_to_num(stored, nan=-1.0, posinf=-1.0, neginf=-1.0)
+        if (whole != np.floor(whole)).any():
+            raise VolumeRefusedError("mask: its values are no whole numbers")
+        stored = whole
+    slope, intercept = file.rescale
+    if (slope, intercept) != (1.0, 0.0):
+        stored = np.rint(stored * slope + intercept)
+    if stored.min() < 0 or stored.max() > 65_535:
+        raise VolumeRefusedError("mask: its values are no label ids")
+    return stored.astype(np.uint16), file.grid
+
+
+def _with_spacing(grid: Grid, spacing_mm: Triple) -> Grid:
+    """The same directions and first voxel with another spacing."""
+    scale = np.asarray(spacing_mm) / np.asarray(grid.spacing_mm)
+    return Grid(shape=grid.shape, matrix=grid.matrix * scale, origin=grid.origin)
+
+
+def _resampled_hu(hu: Array, grid: Grid, target: Grid) -> Array:
+    return whole_hu(resample(hu, grid, target, nearest=False, outside=AIR_HU))
