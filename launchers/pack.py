@@ -25,7 +25,7 @@ from shards import adopt, reader, tar_index, writer
 from shards.errors import ConfigError
 from shards.ingest import Source
 from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS, ImageLimits
-from shards.ingest.phantom_chest import SPLITS, ChestPhantom
+from shards.ingest.phantom_chest import ChestPhantom
 from shards.ingest.phantom_ct import CtPhantom
 from shards.ingest.table import TableMapping, TableSource
 from shards.manifest import Manifest
@@ -217,8 +217,8 @@ def _reports(arguments: argparse.Namespace, secret: bytes | None) -> tuple[Struc
     return Structured(secret, config), file
 
 
-def _phantom_counts(text: str) -> dict[str, int]:
-    """Studies of each split."""
+def _phantom_counts(text: str) -> tuple[int, int, int]:
+    """Studies to train, validate and test on."""
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
@@ -227,12 +227,15 @@ def _phantom_counts(text: str) -> dict[str, int]:
         counts += [max(1, counts[0] // 10), max(1, counts[0] // 5)]
     if len(counts) != 3 or min(counts) < 0:
         raise ConfigError(f"--samples {text}: write one count, or train,validation,test: 3000,300,600")
-    return dict(zip(SPLITS, counts, strict=True))
+    return counts[0], counts[1], counts[2]
 
 
 def _chest_config(arguments: argparse.Namespace) -> ChestPhantom.Config:
+    train, validation, test = _phantom_counts(arguments.samples)
     return ChestPhantom.Config(
-        **_phantom_counts(arguments.samples),
+        train=train,
+        validation=validation,
+        test=test,
         difficulty=arguments.difficulty or ChestPhantom.Config.difficulty,
         seed=arguments.seed,
         size=arguments.size,
@@ -242,9 +245,12 @@ def _chest_config(arguments: argparse.Namespace) -> ChestPhantom.Config:
 
 
 def _ct_config(arguments: argparse.Namespace) -> CtPhantom.Config:
+    train, validation, test = _phantom_counts(arguments.samples)
     depth, height, width = arguments.shape
     return CtPhantom.Config(
-        **_phantom_counts(arguments.samples),
+        train=train,
+        validation=validation,
+        test=test,
         difficulty=arguments.difficulty or CtPhantom.Config.difficulty,
         seed=arguments.seed,
         normal=arguments.normal,

@@ -109,7 +109,7 @@ class VolumeReader:
             hu = values.hu[within] if target is grid else _resampled_hu(values.hu, grid, part_of(target, box))
         else:
             hu = values.hu if target is grid else _resampled_hu(values.hu, grid, target)
-        provenance = {
+        provenance: dict[str, str | int | float | bool | None] = {
             "values": values.how, "voxels rounded": values.rounded, "voxels not a number": values.not_a_number,
             "resampled": target is not grid, "cropped": box is not None and self.options.crop,
         }  # fmt: skip
