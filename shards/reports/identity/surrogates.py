@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from shards.reports.identity import date_shift
-from shards.reports.identity.date_shift import WRITTEN, like
+from shards.reports.identity.date_shift import WRITTEN, YEAR_WITHOUT_ONE, like, moved, years_of
 from shards.reports.identity.gazetteers import HOSPITALS, PARTICLES, plain, read_list
 from shards.reports.identity.view import Identifier, Kind
 
@@ -61,7 +60,7 @@ class Surrogates:
         """
         tongue = "fr" if language == "fr" else "en"
         dates = (text[one.start : one.end] for one in identifiers if one.kind == "date")
-        year = max(date_shift.years_of(dates), default=date_shift.YEAR_WITHOUT_ONE)
+        year = max(years_of(dates), default=YEAR_WITHOUT_ONE)
         pieces: list[str] = []
         replaced = []
         length = position = 0
@@ -83,7 +82,7 @@ class Surrogates:
         *,
         patient: str,
         language: str,
-        year: int = date_shift.YEAR_WITHOUT_ONE,
+        year: int = YEAR_WITHOUT_ONE,
     ) -> str:
         """What is written instead of one identifier; `year` is that of a date without one."""
         if kind in ("patient_name", "person_name"):
@@ -197,9 +196,9 @@ class Surrogates:
         """The date moved by the patient's offset, in the form it had; other digits where no date can be read."""
         days = self.shift_days(patient)
         for more in (0, 1):  # "lundi 12" can come back to itself, for it has neither month nor year
-            moved = date_shift.moved(written, datetime.timedelta(days=days + more), language, year)
-            if moved is not None and moved != written:
-                return moved
+            shifted = moved(written, datetime.timedelta(days=days + more), language, year)
+            if shifted is not None and shifted != written:
+                return shifted
         return self._digits(written, "date", patient)
 
 
