@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import accumulate, compress, count, repeat
+from operator import itemgetter, ne
 from typing import Literal
 
 from shards.reports.identity.gazetteers import Word, gazetteer, plain
@@ -15,16 +17,21 @@ Kind = Literal[
 ]  # fmt: skip
 Layer = Literal["patient", "pattern", "gazetteer", "plugin"]
 
-_WORD = re.compile(r"[^\W\d_]+")
+_WORD = re.compile(r"([^\W\d_]+)")
+_WORD_ASCII = re.compile(r"([a-z]+)")  # the same in plain ASCII, in half the time
 LOWER, TITLE_CASE, UPPER, INITIAL = 0, 1, 2, 3
 # Letters that a scanner reads for digits, where digits surround them; patterns see the digit.
+# The letter comes first and looks back, so that the search runs over letters and not over every position.
 _MISREAD = re.compile(
-    r"(?<=\d)[olisb](?=\d)|(?<=\d{3})[olsb](?!\w)|(?<=\d[./ \-])[ol](?=\d)|(?<=\d )[olsb](?= \d)"
-    r"|(?<![\w.])[ol](?=\d[ .]\d\d[ .]\d\d)"
+    r"[olisb](?:(?<=\d.)(?=\d)|(?<=\d{3}[olsb])(?!\w)|(?<=\d[./ \-][ol])(?=\d)|(?<=\d [olsb])(?= \d)"
+    r"|(?<=[ol])(?<![\w.].)(?=\d[ .]\d\d[ .]\d\d))"
 )
 _DIGITS = str.maketrans("olisb", "01158")
 _NAMES = Word.FIRST | Word.CITY_START
+_ANY_NAME = Word.FIRST | Word.LAST | Word.CITY_START
+_NAME_LEADS = Word.TITLE | Word.ROLE | Word.KIN
 _DIGIT_RUN = re.compile(r"\d+")
+_DIGIT_RUN_ASCII = re.compile(r"[0-9]+")
 _CLOSE, _DENSE = 4, 6  # characters between digits; digits that make a phone number possible
 _TRIGGERS = (
     Word.TITLE | Word.ROLE | Word.KIN | Word.MONTH | Word.NUMBER | Word.STREET | Word.HOSPITAL | Word.DEMONYM
@@ -32,6 +39,7 @@ _TRIGGERS = (
 )  # fmt: skip
 # A line is in capitals when this share of its words of three letters or more is.
 _CAPITALS_SHARE = 0.7
+_COMMON_IN_CAPITALS = 2  # and this many of them are common words: a line of names alone says nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,76 +105,80 @@ class View:
         line_start = self.text.rfind("\n", 0, self.starts[index]) + 1
         known = self._capital_lines.get(line_start)
         if known is None:
-            line_end = self.text.find("\n", line_start)
-            first = self.first_word_from(line_start)
-            last = self.first_word_from(line_end if line_end >= 0 else len(self.text))
-            long_words = [i for i in range(first, last) if self.ends[i] - self.starts[i] > 2]
-            upper = sum(self.shapes[i] == UPPER for i in long_words)
-            common = sum(self.shapes[i] == UPPER and bool(self.flags[i] & 1) for i in long_words)
-            known = upper >= _CAPITALS_SHARE * max(1, len(long_words)) and common >= 2
-            self._capital_lines[line_start] = known
+            known = self._capital_lines[line_start] = self._is_in_capitals(line_start)
         return known
+
+    def _is_in_capitals(self, line_start: int) -> bool:
+        line_end = self.text.find("\n", line_start)
+        first = self.first_word_from(line_start)
+        stop = self.first_word_from(line_end if line_end >= 0 else len(self.text))
+        words = [i for i in range(first, stop) if self.ends[i] - self.starts[i] > 2]
+        upper = [i for i in words if self.shapes[i] == UPPER]
+        if len(upper) < _CAPITALS_SHARE * max(1, len(words)):
+            return False
+        return sum(self.flags[i] & Word.COMMON for i in upper) >= _COMMON_IN_CAPITALS
 
 
 def view_of(text: str) -> View:
     """Words, plain forms, flags and shapes of a document."""
     plain_text = plain(text)
-    flags_of = gazetteer().flags.get
-    spans = [match.span() for match in _WORD.finditer(plain_text)]
-    words = [plain_text[start:end] for start, end in spans]
-    flags = [flags_of(word, 0) for word in words]
-    shapes = [_shape(text[start:end]) if text[start] != plain_text[start] else LOWER for start, end in spans]
-    if text == plain_text or any(character.islower() for character in text):
-        _raise_lower_lines(text, spans, flags, shapes)
+    pieces = (_WORD_ASCII if plain_text.isascii() else _WORD).split(plain_text)  # gap, word, gap, ..., word, gap
+    edges = list(accumulate(map(len, pieces)))
+    words, starts, ends = pieces[1::2], edges[:-1:2], edges[1::2]
+    flags = list(map(gazetteer().flags.get, words, repeat(0)))
+    shapes = [LOWER] * len(words)
+    for index in compress(count(), map(ne, map(text.__getitem__, starts), map(itemgetter(0), words))):
+        shapes[index] = _shape(text[starts[index] : ends[index]])
+    if text == plain_text or not text.isupper():
+        _raise_lower_lines(text, starts, ends, flags, shapes)
     longest_number, dense = _numbers(plain_text)
     masked = _MISREAD.sub(lambda match: match.group().translate(_DIGITS), plain_text) if dense else plain_text
     return View(
-        text=text, plain=plain_text, masked=masked, starts=[start for start, _ in spans],
-        ends=[end for _, end in spans], words=words, flags=flags, shapes=shapes,
+        text=text, plain=plain_text, masked=masked, starts=starts, ends=ends, words=words, flags=flags, shapes=shapes,
         marked=[index for index, flag in enumerate(flags) if flag & _TRIGGERS],
         small_names=[
             index for index, flag in enumerate(flags) if flag & _NAMES and not flag & Word.COMMON and not shapes[index]
         ],
-        longest_number=longest_number,
-        dense=dense,
+        longest_number=longest_number, dense=dense,
         capitalised=[index for index, shape in enumerate(shapes) if shape],
     )  # fmt: skip
 
 
-def _raise_lower_lines(text: str, spans: list[tuple[int, int]], flags: list[int], shapes: list[int]) -> None:
+def _raise_lower_lines(text: str, starts: list[int], ends: list[int], flags: list[int], shapes: list[int]) -> None:
     """In a line without any capital, give names the shape they would have had, and unknown words beside them."""
-    named = Word.FIRST | Word.LAST | Word.CITY_START
-    first = 0
-    while first < len(spans):
-        line_end = text.find("\n", spans[first][0])
-        line_end = len(text) if line_end < 0 else line_end
-        last = first
-        capital = False
-        while last < len(spans) and spans[last][0] < line_end:
-            capital = capital or shapes[last] != LOWER
-            last += 1
-        if not capital:
-            for index in range(first, last):
-                start, end = spans[index]
-                if end - start == 1:
-                    if text[end : end + 1] == "." and index + 1 < last and not flags[index + 1] & Word.COMMON:
-                        shapes[index] = INITIAL
-                elif not flags[index] & Word.COMMON:
-                    beside = [flags[other] for other in (index - 1, index + 1) if first <= other < last]
-                    cued = any(
-                        one & (Word.TITLE | Word.ROLE | Word.KIN) or (one & named and not one & Word.COMMON)
-                        for one in beside
+    line_start = 0
+    for line in text.split("\n"):
+        line_end = line_start + len(line)
+        first, stop = bisect_left(starts, line_start), bisect_left(starts, line_end)
+        if not any(shapes[first:stop]):
+            for index in range(first, stop):
+                if not flags[index] & Word.COMMON or ends[index] - starts[index] == 1:
+                    shapes[index] = (
+                        _raised_shape(index, first, stop, flags, shapes)
+                        if ends[index] - starts[index] > 1
+                        else _raised_letter(text, ends[index], flags[index + 1] if index + 1 < stop else Word.COMMON)
                     )
-                    if flags[index] & named or cued or (index > first and shapes[index - 1] == INITIAL):
-                        shapes[index] = TITLE_CASE
-        first = last
+        line_start = line_end + 1
+
+
+def _raised_letter(text: str, end: int, flags_behind: int) -> int:
+    """Shape of a single letter: with a dot, before a word that is no common one, an initial."""
+    return INITIAL if text[end : end + 1] == "." and not flags_behind & Word.COMMON else LOWER
+
+
+def _raised_shape(index: int, first: int, stop: int, flags: list[int], shapes: list[int]) -> int:
+    """Shape of an uncommon word of a line in small letters, the words [first, stop)."""
+    beside = [flags[other] for other in (index - 1, index + 1) if first <= other < stop]
+    cued = any(one & _NAME_LEADS or (one & _ANY_NAME and not one & Word.COMMON) for one in beside)
+    behind_initial = index > first and shapes[index - 1] == INITIAL
+    return TITLE_CASE if flags[index] & _ANY_NAME or cued or behind_initial else LOWER
 
 
 def _numbers(text: str) -> tuple[int, bool]:
     """Digits in the longest run, and whether six stand close together, a letter or two between them allowed."""
     longest = count = last = 0
     dense = False
-    for match in _DIGIT_RUN.finditer(text):
+    for match in (_DIGIT_RUN_ASCII if text.isascii() else _DIGIT_RUN).finditer(text):
         start, end = match.span()
         count = count + end - start if start - last <= _CLOSE and count else end - start
         dense = dense or count >= _DENSE
