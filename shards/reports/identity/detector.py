@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import shards.reports.identity.known_patient as known_patient
 import shards.reports.identity.mentions as mentions
-import shards.reports.identity.names as names
+import shards.reports.identity.names_by_cue as names_by_cue
+import shards.reports.identity.names_by_shape as names_by_shape
 import shards.reports.identity.patterns as patterns
 import shards.reports.identity.places as places
 from shards.reports.identity.known_patient import KnownPatient
@@ -47,10 +48,10 @@ class Detector:
             places.find_addresses(view)
             patterns.find(view)
             places.find_addressed(view)
-            told |= names.find_by_cue(view)  # before cities: many towns are surnames
+            told |= names_by_cue.find(view)  # before cities: many towns are surnames
         for _, view in parts:
             places.find_cities(view)
-            told |= names.find_by_shape(view)
+            told |= names_by_shape.find(view)
         found: list[Identifier] = []
         for start, view in parts:
             mentions.find(view, told)

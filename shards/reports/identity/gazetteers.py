@@ -78,6 +78,9 @@ class Word:
     USUAL_FIRST = 131072  # a first name of the surrogates' languages: known even in lower case
     CALL = 262144  # rappeler, contacter: a name follows at once
     FINDING = 524288  # a word of the finding or anatomy vocabulary: a known name only where it stands as one
+    AUTHOR = 1048576  # validé, reviewed: a name may follow behind "par" or "by"
+    BORN = 2097152  # née, ép.: another surname of the person before
+    CLOSING = 4194304  # cordialement, sincerely: a signature may stand below
 
 
 MONTHS: dict[str, int] = {
@@ -115,6 +118,12 @@ ROLES = table("roles")
 
 KIN = table("kin")
 CALLS = table("calls")
+
+AUTHORS = table("authors")
+
+BORN = table("born")
+
+CLOSINGS = table("closings")
 
 PARTICLES = table("particles")
 
@@ -173,6 +182,7 @@ def gazetteer() -> Gazetteer:
     for entries, flag in (
         (FIRST_NAMES, Word.FIRST | Word.USUAL_FIRST),
         (TITLES, Word.TITLE), (ROLES, Word.ROLE), (KIN, Word.KIN), (CALLS, Word.CALL),
+        (AUTHORS, Word.AUTHOR | Word.COMMON), (BORN, Word.BORN | Word.COMMON), (CLOSINGS, Word.CLOSING | Word.COMMON),
         (PARTICLES, Word.PARTICLE), (MONTHS, Word.MONTH),
         (NUMBERS, Word.NUMBER), (STREETS, Word.STREET), (HOSPITALS, Word.HOSPITAL), (EPONYMS, Word.EPONYM),
         (EPONYM_HEADS, Word.EPONYM_HEAD | Word.COMMON), (STOPS, Word.STOP), (WEEKDAYS, Word.WEEKDAY),

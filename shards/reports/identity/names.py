@@ -1,662 +1,380 @@
-"""Names of persons, by context first: a title, a role, kinship, a known first name, an initial, capitals side by side.
+"""How far a name reaches once one word of it is known, and the claim of it: what all rules for names share.
 
-A word of medicine after a title is a name ("Dr Avril", "Mme Côte"); a name beside "maladie de" or "ring" is not. Names
-found by strong evidence are looked for again in the whole document.
+A name runs over first names, initials, particles and surnames joined by spaces, hyphens or apostrophes. It ends before
+words of the language, unless a title or a field makes them a name ("Dr Avril", "Nom : PETIT").
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-from shards.reports.identity.eponyms import eponym
-from shards.reports.identity.gazetteers import SHORT_TITLES, Word, table
+from shards.reports.identity.gazetteers import Word, table
 from shards.reports.identity.view import INITIAL, LOWER, TITLE_CASE, UPPER, Kind, View
 
-_NAME = Word.FIRST | Word.LAST
-_PATIENT_TITLES = table("patient_titles")
-_PATIENT_ROLES = table("patient_roles")
-_FIELD_ROLES = frozenset(["nom", "noms", "prenom", "prenoms", "name", "surname", "firstname", "lastname"])
-_TITLES_MAX = 4  # titles or initials in a row
+NAME = Word.FIRST | Word.LAST
+TITLES_MAX = 4  # titles or initials in a row
 _WORDS_MAX = 7  # a name of more words is a sentence in capitals
-_VERBS = frozenset(
-    ["est", "a", "dit", "vit", "habite", "presente", "says", "has", "lives", "was", "is", "vient", "va", "se", "quant"]
-)
-_PREPOSITIONS = frozenset(["de", "d", "du", "des", "of", "par", "l", "la", "le", "les", "the"])
-_ROLE_GAP = re.compile(
-    r"(?:\([^)\n]{1,12}\))?(?: \d{1,2})?(?: (?:by|par|de|du|le|le docteur))?\s{0,2}[:\-]?\s{0,3}(?:by|par)?[: ]{0,2}\Z"
-)
-_SPECIES = frozenset(
-    ["coli", "aureus", "pneumoniae", "albicans", "fumigatus", "tuberculosis", "influenzae", "pylori", "faecalis"]
-)
+_WORDS_BEFORE_MAX = 3  # words of a name before the one that showed it
+_LEADING_PARTICLES = table("leading_particles")
+_SHORT_FIRST_NAMES = table("short_first_names")
+_APOSTROPHES = ("'", "’")
+_JOINTS = frozenset((" ", "-", "'", "’", "  ", " -", "- ", " - "))
+_JOINTS_BEHIND_INITIAL = frozenset((".", ". ", ".-", ".\n", "\n", ". - "))
+_LIST_JOINT = re.compile(r"\s?[,;/&]\s{0,2}| - ")
 
 
-def find_by_cue(view: View) -> set[str]:
-    """Claim the names that a title, a role or kinship announces; returns their words, in plain form."""
-    strong: set[str] = set()
-    cues = Word.TITLE | Word.ROLE | Word.KIN | Word.CALL
-    for index in view.marked:
-        if view.flags[index] & cues and view.free(index):
-            _after_cue(view, index, strong)
-    for index in view.capitalised:
-        if view.words[index] in SHORT_TITLES and view.free(index):
-            _after_cue(view, index, strong)
-    return strong
+def joins(gap: str, *, behind_initial: bool = False) -> bool:
+    """Whether two words on both sides of `gap` may belong to one name."""
+    return gap in _JOINTS or (behind_initial and gap in _JOINTS_BEHIND_INITIAL)
 
 
-def find_by_shape(view: View) -> set[str]:
-    """Claim the names that no word announces; returns the words of the sure ones, in plain form."""
-    strong: set[str] = set()
-    for index in view.capitalised:
-        if view.free(index):
-            _by_shape(view, index, strong)
-    for index in view.small_names:
-        if view.flags[index] & Word.FIRST and view.free(index):
-            _in_lower_case(view, index)
-    return strong
-
-
-def _claim(view: View, first: int, last: int, kind: Kind, strong: set[str] | None) -> None:
-    start, end = view.starts[first], view.ends[last]
-    if shape_is_initial(view, last) and view.text[end : end + 1] == ".":
-        end += 1
-    view.claim(start, end, kind, "gazetteer")
-    if strong is not None:
-        for index in range(first, last + 1):
-            if view.ends[index] - view.starts[index] > 2 and not view.flags[index] & (Word.STOP | Word.PARTICLE):
-                strong.add(view.words[index])
-
-
-def shape_is_initial(view: View, index: int) -> bool:
-    """One capital letter, or two with a hyphen or dot between them seen as two words."""
-    return view.shapes[index] == INITIAL
-
-
-def _after_cue(view: View, index: int, strong: set[str]) -> None:
-    word, flag, shape = view.words[index], view.flags[index], view.shapes[index]
-    if index + 1 >= len(view.words):
-        return
-    gap = view.gap(index)
-    if flag & Word.TITLE or word in SHORT_TITLES:
-        if not re.fullmatch(r"\.? {0,3}(?:\n ?)?|\.?\s?:\s?|\.,? ?", gap):
-            return
-        if view.plain[view.starts[index] - 1 : view.starts[index]] in ("'", "-") and word not in ("dr", "docteur"):
-            return
-        following = index + 1
-        while (
-            following < min(len(view.words), index + _TITLES_MAX)
-            and view.flags[following] & Word.TITLE
-            and re.fullmatch(r"\.? ?", view.gap(following))
-        ):
-            following += 1
-        while (
-            following + 1 < len(view.words)
-            and view.words[following] in ("le", "la", "the", "interne", "radiologue")
-            and view.shapes[following] != TITLE_CASE
-            and view.flags[following + 1] & (Word.TITLE | Word.ROLE)
-        ):
-            following += 1
-        if following >= len(view.words) or view.flags[following] & Word.HOSPITAL:
-            return
-        doubtful = (
-            shape == UPPER and word in ("mr", "ms", "pr", "me", "mm", "prs") and not view.in_capitals(index)
-        ) or word in ("me", "m", "mm", "miss", "sir")
-        abbreviated = word in SHORT_TITLES and gap.startswith(".") and view.shapes[following] != LOWER
-        abbreviated = abbreviated and not view.flags[following] & Word.STOP
-        if doubtful and not abbreviated and (view.flags[following] & Word.COMMON or view.shapes[following] == LOWER):
-            return
-        if shape == LOWER and len(word) < 3 and word not in ("dr", "pr", "mr"):
-            return
-        kind: Kind = "patient_name" if word in _PATIENT_TITLES else "person_name"
-        _names_from(view, following, kind, strong, sure=True)
-        return
-    if flag & Word.CALL:
-        unknown = not view.flags[index + 1] & (Word.COMMON | Word.TITLE) and view.shapes[index + 1] in (
-            TITLE_CASE,
-            UPPER,
-        )
-        if gap == " " and unknown and not view.in_capitals(index):
-            _names_from(view, index + 1, "person_name", strong, sure=False)
-        return
-    # A role or a relative: the name follows at once, or after a colon.
-    if not _ROLE_GAP.match(gap):
-        return
-    colon = ":" in gap
+def joined_next(view: View, index: int) -> int | None:
+    """The word behind `index` if it may belong to the same name."""
     following = index + 1
-    if view.flags[following] & (Word.TITLE | Word.ROLE):
-        return
-    if "\n" in gap and not colon:
-        return
-    kind = "patient_name" if word in _PATIENT_ROLES else "person_name"
-    if flag & Word.KIN and not colon and view.shapes[following] == LOWER:
-        return
-    if not colon and (
-        view.flags[following] & Word.COMMON
-        and not (view.flags[following] & Word.FIRST and view.shapes[following] == TITLE_CASE)
-    ):
-        return
-    if (
-        not colon
-        and not view.flags[following] & Word.FIRST
-        and not (
-            following + 1 < len(view.words)
-            and view.gap(following) in (" ", "-", ". ", ".")
-            and view.shapes[following + 1] != LOWER
-            and not view.flags[following + 1] & Word.COMMON
+    if following < len(view.words) and joins(view.gap(index), behind_initial=view.shapes[index] == INITIAL):
+        return following
+    return None
+
+
+def claim(view: View, first: int, last: int, kind: Kind, told: set[str] | None) -> None:
+    """Claim words [first, last]; their plain forms enter `told` where that is given."""
+    end = view.ends[last]
+    if view.shapes[last] == INITIAL and view.text[end : end + 1] == ".":
+        end += 1
+    view.claim(view.starts[first], end, kind, "gazetteer")
+    if told is not None:
+        told.update(
+            view.words[index]
+            for index in range(first, last + 1)
+            if view.ends[index] - view.starts[index] > 2 and not view.flags[index] & (Word.STOP | Word.PARTICLE)
         )
-    ):
-        return
-    if not colon and view.flags[following] & Word.EPONYM and not view.flags[following] & Word.FIRST:
-        return
-    if not colon and view.in_capitals(index) and not view.flags[following] & _NAME:
-        return
-    if (
-        not colon
-        and view.shapes[following] == UPPER
-        and len(view.words[following]) < 4
-        and not view.flags[following] & _NAME
-    ):
-        return
-    field = colon and word in _FIELD_ROLES
-    _names_from(view, following, kind, strong, sure=field, listed=colon)
 
 
-def _names_from(view: View, index: int, kind: Kind, strong: set[str], *, sure: bool, listed: bool = False) -> None:
+def claim_from(view: View, index: int, kind: Kind, told: set[str], *, sure: bool, listed: bool = False) -> None:
     """Claim the name that begins at word `index`, and further ones joined by a comma, "et" or "and".
 
     `sure`: even a common word is a name here. `listed`: after a colon, where names may be written in lower case.
     """
-    last = _name_end(view, index, sure=sure, lower=listed or sure)
+    last = name_end(view, index, sure=sure, lower=listed or sure)
     if last is None:
         return
-    _claim(view, index, last, kind, strong)
-    _continue_list(view, last, kind, strong, listed=listed, sure=sure)
+    claim(view, index, last, kind, told)
+    claim_list(view, last, kind, told, listed=listed, sure=sure)
 
 
-def _continue_list(view: View, last: int, kind: Kind, strong: set[str], *, listed: bool, sure: bool) -> None:
-    """Further names after word `last`."""
-    while last + 1 < len(view.words):
-        gap = view.gap(last)
-        following = last + 1
-        if view.words[following] in ("et", "and") and gap == " " and following + 1 < len(view.words):
-            gap, following = ",", following + 1
-        if not re.fullmatch(r"\s?[,;/&]\s{0,2}", gap) or view.flags[following] & (Word.TITLE | Word.ROLE | Word.STOP):
+def claim_list(view: View, last: int, kind: Kind, told: set[str], *, listed: bool = False, sure: bool = False) -> None:
+    """Claim further names behind the one that ends at word `last`."""
+    while True:
+        following = _next_in_list(view, last)
+        if following is None:
             return
-        known = view.flags[following] & Word.FIRST and (
-            not view.flags[following] & Word.COMMON
-            or (listed and following + 1 < len(view.words) and view.flags[following + 1] & _NAME)
-        )
-        name_like = (
-            view.shapes[following] != LOWER
-            and not view.flags[following] & Word.COMMON
-            and not view.in_capitals(following)
-        )
-        if not (known or name_like or view.shapes[following] == INITIAL):
+        end = _listed_end(view, following, listed=listed, sure=sure)
+        if end is None:
             return
-        end = _name_end(view, following, sure=False, lower=listed)
-        if end is None or (end == following and not known and view.shapes[following] == INITIAL):
-            return
-        if end == following and not known and not view.flags[following] & _NAME and not listed and not sure:
-            return
-        _claim(view, following, end, kind, strong)
+        claim(view, following, end, kind, told)
         last = end
 
 
-def _joins(gap: str, initial: bool) -> bool:
-    """Whether two words on both sides of `gap` may belong to one name."""
-    return gap in (" ", "-", "'", "’", "  ", " -", "- ", " - ") or (
-        initial and gap in (".", ". ", ".-", ".\n", "\n", ". - ")
-    )
+def claim_around(view: View, index: int, told: set[str] | None) -> None:
+    """Claim the name that word `index` belongs to, with the surname before it in either order."""
+    last = name_end(view, index, sure=True, lower=False)
+    if last is not None:
+        claim(view, _name_start(view, index), last, "person_name", told)
 
 
-def _name_end(view: View, index: int, *, sure: bool, lower: bool) -> int | None:
+# --- names in a row ---
+
+
+def _next_in_list(view: View, last: int) -> int | None:
+    """First word of what a comma, a slash, "et" or "and" joins to the name that ends at `last`."""
+    following = last + 1
+    if following >= len(view.words):
+        return None
+    gap = view.gap(last)
+    if view.words[following] in ("et", "and") and gap == " " and following + 1 < len(view.words):
+        gap, following = ",", following + 1
+    if not _LIST_JOINT.fullmatch(gap) or view.flags[following] & (Word.TITLE | Word.ROLE | Word.STOP):
+        return None
+    return following
+
+
+def _listed_end(view: View, index: int, *, listed: bool, sure: bool) -> int | None:
+    """Last word of the name at `index` of a list, None where no name is."""
+    flag, shape = view.flags[index], view.shapes[index]
+    before_name = index + 1 < len(view.words) and view.flags[index + 1] & NAME
+    known = flag & Word.FIRST and (not flag & Word.COMMON or (listed and before_name))
+    looks_like_one = shape != LOWER and not flag & Word.COMMON and not view.in_capitals(index)
+    if not (known or looks_like_one or shape == INITIAL):
+        return None
+    end = name_end(view, index, sure=False, lower=listed)
+    if end != index or known:
+        return end
+    # One word alone: an initial is none, an unknown word one only where names were announced.
+    return end if shape != INITIAL and (flag & NAME or listed or sure) else None
+
+
+# --- forwards ---
+
+
+def name_end(view: View, index: int, *, sure: bool, lower: bool) -> int | None:
     """Last word of the name that begins at `index`, or None when no name does."""
-    flags, shapes, words = view.flags, view.shapes, view.words
-    capitals = view.in_capitals(index)
+    reading = _Reading(view=view, begin=index, position=index, sure=sure, lower=lower)
+    while reading.position < len(view.words) and reading.position - index < _WORDS_MAX and reading.takes_word():
+        pass
+    if reading.last is None or all(_is_initials(view, word) for word in range(index, reading.last + 1)):
+        return None  # initials alone are what published cases leave of a name: they point at nobody
+    return reading.last
+
+
+def _is_initials(view: View, index: int) -> bool:
+    length = len(view.words[index])
+    return length == 1 or (length == 2 and view.shapes[index] == UPPER and not view.flags[index] & NAME)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Reading:
+    """A name being read word by word: `last` is the last word that belongs to it, `position` the next to look at."""
+
+    view: View
+    begin: int
+    position: int
+    sure: bool  # even a common word is a name here
+    lower: bool  # names may be written in lower case
     last: int | None = None
-    position = index
-    firsts_only = True
-    while position < len(words) and position - index < _WORDS_MAX:
-        if not view.free(position):
-            break
-        if position > index:
-            gap = view.gap(position - 1)
-            if not _joins(gap, shapes[position - 1] == INITIAL):
-                comma = (
-                    gap in (", ", ",")
-                    and last == index
-                    and shapes[index] in (UPPER, TITLE_CASE)
-                    and (
-                        flags[position] & Word.FIRST and not flags[position] & Word.COMMON and shapes[position] != LOWER
-                    )
-                )
-                if not comma:
-                    break
-        flag, shape = flags[position], shapes[position]
-        hyphen = position > index and view.gap(position - 1) in ("-", "'", "’")
-        if shape == LOWER:
-            if flag & Word.PARTICLE and position + 1 < len(words) and _joins(view.gap(position), False):
-                following = shapes[position + 1]
-                if (
-                    last is not None
-                    or sure
-                    or view.words[position] in ("de", "van", "von", "el", "al", "d", "l", "ben")
-                ) and (
-                    following in (TITLE_CASE, UPPER)
-                    or (lower and flags[position + 1] & _NAME and not flags[position + 1] & Word.COMMON)
-                    or (
-                        flags[position + 1] & Word.PARTICLE
-                        and position + 2 < len(words)
-                        and shapes[position + 2] in (TITLE_CASE, UPPER)
-                    )
-                ):
-                    position += 1
-                    continue
-            if hyphen and last is not None and not flag & Word.STOP:
-                last, position = position, position + 1
-                continue
-            if not lower:
-                break
-            dotted = (
-                view.ends[position] - view.starts[position] == 1
-                and view.text[view.ends[position] : view.ends[position] + 1] == "."
-            )
-            if (
-                dotted
-                and position + 1 < len(words)
-                and view.gap(position) in (".", ". ")
-                and not flags[position + 1] & Word.COMMON
-            ):
-                last, position = position + 1, position + 2  # "r. poumonet"
-                continue
-            in_mixed = last is not None and shapes[last] != LOWER
-            if in_mixed or (flag & Word.COMMON and not (last is not None and flag & _NAME)) or flag & Word.STOP:
-                break
-            if not flag & _NAME and (last is None and not sure):
-                break
-            if last is not None and not flag & _NAME and position - index > 1:
-                break
-            last, position = position, position + 1
-            continue
-        if (
-            shape == INITIAL
-            and flag & Word.STOP
-            and view.text[view.ends[position] : view.ends[position] + 1] != "."
-            and position > index
-        ):
-            break
-        if flag & Word.PARTICLE and position > index and shape in (TITLE_CASE, UPPER) and position + 1 < len(words):
-            after = position + 1  # "Durègne Le Martelleur"
-            if (
-                _joins(view.gap(position), False)
-                and shapes[after] != LOWER
-                and (not flags[after] & Word.COMMON or flags[after] & _NAME)
-            ):
-                last, position = after, after + 1
-                firsts_only = False
-                continue
-        if (
-            flag & Word.STOP
-            and shape != INITIAL
-            and not (flag & _NAME and not capitals and shape == TITLE_CASE and flag & Word.FIRST)
-        ):
-            break
-        if flag & (Word.TITLE | Word.ROLE) and position > index and not hyphen and not flag & _NAME:
-            break
-        if flag & Word.COMMON and not hyphen and shape != INITIAL:
-            if position == index:
-                if not sure and not flag & _NAME:
-                    break
-                if not sure and (
-                    capitals
-                    or not (
-                        position + 1 < len(words)
-                        and _joins(view.gap(position), False)
-                        and shapes[position + 1] not in (LOWER,)
-                        and not (flags[position + 1] & Word.COMMON and not flags[position + 1] & _NAME)
-                    )
-                ):
-                    break
-            else:
-                named = flag & _NAME
-                if capitals:
-                    if not named:
-                        break
-                elif (
-                    not named
-                    and not (firsts_only and shape in (TITLE_CASE, UPPER) and not flag & Word.MONTH)
-                    and not (
-                        shape == UPPER
-                        and last is not None
-                        and shapes[last] == TITLE_CASE
-                        and len(words[position]) > 3
-                        and not _medical_upper(view, position)
-                    )
-                ):
-                    break
-                if not named and position - index >= 3:
-                    break
-        if (
-            shape == UPPER
-            and position > index
-            and not flag & _NAME
-            and len(words[position]) < 4
-            and not flag & Word.PARTICLE
-            and not hyphen
-            and shapes[position - 1] == TITLE_CASE
-            and not firsts_only
-        ):
-            break
-        if flag & Word.STREET and not flag & _NAME:
-            break
-        if shape != INITIAL and not flag & Word.FIRST:
-            firsts_only = False
-        last, position = position, position + 1
-    if last is None:
-        return None
-    # Initials alone are what published cases leave of a name: they point at nobody.
-    if all(
-        len(words[i]) == 1 or (shapes[i] == UPPER and len(words[i]) == 2 and not flags[i] & _NAME)
-        for i in range(index, last + 1)
-    ):
-        return None
-    return last
+    firsts_only: bool = True  # first names and initials so far: a surname is still to come
 
+    def takes_word(self) -> bool:
+        """Take the next word, or the next ones where they go together; False where the name ends before it."""
+        if not self.view.free(self.position) or not self._is_joined():
+            return False
+        return self._takes_small() if self.view.shapes[self.position] == LOWER else self._takes_capitalised()
 
-def _medical_upper(view: View, index: int) -> bool:
-    """An acronym rather than a name in capitals."""
-    return view.ends[index] - view.starts[index] <= 4 and not view.flags[index] & _NAME
+    def _take(self, count: int = 1) -> bool:
+        self.last = self.position + count - 1
+        self.position += count
+        return True
 
+    def _is_joined(self) -> bool:
+        view, position = self.view, self.position
+        if position == self.begin:
+            return True
+        gap, before = view.gap(position - 1), position - 1
+        short = gap in (". ", ".") and view.words[before] in _SHORT_FIRST_NAMES and view.shapes[before] == TITLE_CASE
+        return joins(gap, behind_initial=view.shapes[before] == INITIAL) or short or self._is_behind_comma(gap)
 
-def _claim_with_initial(view: View, index: int, strong: set[str]) -> None:
-    """An initial without a dot, and the name behind it."""
-    _claim_around(view, index + 1, strong)
-    if view.free(index):
-        view.claim(view.starts[index], view.ends[index], "person_name", "gazetteer")
-
-
-def _in_lower_case(view: View, index: int) -> None:
-    """A known first name in lower case beside another word that is no common one: "mirella rousset"."""
-    if len(view.words[index]) < 4 or eponym(view, index):
-        return
-    for other in (index + 1, index - 1):
-        if not 0 <= other < len(view.words) or view.gap(min(index, other)) not in (" ", "-") or not view.free(other):
-            continue
-        flag = view.flags[other]
-        usual = view.flags[index] & Word.USUAL_FIRST and not flag & Word.COMMON
-        known = (flag & _NAME or usual) and not flag & Word.STOP
-        if view.shapes[other] == LOWER and len(view.words[other]) > 2 and known and not flag & Word.EPONYM_HEAD:
-            first, last = min(index, other), max(index, other)
-            view.claim(view.starts[first], view.ends[last], "person_name", "gazetteer")
-            return
-
-
-def _by_shape(view: View, index: int, strong: set[str]) -> None:
-    """Names without a cue: known first names, initials with a name, a word in capitals beside a capitalised one."""
-    flags, shapes = view.flags, view.shapes
-    flag, shape = flags[index], shapes[index]
-    following = index + 1 if index + 1 < len(view.words) else None
-    joined = following is not None and _joins(view.gap(index), shape == INITIAL)
-    unknown_next = joined and following is not None and not flags[following] & Word.COMMON
-    if flag & Word.COMMON and not flag & Word.FIRST and shape != INITIAL and not unknown_next:
-        return  # most capitals of a report: the first word of a sentence
-    if eponym(view, index):
-        return
-    capitals = view.in_capitals(index)
-    # "D SAMCHA": an initial without its dot, before capitals that nobody knows.
-    if shape == INITIAL and following is not None and shapes[following] == UPPER and view.gap(index) == " ":
-        if not capitals and len(view.words[following]) > 3 and not flags[following] & (Word.COMMON | Word.EPONYM):
-            _claim_with_initial(view, index, strong)
-            return
-    elif shape == INITIAL and following is not None and shapes[following] == TITLE_CASE and view.gap(index) == " ":
-        around = view.text[max(0, view.starts[index] - 1) : view.starts[index]] + view.gap(following)[:1]
-        if around in ("\n", "\n\n") and not flags[following] & (Word.COMMON | Word.EPONYM):
-            _claim_with_initial(view, index, strong)
-            return
-    # An initial and a name: "C. Carlizian", "P.E. Jilliot", "R-L. BOULEVANT".
-    if shape == INITIAL:
-        dotted = view.text[view.ends[index] : view.ends[index] + 1] in (".", "-")
-        if not dotted or (index and view.gap(index - 1) in ("'", "’", ".", "-") and shapes[index - 1] != INITIAL):
-            return
-        end = index
-        while (
-            end + 1 < min(len(view.words), index + _TITLES_MAX)
-            and shapes[end + 1] == INITIAL
-            and view.gap(end) in (".", "-", ".-", ". ")
-        ):
-            end += 1
-        target = end + 1
-        if (
-            target < len(view.words)
-            and view.gap(end) in (". ", ".", ".\n", "-", ".  ")
-            and shapes[target] in (TITLE_CASE, UPPER)
-        ):
-            if flags[target] & Word.COMMON and not flags[target] & _NAME:
-                return
-            if len(view.words[target]) < 3 and not flags[target] & Word.PARTICLE:
-                return
-            if view.gap(end) == "-" or (capitals and flags[target] & Word.COMMON) or view.words[target] in _SPECIES:
-                return
-            if (
-                flags[target] & Word.COMMON
-                and end == index
-                and not (flags[target] & Word.LAST and shapes[target] == UPPER)
-            ):
-                return
-            last = _name_end(view, target, sure=False, lower=False)
-            last = last if last is not None else target
-            _claim(view, index, last, "person_name", strong)
-            _continue_list(view, last, "person_name", strong, listed=False, sure=False)
-        return
-    if flag & Word.STOP or view.ends[index] - view.starts[index] < 3:
-        return
-    first_name = flag & Word.FIRST
-    common = flag & Word.COMMON
-    # A known first name, unless it is also a word and nothing beside it says otherwise.
-    named_next = (
-        joined
-        and following is not None
-        and shapes[following] in (TITLE_CASE, UPPER)
-        and not flags[following] & (Word.COMMON | Word.EPONYM)
-    )
-    if (
-        first_name
-        and not common
-        and shape == UPPER
-        and len(view.words[index]) <= 5
-        and not named_next
-        and not (joined and following is not None and flags[following] & _NAME and shapes[following] == UPPER)
-        and not (index and shapes[index - 1] != LOWER)
-    ):
-        return
-    if (
-        first_name
-        and not common
-        and (
-            not flag & Word.EPONYM or named_next or (joined and following is not None and flags[following] & Word.LAST)
+    def _is_behind_comma(self, gap: str) -> bool:
+        """A first name behind a surname of one word and a comma: "KERVADEC, Yann"."""
+        view, flag = self.view, self.view.flags[self.position]
+        return (
+            gap in (", ", ",")
+            and self.last == self.begin
+            and view.shapes[self.begin] in (UPPER, TITLE_CASE)
+            and flag & (Word.FIRST | Word.COMMON) == Word.FIRST
+            and view.shapes[self.position] != LOWER
         )
-        and (shape == TITLE_CASE or not flag & Word.CITY_START)
-    ):
-        _claim_around(view, index, strong)
-        return
-    if capitals and not common and (flag & _NAME or (joined and following is not None and flags[following] & _NAME)):
-        # In capitals a name shows only by the company of another word that is no common one.
-        beside = [
-            place
-            for place, gap in ((index - 1, view.gap(index - 1) if index else ""), (index + 1, view.gap(index)))
-            if 0 <= place < len(view.words) and gap in (" ", "-", ", ") and view.free(place)
-        ]
-        if len(view.words[index]) > 3 and any(
-            len(view.words[place]) > 2
-            and (not flags[place] & Word.COMMON or flags[place] & Word.FIRST)
-            and not flags[place] & (Word.STOP | Word.EPONYM_HEAD | Word.PARTICLE)
-            for place in beside
-        ):
-            _claim_around(view, index, strong)
-            return
-    if first_name and common:
-        before_named = (
-            index > 0
-            and view.gap(index - 1) in (" ", ", ")
-            and (shapes[index - 1] == UPPER or (shapes[index - 1] == TITLE_CASE and flags[index - 1] & Word.LAST))
-            and len(view.words[index - 1]) > 3
-            and not flags[index - 1] & (Word.COMMON | Word.EPONYM)
+
+    def _is_hyphened(self) -> bool:
+        return self.position > self.begin and self.view.gap(self.position - 1) in ("-", *_APOSTROPHES)
+
+    # Words in lower case.
+
+    def _takes_small(self) -> bool:
+        flag = self.view.flags[self.position]
+        if flag & Word.PARTICLE and self._particle_leads_on():
+            self.position += 1  # it belongs to the name only with what follows
+            return True
+        if self._is_hyphened() and self.last is not None and not flag & Word.STOP:
+            return self._take()
+        if not self.lower:
+            return False
+        if self._is_small_initial():
+            return self._take(2)
+        return self._may_be_small_name() and self._take()
+
+    def _particle_leads_on(self) -> bool:
+        """Whether a name follows the particle at hand: "van der Berg", "de La Tour"."""
+        view, after = self.view, self.position + 1
+        if after >= len(view.words) or not joins(view.gap(self.position)):
+            return False
+        if self.last is None and not self.sure and view.words[self.position] not in _LEADING_PARTICLES:
+            return False
+        if view.shapes[after] in (TITLE_CASE, UPPER):
+            return True
+        if view.flags[after] & Word.PARTICLE and after + 1 < len(view.words):
+            return view.shapes[after + 1] in (TITLE_CASE, UPPER)
+        return self.lower and bool(view.flags[after] & NAME) and not view.flags[after] & Word.COMMON
+
+    def _is_small_initial(self) -> bool:
+        """ "r. poumonet": a letter with a dot, before a word that is no common one."""
+        view, position = self.view, self.position
+        return (
+            len(view.words[position]) == 1
+            and view.gap(position) in (".", ". ")
+            and position + 1 < len(view.words)
+            and not view.flags[position + 1] & Word.COMMON
         )
-        surname_next = (
-            joined
-            and following is not None
-            and shapes[following] != LOWER
-            and flags[following] & Word.LAST
-            and not flags[following] & Word.COMMON
+
+    def _may_be_small_name(self) -> bool:
+        flag = self.view.flags[self.position]
+        if flag & Word.STOP:
+            return False
+        if self.last is None:
+            return not flag & Word.COMMON and bool(flag & NAME or self.sure)
+        if self.view.shapes[self.last] != LOWER:
+            return False  # a name that began with a capital goes on with one
+        if flag & NAME:
+            return True
+        return not flag & Word.COMMON and self.position - self.begin <= 1
+
+    # Words with a capital.
+
+    def _takes_capitalised(self) -> bool:
+        view, position = self.view, self.position
+        if self._is_particle_in_capitals():
+            self.firsts_only = False
+            return self._take(2)
+        if not self._may_be_part():
+            return False
+        if view.shapes[position] != INITIAL and not view.flags[position] & Word.FIRST:
+            self.firsts_only = False
+        return self._take()
+
+    def _is_particle_in_capitals(self) -> bool:
+        """ "Durègne Le Martelleur": a particle with a capital, before a word that may be a name."""
+        view, position, after = self.view, self.position, self.position + 1
+        return (
+            position > self.begin
+            and bool(view.flags[position] & Word.PARTICLE)
+            and view.shapes[position] in (TITLE_CASE, UPPER)
+            and after < len(view.words)
+            and joins(view.gap(position))
+            and view.shapes[after] != LOWER
+            and (not view.flags[after] & Word.COMMON or bool(view.flags[after] & NAME))
         )
-        title_next = (
-            joined
-            and following is not None
-            and not capitals
-            and shape == TITLE_CASE
-            and shapes[following] == TITLE_CASE
-            and len(view.words[following]) > 3
-            and not flags[following] & (Word.STOP | Word.ROLE | Word.EPONYM | Word.MONTH)
-            and (following + 1 >= len(view.words) or shapes[following + 1] != TITLE_CASE or view.gap(following) != " ")
+
+    def _may_be_part(self) -> bool:
+        view, position = self.view, self.position
+        flag, shape = view.flags[position], view.shapes[position]
+        begins = position == self.begin
+        if shape == INITIAL:
+            return begins or not flag & Word.STOP or view.text[view.ends[position] : view.ends[position] + 1] == "."
+        if flag & Word.STOP and not self._is_first_name_for_sure():
+            return False
+        if flag & Word.STREET and not flag & NAME:
+            return False
+        if self._is_hyphened():
+            return True
+        if flag & (Word.TITLE | Word.ROLE) and not begins and not flag & NAME:
+            return False
+        if flag & Word.COMMON and not (self._common_may_begin() if begins else self._common_may_continue()):
+            return False
+        return begins or not self._is_acronym()
+
+    def _is_first_name_for_sure(self) -> bool:
+        """A first name that is also a stop word ("Marc", "Nina"), as no heading writes it."""
+        view, position = self.view, self.position
+        capitals = view.in_capitals(position)
+        return bool(view.flags[position] & Word.FIRST) and view.shapes[position] == TITLE_CASE and not capitals
+
+    def _common_may_begin(self) -> bool:
+        """A common word opens a name after a title or field, or where it is also a name and a surname follows."""
+        view, position, after = self.view, self.position, self.position + 1
+        if self.sure:
+            return True
+        if not view.flags[position] & NAME or view.in_capitals(self.begin) or after >= len(view.words):
+            return False
+        follows = joins(view.gap(position)) and view.shapes[after] != LOWER
+        return follows and not (view.flags[after] & Word.COMMON and not view.flags[after] & NAME)
+
+    def _common_may_continue(self) -> bool:
+        """A common word goes on with a name where it is also a name, or is the surname behind first names."""
+        view, position = self.view, self.position
+        flag, shape = view.flags[position], view.shapes[position]
+        if flag & NAME:
+            return True
+        if view.in_capitals(self.begin) or position - self.begin >= 3:
+            return False
+        if self.firsts_only and not flag & Word.MONTH:
+            return True
+        behind_title_case = self.last is not None and view.shapes[self.last] == TITLE_CASE
+        return shape == UPPER and behind_title_case and view.ends[position] - view.starts[position] > 4
+
+    def _is_acronym(self) -> bool:
+        """Short, in capitals, unknown, behind a whole name: "Jean Dupont IRM"."""
+        view, position = self.view, self.position
+        return (
+            view.shapes[position] == UPPER
+            and len(view.words[position]) < 4
+            and not view.flags[position] & (NAME | Word.PARTICLE)
+            and view.shapes[position - 1] == TITLE_CASE
+            and not self.firsts_only
         )
-        # "Gagnon Camille" alone on a line or between identifiers.
-        lines = (
-            index > 0
-            and shape == TITLE_CASE
-            and shapes[index - 1] == TITLE_CASE
-            and view.gap(index - 1) == " "
-            and not flags[index - 1] & (Word.COMMON | Word.EPONYM)
-            and (index == 1 or "\n" in view.gap(index - 2) or ":" in view.gap(index - 2))
-            and re.match(r"\s*(?:\n|$|[,(|]|\0)", view.masked[view.ends[index] : view.ends[index] + 3]) is not None
-        )
-        before_named = before_named or lines
-        inside = (
-            _inside_sentence(view, index)
-            and shape == TITLE_CASE
-            and not flag & (Word.EPONYM | Word.MONTH | Word.STREET)
-        )
-        acts = (
-            shape == TITLE_CASE
-            and not capitals
-            and following is not None
-            and view.words[following] in _VERBS
-            and shapes[following] == LOWER
-            and view.gap(index) == " "
-        )
-        if (
-            (inside and not capitals)
-            or acts
-            or before_named
-            or title_next
-            or surname_next
-            or (named_next and not capitals)
-        ):
-            _claim_around(view, index, strong)
-            return
-    # A word with a capital inside a line, or beside an identifier, before one nobody knows: "..., Perle Defoe, 1985".
-    if (
-        common
-        and named_next
-        and not capitals
-        and shape == TITLE_CASE
-        and not flag & (Word.ROLE | Word.TITLE | Word.HOSPITAL | Word.EPONYM_HEAD | Word.MONTH | Word.STREET)
-    ):
-        before = view.masked[max(0, view.starts[index] - 3) : view.starts[index]]
-        after = view.masked[view.ends[index + 1] : view.ends[index + 1] + 3]
-        if "\0" in before or "\0" in after or re.search(r"^[¦|]|[¦|] $", before):
-            _claim_around(view, index, strong)
-            return
-    if common or not joined or following is None:
-        if (
-            not common
-            and flag & Word.LAST
-            and not flag & (Word.EPONYM | Word.CITY_START)
-            and _inside_sentence(view, index)
-            and not capitals
-        ):
-            _claim_around(view, index, None)
-        return
-    # Two words nobody knows side by side, one in capitals and one not; or both capitalised inside a sentence or a list.
-    other, other_shape = flags[following], shapes[following]
-    if (
-        shape == UPPER
-        and other_shape == INITIAL
-        and view.text[view.ends[following] : view.ends[following] + 1] == "."
-        and len(view.words[index]) > 3
-        and not flag & Word.CITY_START
-    ):
-        _claim(view, index, following, "person_name", None)
-        return
-    if capitals or other & Word.COMMON or len(view.words[following]) < 3 or other_shape in (LOWER, INITIAL):
-        return
-    if flag & Word.EPONYM or other & Word.EPONYM or eponym(view, following):
-        return
-    mixed = {shape, other_shape} == {UPPER, TITLE_CASE}
-    upper_length = (
-        len(view.words[index] if shape == UPPER else view.words[following]) if UPPER in (shape, other_shape) else 9
-    )
-    if (
-        (mixed and upper_length > 3)
-        or (not mixed and (flag | other) & _NAME)
-        or (not mixed and shape == TITLE_CASE and view.gap(index) == " ")
-    ):
-        _claim_around(view, index, None if not mixed else strong)
 
 
-def _inside_sentence(view: View, index: int) -> bool:
-    return (
-        index > 0
-        and view.shapes[index] == TITLE_CASE
-        and view.words[index - 1] not in _PREPOSITIONS
-        and view.gap(index - 1) in (" ", ", ")
-        and view.shapes[index - 1] == LOWER
-    )
+# --- backwards ---
 
 
-def _claim_around(view: View, index: int, strong: set[str] | None) -> None:
-    """Claim the name that word `index` belongs to, with the last name before it in either order."""
-    last = _name_end(view, index, sure=True, lower=False)
-    if last is None:
-        return
+def _name_start(view: View, index: int) -> int:
+    """First word of the name that word `index` belongs to."""
     first = index
-    capitals = view.in_capitals(index)
-    while first > 0 and index - first < 3 and view.free(first - 1):
-        before = first - 1
-        gap = view.gap(before)
-        flag, shape = view.flags[before], view.shapes[before]
-        comma = gap in (", ", ",") and shape == UPPER and not flag & Word.COMMON
-        if not comma and gap not in (" ", "-", "  ", "'", "’"):
+    while first > 0 and index - first < _WORDS_BEFORE_MAX and view.free(first - 1):
+        if not _may_stand_before(view, first, index):
             break
-        if flag & (Word.STOP | Word.TITLE | Word.ROLE | Word.HOSPITAL | Word.STREET) and gap != "-":
-            break
-        if (
-            flag & Word.PARTICLE
-            and first < index
-            and before > 0
-            and view.shapes[before - 1] in (UPPER, TITLE_CASE)
-            and not view.flags[before - 1] & Word.COMMON
-        ):
-            first = before
-            continue
-        if shape == LOWER or (shape == INITIAL and gap not in ("-", "'", "’")):
-            break
-        if flag & Word.COMMON and gap != "-":
-            named = flag & _NAME
-            upper_last = (
-                shape == UPPER
-                and view.shapes[index] == TITLE_CASE
-                and not capitals
-                and len(view.words[before]) > 2
-                and (named or len(view.words[before]) > 4)
-            )
-            if not upper_last and not (
-                named
-                and not capitals
-                and shape == TITLE_CASE
-                and before > 0
-                and view.gap(before - 1) not in (". ", "\n")
-            ):
-                break
-        if shape == UPPER and not flag & _NAME and len(view.words[before]) < 4 and gap != "-":
-            break
-        first = before
-    _claim(view, first, last, "person_name", strong)
+        first -= 1
+    return first
+
+
+def _may_stand_before(view: View, first: int, index: int) -> bool:
+    """Whether the word before `first` belongs to the name that word `index` showed."""
+    before = first - 1
+    gap, flag, shape = view.gap(before), view.flags[before], view.shapes[before]
+    if gap not in (" ", "-", "  ", *_APOSTROPHES) and not _is_surname_with_comma(view, before, gap):
+        return False
+    hyphen = gap == "-"
+    if flag & Word.PARTICLE and (_is_inner_particle(view, before, first, index) or _is_leading(view, before)):
+        return True
+    if flag & (Word.STOP | Word.TITLE | Word.ROLE | Word.HOSPITAL | Word.STREET) and not hyphen:
+        return False
+    if shape == LOWER or (shape == INITIAL and gap not in ("-", *_APOSTROPHES)):
+        return False
+    if flag & Word.COMMON and not hyphen and not _is_surname_of(view, before, index):
+        return False
+    return shape != UPPER or bool(flag & NAME) or len(view.words[before]) >= 4 or hyphen
+
+
+def _is_surname_with_comma(view: View, before: int, gap: str) -> bool:
+    """ "KERVADEC, Yann" anywhere; "Kervadec, Yann" where a line begins with it."""
+    if gap not in (", ", ",") or view.flags[before] & Word.COMMON:
+        return False
+    opens_line = not before or "\n" in view.gap(before - 1) or ":" in view.gap(before - 1)
+    unknown = not view.flags[before] & (Word.CITY_START | Word.EPONYM)
+    return view.shapes[before] == UPPER or (view.shapes[before] == TITLE_CASE and opens_line and unknown)
+
+
+def _is_inner_particle(view: View, before: int, first: int, index: int) -> bool:
+    """A particle between two words of the name: "Bossche van den Yann"."""
+    if first == index or not before or view.flags[before] & Word.STOP:
+        return False
+    return view.shapes[before - 1] in (UPPER, TITLE_CASE) and not view.flags[before - 1] & Word.COMMON
+
+
+def _is_leading(view: View, before: int) -> bool:
+    """ "LE GOFF Yann", "Van den Bossche": a particle in the capitals of the surname it opens."""
+    shape = view.shapes[before]
+    if shape == UPPER:
+        return view.shapes[before + 1] == UPPER and not view.in_capitals(before)
+    return (
+        shape == TITLE_CASE and view.words[before] in _LEADING_PARTICLES and view.words[before] not in ("de", "d", "l")
+    )
+
+
+def _is_surname_of(view: View, before: int, index: int) -> bool:
+    """Whether a common word is the surname before first name `index`: "PETIT Yann", "par Petit Yann"."""
+    if view.in_capitals(index):
+        return False
+    flag, length = view.flags[before], len(view.words[before])
+    if view.shapes[before] == UPPER:
+        return view.shapes[index] == TITLE_CASE and (length > 4 or (length > 2 and bool(flag & NAME)))
+    inside = before > 0 and view.gap(before - 1) not in (". ", "\n")
+    return view.shapes[before] == TITLE_CASE and bool(flag & NAME) and inside

@@ -35,7 +35,7 @@ _DIGIT_RUN_ASCII = re.compile(r"[0-9]+")
 _CLOSE, _DENSE = 4, 6  # characters between digits; digits that make a phone number possible
 _TRIGGERS = (
     Word.TITLE | Word.ROLE | Word.KIN | Word.MONTH | Word.NUMBER | Word.STREET | Word.HOSPITAL | Word.DEMONYM
-    | Word.WEEKDAY | Word.CALL
+    | Word.WEEKDAY | Word.CALL | Word.AUTHOR | Word.BORN | Word.CLOSING
 )  # fmt: skip
 # A line is in capitals when this share of its words of three letters or more is.
 _CAPITALS_SHARE = 0.7
