@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from shards.batch import Distilled
-from shards.reports.anatomy import Survey, Words, fold
+from shards.reports.anatomy import Survey
 from shards.reports.entities import Entity
 from shards.reports.language import Language, Span
+from shards.reports.lexicon.anatomy import Words, fold
 
 DESCRIPTOR_WORDS = 2  # at most, right before an entity
 

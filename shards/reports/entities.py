@@ -83,7 +83,7 @@ class _Said(NamedTuple):
 def _in_sentence(text: str, language: Language) -> Sequence[_Said]:
     """`text`: a sentence in lower case. Remembered, since reports repeat their sentences."""
     words = vocabulary(language)
-    tokens = tokenise(text, 0, len(text), language)
+    tokens = tokenise(text, language)
     matches = words.terms.find(tokens.stems)
     if not any(match.term.finding or match.term.change for match in matches):
         return ()
@@ -106,8 +106,8 @@ def _in_sentence(text: str, language: Language) -> Sequence[_Said]:
             if status != "history":
                 found.append(
                     _Said(
-                        mention.concept, tokens.start(mention.first), tokens.end(mention.last), side, position, status,
-                        _descriptor(tokens, inside, mention, clause),
+                        mention.concept, tokens.starts[mention.first], tokens.ends[mention.last], side, position,
+                        status, _descriptor(tokens, inside, mention, clause),
                     )
                 )  # fmt: skip
     return found
@@ -323,4 +323,4 @@ def _descriptor(tokens: Tokens, matches: Sequence[Match], mention: _Mention, cla
     first = mention.first
     while first > lowest and tokens.stems[first - 1] not in SOFT:
         first -= 1
-    return (tokens.start(first), tokens.end(mention.first - 1)) if first < mention.first else None
+    return (tokens.starts[first], tokens.ends[mention.first - 1]) if first < mention.first else None

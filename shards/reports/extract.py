@@ -12,15 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shards.batch import LabelValue
 from shards.errors import DataError
-from shards.reports.anatomy import ANATOMIES, ELSEWHERE, AnatomyText, Words, survey
+from shards.reports.anatomy import AnatomyText, survey
 from shards.reports.distil import ENTITIES, Context, context
 from shards.reports.distil import sentence as distilled_sentence
 from shards.reports.entities import Entity, entities
 from shards.reports.labels import ONTOLOGIES, label_names, labels
-from shards.reports.language import Language, Span, detect
+from shards.reports.language import Language, Span, detect, within
+from shards.reports.lexicon.anatomy import ANATOMIES, ELSEWHERE, Words
 from shards.reports.sections import Section, sections
 from shards.reports.sentences import sentences
-from shards.reports.structured import StructuredReport, checked, structured_by_rules
+from shards.reports.structured import Observation, StructuredReport, checked, structured_by_rules
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -74,7 +75,7 @@ def extraction(
     words = Words(document)
     surveyed = survey(document, parts, spans, found, language, words)
     read = [(part.start, part.end) for part in parts if part.name in ("findings", "impression")]
-    counted = [one for one in found if any(start <= one.start and one.end <= end for start, end in read)]
+    counted = [one for one in found if within((one.start, one.end), read)]
     places = surveyed.anatomies if anatomy is None else tuple(anatomy)
     lung = [span for one in places if one.anatomy == "lung" for span in one.findings + one.impression]
     # Not validated again: all of it was made here, and `verify` reads it against the document.
@@ -110,10 +111,9 @@ def verify(found: Extraction, document: str) -> Extraction:
     if found.sections and previous != length:
         raise DataError(f"sections: they end at {previous} of {length} characters")
     _words_in(document, "sentences", found.sentences)
+    _words_in(document, "entities", [(one.start, one.end) for one in found.entities])
+    _words_in(document, "entities.descriptor", [one.descriptor for one in found.entities if one.descriptor])
     for number, entity in enumerate(found.entities):
-        _words_in(document, f"entities.{number}", [(entity.start, entity.end)])
-        if entity.descriptor is not None:
-            _words_in(document, f"entities.{number}.descriptor", [entity.descriptor])
         if not 0 <= entity.sentence < len(found.sentences):
             raise DataError(f"entities.{number}: sentence {entity.sentence} of {len(found.sentences)}")
         start, end = found.sentences[entity.sentence]
@@ -160,6 +160,7 @@ def _verify_places(found: Extraction, document: str) -> None:
     for member, known, places in (
         ("anatomy", ANATOMIES, found.anatomy), ("elsewhere", ELSEWHERE, found.elsewhere),
     ):  # fmt: skip
+        _words_in(document, member, [span for one in places for span in one.findings + one.impression])
         seen = set()
         for number, one in enumerate(places):
             if one.anatomy not in known or one.anatomy in seen:
@@ -168,9 +169,8 @@ def _verify_places(found: Extraction, document: str) -> None:
             if not one.findings and not one.impression:
                 raise DataError(f"{member}.{number}: it has no text")
             for name, spans in (("findings", one.findings), ("impression", one.impression)):
-                _words_in(document, f"{member}.{number}.{name}", spans)
                 for start, end in spans:
-                    if not any(first <= start and end <= last for first, last in bodies[name]):
+                    if not within((start, end), bodies[name]):
                         raise DataError(f"{member}.{number}.{name}: span [{start}, {end}) lies in no such section")
 
 
@@ -259,9 +259,9 @@ def _passage(document: str, spans: Iterable[Span]) -> str:
 
 def _moved(report: StructuredReport, moves: _Moves) -> dict[str, Any]:
     """The report as data, its spans moved from the document to the source text."""
-    data = report.model_dump(mode="json")
-    for item in data["items"]:
-        for observation in item["observations"]:
-            if observation["span"] is not None:
-                observation["span"] = moves.span(observation["span"])
-    return data
+
+    def observed(one: Observation) -> dict[str, Any]:
+        return vars(one) | {"span": None if one.span is None else moves.span(one.span)}
+
+    items = [vars(item) | {"observations": [observed(one) for one in item.observations]} for item in report.items]
+    return {"study": report.study, "items": items}

@@ -59,6 +59,15 @@ _FRENCH_ACCENT = re.compile("[éèêàùçœûîôâëï]")
 ACCENT_WEIGHT = 0.3  # of a word; German and Spanish have accents too, on fewer letters
 
 
+def within(span: Span, places: Iterable[Span]) -> bool:
+    """Whether one of the places holds the span."""
+    start, end = span
+    for first, last in places:  # noqa: SIM110 - a generator for `any` costs more than all comparisons
+        if first <= start and end <= last:
+            return True
+    return False
+
+
 def detect(text: str) -> Language:
     """The language most of the document is in; "unknown" where no word tells, or where they tell of a third one."""
     sample = text[:SAMPLE_CHARACTERS].lower()

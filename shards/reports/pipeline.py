@@ -16,11 +16,12 @@ from unicodedata import normalize
 from shards.errors import ConfigError, DataError
 from shards.ingest import PUBLIC_SECRET, key_fingerprint
 from shards.reports import extract, llm
-from shards.reports.anatomy import ANATOMIES, AnatomyText
+from shards.reports.anatomy import AnatomyText
 from shards.reports.entities import Entity
 from shards.reports.identity import DEIDENTIFIER, Detector, KnownPatient, Surrogates, deidentify
 from shards.reports.labels import ONTOLOGIES, label_names
 from shards.reports.language import Language, Span, detect
+from shards.reports.lexicon.anatomy import ANATOMIES
 from shards.reports.lexicon.terms import concepts
 from shards.reports.prepared import PreparedReport
 from shards.reports.sections import SECTION_NAMES, sections
@@ -143,7 +144,7 @@ class Pipeline:
             stage = "language"
             language = detect(text)
             stage = "de-identification"
-            known = _composed(raw.known or KnownPatient(key=raw.patient), raw.patient)
+            known = KnownPatient(key=raw.patient) if raw.known is None else _composed(raw.known, raw.patient)
             found = deidentify(text, language, self._detector, self._surrogates, patient=known)
         except Exception as error:
             return Failed(study=raw.study, cause=_cause(stage, error))

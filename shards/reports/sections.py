@@ -80,7 +80,8 @@ _ACCENTS = {"a": "[aàâ]", "c": "[cç]", "e": "[eéèêë]", "i": "[iîï]", "o
 
 def _fold(words: str) -> str:
     """For comparison: accents are often missing, in capitals nearly always."""
-    return words.lower().translate(_FOLDED)
+    lowered = words.lower()
+    return lowered if lowered.isascii() else lowered.translate(_FOLDED)
 
 
 def _any_of(phrases: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from shards.reports.lexicon.terms import HARD, Match, Tokens
 
 Status = Literal["present", "absent", "possible"]
+_CLAUSE_MARKS = HARD | {","}
 
 
 class Clause(NamedTuple):
@@ -54,10 +55,10 @@ def marks(tokens: Tokens, matches: Sequence[Match]) -> Marks:
     joins: dict[int, int] = {}
     places: dict[str, list[int]] = {"alternative": [], "parting": [], "affirmed": [], "behind": [], "starts": []}
     cuts: dict[int, int] = {}
-    for i, word in enumerate(tokens.stems):
+    for i, word in [(i, word) for i, word in enumerate(tokens.stems) if word in _CLAUSE_MARKS]:
         if word == ",":
             commas.append(i)
-        elif word in HARD:
+        else:
             cuts[i] = i + 1
     for first, last, term in matches:
         if term.verbs:

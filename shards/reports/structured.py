@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from shards import keyed
 from shards.errors import ConfigError, DataError
 from shards.reports.entities import Entity
-from shards.reports.language import Span
+from shards.reports.language import Span, within
 from shards.reports.lexicon.diseases import DISEASE_OF_CONCEPT, DISEASES, LOOKED_FOR, OF_THE_LUNG, BodyPart
 
 Exist = Literal["yes", "no", "unsure"]
@@ -119,6 +119,11 @@ def verdict_of(observations: Sequence[Observation]) -> Verdict:
 
     Yes and no contradict each other at the same position, or where one of them names none.
     """
+    said = {observation.exist for observation in observations}
+    if said <= {"no"}:
+        return "absent"
+    if said == {"yes"}:
+        return "present"
     seen = {observation.position for observation in observations if observation.exist == "yes"}
     denied = {observation.position for observation in observations if observation.exist == "no"}
     if seen and denied and ("" in seen | denied or seen & denied):
@@ -159,7 +164,7 @@ def structured_by_rules(
         disease = DISEASE_OF_CONCEPT.get(entity.concept, entity.concept)
         if disease not in DISEASES:
             continue
-        if disease in OF_THE_LUNG and lung is not None and not _within(entity, lung):
+        if disease in OF_THE_LUNG and lung is not None and not within((entity.start, entity.end), lung):
             continue
         place = (_EXIST[entity.status], _position(entity))
         told.setdefault(disease, {}).setdefault(place, (entity.start, entity.end))
@@ -184,10 +189,6 @@ def structured_by_rules(
 def _unsaid(disease: str) -> Item:
     """The item of a disease that was looked for and is not spoken of. Shared between reports: no one may change it."""
     return make_item(disease, [observe(disease, "no")])
-
-
-def _within(entity: Entity, spans: Sequence[Span]) -> bool:
-    return any(start <= entity.start and entity.end <= end for start, end in spans)
 
 
 def _position(entity: Entity) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate, compress, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from shards.errors import ConfigError
+from shards.reports.lexicon.trie import END, Node, frozen, search
 
 Language = Literal["en", "fr"]
 
@@ -19,7 +20,7 @@ FOLDER = Path(__file__).parent
 
 # A word with its digits ("L1", "12mm"), a decimal number, or a mark that may end a clause. Hyphens inside of words are
 # no token: "ground-glass" is two words.
-_TOKEN = re.compile(r"\d+(?:[.,]\d+)+|\w+|[.,;:()?!/\"“”•\[\]]|(?<=\s)[-–—]+(?=\s)|\n[ \t]*\n")
+_TOKEN = re.compile(r"(\d+(?:[.,]\d+)+|\w+|[.,;:()?!/\"“”•\[\]]|(?<=\s)[-–—]+(?=\s)|\n[ \t]*\n)")
 
 PARAGRAPH = "\n\n"
 HARD = frozenset('.;?!"“”•') | {PARAGRAPH}
@@ -80,18 +81,11 @@ def stem(word: str, language: Language) -> str:
 
 
 class Tokens(NamedTuple):
-    """Words and marks of one stretch of text: how they are looked up, and where in the document they stand."""
+    """Words and marks of one stretch of text: how they are looked up, and their characters [start, end) in it."""
 
     stems: list[str]
-    found: list[re.Match[str]]
-
-    def start(self, token: int) -> int:
-        """The character of the document a token starts at."""
-        return self.found[token].start()
-
-    def end(self, token: int) -> int:
-        """The character of the document behind a token."""
-        return self.found[token].end()
+    starts: list[int]
+    ends: list[int]
 
 
 class _Stems(dict[str, str]):
@@ -119,17 +113,12 @@ class _Stems(dict[str, str]):
 _STEMS: Mapping[str, _Stems] = {"en": _Stems("en"), "fr": _Stems("fr")}
 
 
-def tokenise(lowered: str, start: int, end: int, language: Language) -> Tokens:
-    """Tokens of `lowered[start:end]`, articles left out. `lowered` is `lower(document)`, made once per document."""
-    known = _STEMS[language]
-    stems: list[str] = []
-    found: list[re.Match[str]] = []
-    for match in _TOKEN.finditer(lowered, start, end):
-        word = known[match.group()]
-        if word:
-            stems.append(word)
-            found.append(match)
-    return Tokens(stems, found)
+def tokenise(lowered: str, language: Language) -> Tokens:
+    """Tokens of a text in lower case (see `lower`), articles left out."""
+    pieces = _TOKEN.split(lowered)  # what lies between tokens, and tokens, in turn
+    bounds = list(accumulate(map(len, pieces)))
+    stems = list(map(_STEMS[language].__getitem__, pieces[1::2]))
+    return Tokens(list(filter(None, stems)), list(compress(bounds[:-1:2], stems)), list(compress(bounds[1::2], stems)))
 
 
 def lower(document: str) -> str:
@@ -186,7 +175,6 @@ class Match(NamedTuple):
 
 _CUES = frozenset(("before", "after", "history"))
 _PLAIN = frozenset(("part", "change", "affirmed", "side", "position"))
-_END = ""  # key of a trie node under which its term lies; no stem is empty
 
 
 def _expand(phrase: str) -> Iterator[str]:
@@ -194,7 +182,7 @@ def _expand(phrase: str) -> Iterator[str]:
     if re.search(r"\([^)]*\(", phrase) or phrase.count("(") != phrase.count(")"):
         raise ConfigError(f"lexicon: brackets do not match in {phrase!r}; choices (a|b) cannot be nested")
     pieces = re.split(r"\(([^)]*)\)", phrase)
-    for chosen in itertools.product(*(piece.split("|") if i % 2 else (piece,) for i, piece in enumerate(pieces))):
+    for chosen in product(*(piece.split("|") if i % 2 else (piece,) for i, piece in enumerate(pieces))):
         yield " ".join("".join(chosen).split())
 
 
@@ -209,16 +197,17 @@ class Trie:
         entries: dict[tuple[str, ...], dict[Entry, None]] = {}
         for phrase, entry in phrases:
             for wording in _expand(phrase):
-                stems = tuple(tokenise(wording, 0, len(wording), language).stems)
+                stems = tuple(tokenise(wording, language).stems)
                 if not stems:
                     raise ConfigError(f"lexicon: a {language} phrase of {entry} has no word; write one")
                 entries.setdefault(stems, {})[entry] = None
-        self.root: dict[str, Any] = {}
+        root: dict[str, Any] = {}
         for stems, found in entries.items():
-            node = self.root
+            node = root
             for word in stems:
                 node = node.setdefault(word, {})
-            node[_END] = self._term(stems, found, changes, verbs)
+            node[END] = self._term(stems, found, changes, verbs)
+        self._begins: Mapping[str, Node] = frozen(root).following or {}
 
     @staticmethod
     def _term(
@@ -241,21 +230,8 @@ class Trie:
 
     def find(self, stems: Sequence[str]) -> list[Match]:
         """From left to right the longest phrase at each place; what one has taken begins no other."""
-        found = []
-        root, count, free = self.root, len(stems), 0
-        for place in [i for i, word in enumerate(stems) if word in root]:
-            if place < free:
-                continue
-            node = root[stems[place]]
-            term, last, ahead = node.get(_END), place, place + 1
-            while ahead < count and (node := node.get(stems[ahead])) is not None:
-                if _END in node:
-                    term, last = node[_END], ahead
-                ahead += 1
-            if term is not None:
-                found.append(Match(place, last, term))
-                free = last + 1
-        return found
+        found = search(stems, map(self._begins.get, stems))
+        return [Match(first, end - 1, term) for first, end, term in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +280,7 @@ def vocabulary(language: Language) -> Vocabulary:
         for name, table in findings["change"].items()
     }
     wordings = (wording for phrase in cues["verb"][language] for wording in _expand(phrase))
-    verbs = frozenset(word for wording in wordings for word in tokenise(wording, 0, len(wording), language).stems)
+    verbs = frozenset(word for wording in wordings for word in tokenise(wording, language).stems)
     terms = [
         (phrase, Entry(kind, name))
         for kind in ("finding", "part", "change")

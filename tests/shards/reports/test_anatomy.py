@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.reports.anatomy import ANATOMIES, ELSEWHERE, GROUPS, SPINE, AnatomyText, Survey, decompose, lexicon, survey
+from shards.reports.anatomy import AnatomyText, Survey, decompose, survey
 from shards.reports.language import Language
+from shards.reports.lexicon.anatomy import ANATOMIES, ELSEWHERE, GROUPS, SPINE, lexicon
+from shards.reports.lexicon.trie import Node
 from shards.reports.sections import sections
 from shards.reports.sentences import sentences
 
@@ -47,11 +49,9 @@ def test_there_are_36_anatomies_and_the_lexicon_names_each() -> None:
     assert len(ANATOMIES) == len(set(ANATOMIES)) == 36
     assert not set(ANATOMIES) & set(ELSEWHERE)
 
-    def entries(node: dict[str, object]) -> set[str]:
-        named = set()
-        for word, child in node.items():
-            named |= set(child[1]) if word == "" else entries(child)  # type: ignore[index, arg-type]
-        return named
+    def entries(node: Node) -> set[str]:
+        named = set(node.entry[1]) if node.entry else set()
+        return named.union(*map(entries, (node.following or {}).values()))
 
     for language in ("en", "fr", "unknown"):
         named = entries(lexicon(language))

@@ -174,7 +174,7 @@ def test_no_phrase_is_two_findings() -> None:
             for name, table in tables[kind].items():
                 for phrase in table[language]:
                     for wording in terms._expand(phrase):
-                        stems = tuple(tokenise(wording, 0, len(wording), language).stems)
+                        stems = tuple(tokenise(wording, language).stems)
                         assert owner.setdefault(stems, name) == name, (language, wording)
 
 
@@ -184,7 +184,7 @@ def test_every_phrase_is_found_in_its_own_words() -> None:
         for name, table in terms._read("findings.toml")["finding"].items():
             for phrase in table[language]:
                 wording = next(terms._expand(phrase))
-                matches = words.terms.find(tokenise(wording, 0, len(wording), language).stems)
+                matches = words.terms.find(tokenise(wording, language).stems)
                 assert [match.term.finding for match in matches] == [name], (language, wording)
 
 
