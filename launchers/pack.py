@@ -32,6 +32,7 @@ from shards.manifest import Manifest
 from shards.store import open_store, split_url
 
 if TYPE_CHECKING:
+    from shards.reports.identity.burned_in import BurnedInText
     from shards.reports.packing import Structured
 
 EXIT_FAULTS = 3
@@ -99,6 +100,13 @@ def parser() -> argparse.ArgumentParser:
     )
     names.add_argument(
         "--deidentified", metavar="HOW", help="instead: your statement of how the text was cleared elsewhere"
+    )
+
+    names.add_argument(
+        "--refuse-burned-in-text",
+        action="store_true",
+        help="dicom, table: leave out images in which OCR reads 35 characters or more; needs rapidocr-onnxruntime, "
+        "and about a second an image",
     )
 
     dicom = result.add_argument_group("dicom")
@@ -174,6 +182,7 @@ def build_source(arguments: argparse.Namespace) -> Source:
     folder, secret = _input_folder(arguments), command.secret(arguments, f"--source {arguments.source} needs")
     structured, reports = _reports(arguments, secret)
     limits = ImageLimits(side_min=arguments.side_min, area_max=arguments.area_max)
+    burned_in = _burned_in(arguments)
     if arguments.source == "table":
         if not folder.is_dir():
             raise ConfigError(f"--input {folder}: no such folder; give the folder that holds table and images")
@@ -182,7 +191,7 @@ def build_source(arguments: argparse.Namespace) -> Source:
             raise ConfigError(f"--reports {reports}: a table names its columns of text in the mapping, [report]")
         return TableSource(
             input=folder, mapping=mapping, secret=secret, deidentified=arguments.deidentified, structured=structured,
-            limits=limits,
+            limits=limits, burned_in=burned_in,
         )  # fmt: skip
     from shards.ingest.dicom import RADIOGRAPHY, DicomRadiographs
 
@@ -194,7 +203,16 @@ def build_source(arguments: argparse.Namespace) -> Source:
         deidentified=arguments.deidentified,
         structured=structured,
         limits=limits,
+        burned_in=burned_in,
     )
+
+
+def _burned_in(arguments: argparse.Namespace) -> BurnedInText | None:
+    if not arguments.refuse_burned_in_text:
+        return None
+    from shards.reports.identity.burned_in import BurnedInText
+
+    return BurnedInText()
 
 
 def _reports(arguments: argparse.Namespace, secret: bytes | None) -> tuple[Structured | None, Path | None]:
@@ -381,6 +399,8 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.verify:
         return _verify(arguments, console)
+    if arguments.refuse_burned_in_text and arguments.source in ("phantom", "adopt"):
+        raise ConfigError(f"--refuse-burned-in-text: reads images of dicom and table, not of {arguments.source}")
     for option in ("source", "output"):
         if getattr(arguments, option) is None:
             raise ConfigError(f"--{option} is missing; see --help for examples")

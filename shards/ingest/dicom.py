@@ -46,6 +46,7 @@ from shards.reports.text import wide_charset
 
 if TYPE_CHECKING:  # only --reports structured needs them
     from shards.reports.identity import KnownPatient
+    from shards.reports.identity.burned_in import BurnedInText
     from shards.reports.packing import Structured
 
 DEIDENTIFIER = "dicom headers dropped 1"
@@ -121,6 +122,7 @@ class DicomRadiographs:
     deidentified: str | None = None
     structured: Structured | None = None
     limits: ImageLimits = field(default_factory=ImageLimits)
+    burned_in: BurnedInText | None = None
     name: str = "dicom"
 
     def __post_init__(self) -> None:
@@ -158,10 +160,11 @@ class DicomRadiographs:
 
     @property
     def settings(self) -> Mapping[str, Any]:
+        chosen = {"structured": self.structured, "burned_in": self.burned_in}
         return {
             "modalities": list(self.modalities), "reports": str(self.reports) if self.reports else None,
             "deidentified": self.deidentified, "limits": vars(self.limits), "deidentifier": DEIDENTIFIER,
-        } | ({"structured": self.structured.settings} if self.structured else {})  # fmt: skip
+        } | {name: option.settings for name, option in chosen.items() if option is not None}  # fmt: skip
 
     def plan(self) -> Plan:
         """Reads all headers. A study comes whole or, where two patients claim it, not at all."""
@@ -217,7 +220,7 @@ class DicomRadiographs:
                 with _silence:
                     dataset = _read(self.folder / path)
                     _check(dataset, self.modalities)
-                    view = _load_view(dataset, str(len(views)), self.limits)
+                    view = _load_view(dataset, str(len(views)), self.limits, self.burned_in)
                     persons.append(_person(dataset))
                     provenance |= _provenance(dataset, view.record.id)
                     if self.structured is not None and known is None:
@@ -429,7 +432,7 @@ class _View:
     record: ViewRecord
 
 
-def _load_view(dataset: FileDataset, view_id: str, limits: ImageLimits) -> _View:
+def _load_view(dataset: FileDataset, view_id: str, limits: ImageLimits, burned_in: BurnedInText | None) -> _View:
     """Decode, turn upright and encode one image. Raises RefusedError."""
     rows, columns = _number(dataset, "Rows") or 0, _number(dataset, "Columns") or 0
     if rows * columns > limits.area_max:
@@ -439,6 +442,8 @@ def _load_view(dataset: FileDataset, view_id: str, limits: ImageLimits) -> _View
     stored = _stored_values(dataset)
     view = VIEWS.get(_text(dataset, "ViewPosition").upper())
     pixels, turned = _upright(stored.values, dataset, view)
+    if burned_in is not None and (reason := burned_in.refusal(pixels)):
+        raise RefusedError(reason)
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
     laterality = (_text(dataset, "ImageLaterality") or _text(dataset, "Laterality")).upper()

@@ -10,12 +10,16 @@ import io
 import re
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from shards.batch import EncodedImage
 from shards.image_header import probe_image
+
+if TYPE_CHECKING:  # the tables of its neighbours take a second to load
+    from shards.reports.identity.burned_in import BurnedInText
 
 SIDE_MIN_PIXELS = 32
 AREA_MAX_PIXELS = 100_000_000
@@ -47,11 +51,11 @@ class StoredImage:
     bits: int  # 8 or 16
 
 
-def load_image_file(data: bytes, limits: ImageLimits) -> StoredImage:
+def load_image_file(data: bytes, limits: ImageLimits, burned_in: BurnedInText | None = None) -> StoredImage:
     """Check a whole image file (header, then a full decode) and return what is stored.
 
     Raises ImageRefusedError with the reason: empty, no image, too small, too large, does not decode, one flat value,
-    several frames, a mode that grey 8 or 16 bit cannot hold.
+    several frames, a mode that grey 8 or 16 bit cannot hold, text in the pixels.
     """
     if not data:
         raise ImageRefusedError("image file has 0 bytes")
@@ -73,10 +77,16 @@ def load_image_file(data: bytes, limits: ImageLimits) -> StoredImage:
         raise
     except Exception as error:  # Pillow's plug-ins raise many kinds for broken files; all mean the same here
         raise ImageRefusedError(f"image does not decode: {type(error).__name__}") from None
-    return _stored(data, image, orientation)
+    pixels = _grey(image)
+    if pixels.min() == pixels.max():
+        raise ImageRefusedError("image all black" if pixels.max() == 0 else "image of one flat value")
+    stored = _stored(data, image, pixels, orientation)
+    if burned_in is not None and (reason := burned_in.refusal(pixels)):
+        raise ImageRefusedError(reason)
+    return stored
 
 
-def _stored(data: bytes, image: Image.Image, orientation: int) -> StoredImage:
+def _stored(data: bytes, image: Image.Image, pixels: np.ndarray, orientation: int) -> StoredImage:
     upright = orientation in (0, 1)
     if image.format == "PNG" and data[24] == 16 and data[25] in (2, 6):
         raise ImageRefusedError("16-bit colour image")  # Pillow would keep 8 of the 16 bits
@@ -85,9 +95,6 @@ def _stored(data: bytes, image: Image.Image, orientation: int) -> StoredImage:
         plain = strip_jpeg(data)
     elif image.format == "PNG" and upright and _png_kind(data) in ((8, 0), (16, 0), (8, 2)):
         plain = strip_png(data)
-    pixels = _grey(image)
-    if pixels.min() == pixels.max():
-        raise ImageRefusedError("image all black" if pixels.max() == 0 else "image of one flat value")
     if plain is not None:
         extension = "jpg" if image.format == "JPEG" else "png"
         bits = 16 if extension == "png" and _png_kind(data)[0] == 16 else 8

@@ -30,6 +30,7 @@ from shards.reports.text import wide_charset
 
 if TYPE_CHECKING:  # the tables of the pipeline take a second to load; only --reports structured needs them
     from shards.reports.identity import KnownPatient
+    from shards.reports.identity.burned_in import BurnedInText
     from shards.reports.packing import Structured
     from shards.reports.prepared import Place
 
@@ -210,6 +211,7 @@ class TableSource:
     deidentified: str | None = None
     structured: Structured | None = None
     limits: ImageLimits = field(default_factory=ImageLimits)
+    burned_in: BurnedInText | None = None
     name: str = "table"
 
     def __post_init__(self) -> None:
@@ -248,12 +250,13 @@ class TableSource:
 
     @property
     def settings(self) -> dict[str, Any]:
+        chosen = {"structured": self.structured, "burned_in": self.burned_in}
         return {
             "mapping": hashlib.sha256(self.mapping.model_dump_json().encode()).hexdigest(),
             "deidentified": self.deidentified,
             "side_min": self.limits.side_min,
             "area_max": self.limits.area_max,
-        } | ({"structured": self.structured.settings} if self.structured else {})
+        } | {name: option.settings for name, option in chosen.items() if option is not None}
 
     def plan(self) -> Plan:
         """Read the table and group its rows. Raises ConfigError: no folder, no table, empty, unknown column."""
@@ -418,7 +421,7 @@ class TableSource:
         images: list[EncodedImage] = []
         for view in study.views:
             try:
-                stored = load_image_file(self._read_image(view.file), self.limits)
+                stored = load_image_file(self._read_image(view.file), self.limits, self.burned_in)
             except ImageRefusedError as error:
                 refusals.append(Refusal(self._shown(view.file), str(error)))
                 continue

@@ -1,12 +1,17 @@
 """Text burned into pixels: images with 35 or more recognised characters are dropped (bone_xray_french.md 6.1).
 
 Dose reports and text pages saved as pictures are what this finds. Recognition needs an OCR engine, which is an optional
-extra and off by default: nothing here is imported until `easyocr_reader` is called.
+extra and off by default: nothing is imported until `rapidocr_reader` is called.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +19,8 @@ from shards.errors import ConfigError
 
 CHARACTERS_MAX = 34  # one more and the image is dropped
 CONFIDENCE_MIN = 0.3  # below it an engine sees letters in ribs
+REASON = f"text in the pixels: more than {CHARACTERS_MAX} characters read"
+PACKAGE = "rapidocr-onnxruntime"
 
 # image [rows, columns] uint8 -> (text, confidence in 0..1) of every piece found
 Reader = Callable[[np.ndarray], Iterable[tuple[str, float]]]
@@ -45,13 +52,46 @@ def _eight_bit(image: np.ndarray) -> np.ndarray:
     return ((image.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8)
 
 
-def easyocr_reader(languages: tuple[str, ...] = ("fr", "en"), model_folder: str | None = None) -> Reader:
-    """EasyOCR on the CPU; its models lie in `model_folder` and are never downloaded. Raises ConfigError without it."""
+def rapidocr_reader() -> Reader:
+    """RapidOCR on one core; its models come with the package. Raises ConfigError without it."""
     try:
-        import easyocr
+        from rapidocr_onnxruntime import RapidOCR
     except ImportError:
         raise ConfigError(
-            "burned-in text detection needs easyocr; pip install easyocr, or leave the check out"
+            f"--refuse-burned-in-text: needs {PACKAGE}; pip install {PACKAGE}, or leave the option out"
         ) from None
-    engine = easyocr.Reader(list(languages), gpu=False, model_storage_directory=model_folder, download_enabled=False)
-    return lambda image: [(text, float(confidence)) for _, text, confidence in engine.readtext(image)]
+    logging.getLogger("RapidOCR").setLevel(logging.CRITICAL + 1)  # it tells of every image without text
+    engine = RapidOCR(intra_op_num_threads=1, inter_op_num_threads=1)
+
+    def read(image: np.ndarray) -> list[tuple[str, float]]:
+        found, _ = engine(image)
+        return [(text, float(confidence)) for _, text, confidence in found or ()]
+
+    return read
+
+
+@dataclass(frozen=True)
+class BurnedInText:
+    """The check as a source holds it; goes to worker processes, where the engine is built once."""
+
+    make_reader: Callable[[], Reader] = rapidocr_reader
+
+    def __post_init__(self) -> None:
+        _ = self._reader  # raises ConfigError before any image is read
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return self.make_reader()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the engine stays behind
+        return BurnedInText, (self.make_reader,)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that changes which images are refused."""
+        engine = version(PACKAGE) if self.make_reader is rapidocr_reader else self.make_reader.__name__
+        return {"engine": engine, "characters_max": CHARACTERS_MAX, "confidence_min": CONFIDENCE_MIN}
+
+    def refusal(self, image: np.ndarray) -> str | None:
+        """Why an image [rows, columns] may not pass; None if it may."""
+        return REASON if has_burned_in_text(image, self._reader) else None
