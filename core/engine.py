@@ -368,6 +368,8 @@ class Engine:
         norm = self._move()
         if norm is None:
             self._stop(batch, step, "gradient norm is not finite")
+        with torch.no_grad():
+            self.task.after_step(self._whole)
         metrics["optim/grad_norm"] = norm
         metrics["optim/lr"] = self._optim.learning_rate * factor
         return StepOutput(metrics=metrics, sums={name: totals[f"sum/{name}"] for name in sums or {}})
@@ -551,24 +553,28 @@ class Engine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """Every weight and buffer in full precision (fp32), on the host. Collective; only rank 0 gets them."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
         weights: dict[str, Tensor] = {}
         for name, parameter in self.task.named_parameters():
-            value: Tensor | None = parameter.detach()
-            if self.config.zero_stage == 3 or self.config.precision == "bf16_master":
-                if parameter.requires_grad:
-                    value = safe_get_full_fp32_param(parameter)
-                else:
-                    with self._deepspeed.zero.GatheredParameters([parameter]):
-                        value = parameter.detach().clone()
-            assert value is not None
+            value = self._whole(parameter)
             if self.world.is_first:
                 weights[name] = value.to("cpu", torch.float32, copy=True).contiguous()
         if self.world.is_first:
             for name, buffer in self.task.named_buffers():
                 weights[name] = buffer.detach().to("cpu", copy=True).contiguous()
         return weights
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        """A weight in one piece, in the optimizer's precision where it is trained. Collective; every rank gets it."""
+        if self.config.zero_stage != 3 and self.config.precision != "bf16_master":
+            return parameter.detach()
+        if not parameter.requires_grad:
+            with self._deepspeed.zero.GatheredParameters([parameter]):
+                return parameter.detach().clone()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        value: Tensor | None = safe_get_full_fp32_param(parameter)
+        assert value is not None
+        return value.detach()
 
     def save(self, folder: Path) -> list[OSError]:
         """Write DeepSpeed's state into `folder`; every rank writes its part. Collective.

@@ -10,23 +10,25 @@ from torch import Tensor, nn
 from core.models.heads import Projection, unit_norm
 from core.models.text import TextEncoder
 from core.models.vision import VisionEncoder
+from core.models.volume import VolumeEncoder
 from shards.batch import Batch
+
+VisionConfig = VisionEncoder.Config | VolumeEncoder.Config
 
 
 class Encoders(nn.Module):
     """Image and text encoder. V = images, B = studies, N = patches, L = text tokens, D = width of the encoder."""
 
-    def __init__(
-        self, vision: VisionEncoder.Config, text: TextEncoder.Config, *, vocab_size: int | None = None
-    ) -> None:
+    def __init__(self, vision: VisionConfig, text: TextEncoder.Config, *, vocab_size: int | None = None) -> None:
         super().__init__()
         if vocab_size is not None:
             text = replace(text, vocab_size=vocab_size)
-        self.vision = VisionEncoder(vision)
+        self.vision = VisionEncoder(vision) if isinstance(vision, VisionEncoder.Config) else VolumeEncoder(vision)
         self.text = TextEncoder(text)
 
     def image_tokens(self, pixel_values: Tensor, keep: Tensor | None = None) -> Tensor:
         """`[V, 1 + M, D]`: the pooled image as its first, global token, then the patches of `keep [V, M]`, else all."""
+        assert isinstance(self.vision, VisionEncoder), "volumes have no global token"
         out = self.vision(pixel_values, keep)
         return torch.cat([out.pooled[:, None].to(out.tokens.dtype), out.tokens], dim=1)
 
@@ -47,7 +49,7 @@ class TwoTowers(Encoders):
     """The encoders, each with a projection to `embed_dim`. E = embed_dim."""
 
     def __init__(
-        self, vision: VisionEncoder.Config, text: TextEncoder.Config, embed_dim: int, *, vocab_size: int | None = None
+        self, vision: VisionConfig, text: TextEncoder.Config, embed_dim: int, *, vocab_size: int | None = None
     ) -> None:
         super().__init__(vision, text, vocab_size=vocab_size)
         self.vision_projection = Projection(vision.width, embed_dim)
@@ -75,3 +77,13 @@ def mean_over_views(x: Tensor, study_index: Tensor, studies: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         member = (study_index[None, :] == torch.arange(studies, device=x.device)[:, None]).to(x.dtype)  # [B, V]
         return (member / member.sum(dim=1, keepdim=True).clamp(min=1.0)) @ x
+
+
+def mean_over_present_views(x: Tensor, present: Tensor, study_index: Tensor, studies: int) -> Tensor:
+    """`x [V, A, E]` fp32 of the anatomies that are `present [V, A]` in each view -> `[studies, A, E]`, 0 where in none.
+
+    As `mean_over_views`, anatomy by anatomy.
+    """
+    member = study_index[None, :] == torch.arange(studies, device=x.device)[:, None]  # [B, V]
+    weight = (member[:, :, None] & present[None]).to(x.dtype)  # [B, V, A]
+    return torch.einsum("bva,vae->bae", weight / weight.sum(dim=1, keepdim=True).clamp(min=1.0), x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -70,3 +70,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def objective(self, gathered: Gathered, local: dict[str, Tensor]) -> LossOutput:
         """This rank's share of the loss of the whole global batch; touches no encoder weight."""
+
+    def after_step(self, whole: Callable[[nn.Parameter], Tensor]) -> None:
+        """Called on every rank once the optimizer has moved the weights, without gradients.
+
+        `whole(parameter)`: its value in fp32 and in one piece. Collective where weights are sharded: every rank asks
+        for the same ones in the same order.
+        """

@@ -1,0 +1,252 @@
+"""fVLM and its baselines on volumes: targets, soft targets, one text encoded once, any number of ranks, the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from core import collectives
+from core.models.average import RunningMean
+from core.models.text import TextEncoder
+from core.models.volume import VolumeEncoder
+from core.tasks import Task
+from core.tasks.fvlm import FVLM, DistinctTexts, TextTower
+from shards.batch import Batch
+from shards.errors import ConfigError
+from tests.distributed import run_distributed
+
+VISION = VolumeEncoder.Config(volume_size=(4, 8, 8), patch_size=(2, 4, 4), width=16, depth=2, heads=2, levels=(1, 2))
+TEXT = TextEncoder.Config(max_length=16, width=16, depth=1, heads=2, norm="pre", pool="mean", token_types=0)
+ANATOMIES = ("lung", "liver", "spleen")
+CONFIG = FVLM.Config(vision=VISION, text=TEXT, anatomies=ANATOMIES, embed_dim=8)
+STUDIES, WORDS = 6, 40
+
+
+def volume_batch(studies: int = STUDIES, *, seed: int = 3) -> Batch:
+    """Studies of one volume each, the second of two; the last is void. Of the spleen nobody has an abnormal one."""
+    generator = torch.Generator().manual_seed(seed)
+    study_index = torch.tensor([0, 1, 1, *range(2, studies)])
+    valid = torch.ones(studies, dtype=torch.bool)
+    valid[-1] = False
+    normal = torch.rand(studies, 3, generator=generator) < 0.5
+    normal[:, 2] = True
+    normal[0, :2] = False
+    text_key = torch.where(normal & (torch.rand(studies, 3, generator=generator) < 0.7), 5, 0)  # the template: 5
+    own = 10 + torch.randint(0, 4, (studies, 3), generator=generator)
+    text_key = torch.where(text_key == 0, own, text_key)
+    words = torch.randint(1, WORDS, (20, 9), generator=generator)
+    lengths = torch.randint(2, 10, (20,), generator=generator)
+    mask = torch.arange(9)[None] < lengths[text_key.flatten()][:, None]
+    share = torch.rand(len(study_index), 3, 8, generator=generator)
+    share = share * (torch.rand(len(study_index), 3, 8, generator=generator) < 0.4)
+    intact = share.any(dim=2) & (torch.rand(len(study_index), 3, generator=generator) < 0.8)
+    seen = valid[study_index]
+    return {
+        "pixel_values": torch.randn(len(study_index), 1, 4, 8, 8, generator=generator)
+        * seen[:, None, None, None, None],
+        "study_index": study_index,
+        "valid": valid,
+        "anatomy_share": share * seen[:, None, None],
+        "anatomy_intact": intact & seen[:, None],
+        "anatomy_input_ids": (words[text_key.flatten()] * mask).view(studies, 3, 9),
+        "anatomy_attention_mask": mask.view(studies, 3, 9),
+        "anatomy_text_key": text_key,
+        "anatomy_key": torch.where(normal, 0, text_key),
+    }
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Studies [start, stop)."""
+    images = (batch["study_index"] >= start) & (batch["study_index"] < stop)
+    per_image = ("pixel_values", "study_index", "anatomy_share", "anatomy_intact")
+    part = {name: value[images] if name in per_image else value[start:stop] for name, value in batch.items()}
+    return part | {"study_index": part["study_index"] - start}
+
+
+def build(**changed: Any) -> FVLM:
+    return replace(CONFIG, **changed).build(vocab_size=WORDS)
+
+
+def loss_of(task: Task, batch: Batch) -> Any:
+    encoded = task.encode(batch)
+    return task.objective(collectives.gather(encoded.gather), encoded.local)
+
+
+def take_steps(task: FVLM, count: int) -> None:
+    for _ in range(count):
+        task.after_step(lambda parameter: parameter.detach())
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "teacher": {},
+    "peer": {"soft": "peer", "soft_weight": 0.5},
+    "gaussian": {"similarity": "wasserstein", "scale_init": 7.0, "soft": "none"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_step_reaches_every_weight(option: str) -> None:
+    task = build(**OPTIONS[option])
+    take_steps(task, 1)
+    out = loss_of(task, volume_batch())
+    out.loss.backward()
+    for name, parameter in task.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert out.loss > 0 and all(not value.requires_grad for value in out.metrics.values())
+    assert out.metrics["anatomy/contrasts"] == 2  # no spleen is abnormal
+
+
+def straight_loss(task: FVLM, batch: Batch) -> Tensor:
+    """Anatomy after anatomy with the whole target matrix, as fvlm.md 3.1 and 3.2 state it."""
+    images, present = task.embed_anatomies(batch)
+    total, scale = torch.zeros(()), task.towers.logit_scale()
+    for anatomy in range(len(ANATOMIES)):
+        own = present[:, anatomy]
+        key, text_key = batch["anatomy_key"][own, anatomy], batch["anatomy_text_key"][own, anatomy]
+        if not (key != 0).any():
+            continue
+        texts = task.embed_texts(
+            batch["anatomy_input_ids"][own, anatomy], batch["anatomy_attention_mask"][own, anatomy]
+        )
+        normal = key == 0
+        alike = torch.eye(len(key)).bool()
+        if task.config.positives != "study":
+            alike = alike | (text_key[:, None] == text_key)
+        if task.config.positives == "normal":
+            # A sentence that one calls normal and another abnormal is no positive.
+            alike = torch.where(normal[:, None] | normal, normal[:, None] & normal, alike)
+        target = alike.float() / alike.float().sum(1, keepdim=True)
+        logits = scale * images[own, anatomy] @ texts.T
+        for each in (logits, logits.T):
+            total = total - 0.5 * (target * each.log_softmax(1)).sum(1).mean()
+    return total
+
+
+@pytest.mark.parametrize("positives", ["normal", "text", "study"])
+def test_the_loss_is_the_papers(positives: str) -> None:
+    task, batch = build(positives=positives, soft="none"), volume_batch()
+    torch.testing.assert_close(loss_of(task, batch).loss, straight_loss(task, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_each_text_is_encoded_once_and_only_if_it_counts() -> None:
+    batch = volume_batch()
+    present = batch["anatomy_intact"][[0, 1, 3, 4, 5, 6]] & batch["valid"][:, None]
+    texts = DistinctTexts.of(batch, present)
+    keys = batch["anatomy_text_key"][present]
+    assert len(texts.input_ids) == len(keys.unique()) < len(keys)
+    assert texts.input_ids.shape[1] == int(texts.attention_mask.sum(1).max())
+    numbered = texts.spread({"x": texts.input_ids[:, :2].float()})["x"]
+    assert torch.equal(numbered[present], batch["anatomy_input_ids"][present][:, :2].float())
+    assert not numbered[~present].any()
+    alone = DistinctTexts.of(batch, torch.zeros_like(present))
+    assert len(alone.input_ids) == 1
+
+
+def test_a_batch_without_any_intact_anatomy_has_no_loss_and_gradients_of_zero() -> None:
+    task, batch = build(), volume_batch()
+    batch["anatomy_intact"] = torch.zeros_like(batch["anatomy_intact"])
+    out = loss_of(task, batch)
+    out.loss.backward()
+    assert out.loss == 0
+    for name, parameter in task.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_void_studies_and_cut_anatomies_count_for_nothing() -> None:
+    task, batch = build(), volume_batch()
+    take_steps(task, 2)
+    spoilt = {name: value.clone() for name, value in batch.items()}
+    cut = ~batch["anatomy_intact"]
+    spoilt["anatomy_share"][cut] = 0.7
+    spoilt["anatomy_key"][-1] = 99
+    spoilt["anatomy_input_ids"][-1] = 7
+    a, b = loss_of(task, batch), loss_of(task, spoilt)
+    torch.testing.assert_close(a.loss, b.loss)
+    assert a.metrics["anatomy/pairs"] == b.metrics["anatomy/pairs"]
+
+
+def test_soft_targets_come_with_the_ramp() -> None:
+    task, plain = build(soft_ramp_steps=4), build(soft="none")
+    batch = volume_batch()
+    losses = []
+    for _ in range(6):
+        losses.append(loss_of(task, batch).loss.item())
+        take_steps(task, 1)
+    hard = loss_of(plain, batch).loss.item()
+    assert losses[0] == pytest.approx(hard, rel=1e-6)
+    assert len({round(loss, 6) for loss in losses[:5]}) == 5 and losses[4] == pytest.approx(losses[5], rel=1e-6)
+
+
+def test_the_teacher_is_a_running_mean_in_fp32_that_no_cast_touches() -> None:
+    tower = TextTower(replace(TEXT, vocab_size=WORDS), 8)
+    generator = torch.Generator().manual_seed(0)
+    values = [[torch.randn(p.shape, generator=generator) for p in tower.parameters()] for _ in range(3)]
+    teacher = RunningMean(tower, decay=0.9)
+    assert not list(teacher.parameters()) and not list(teacher.children())
+    wanted = None
+    for step, each in enumerate(values):
+        with torch.no_grad():
+            for parameter, value in zip(tower.parameters(), each, strict=True):
+                parameter.copy_(value)
+        teacher.update(tower, lambda parameter: parameter.detach(), first=torch.tensor(step == 0))
+        wanted = each if wanted is None else [0.9 * a + 0.1 * b for a, b in zip(wanted, each, strict=True)]
+        teacher.bfloat16()
+    assert wanted is not None
+    for found, value in zip(teacher.weights().values(), wanted, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        for parameter, value in zip(tower.parameters(), wanted, strict=True):
+            parameter.copy_(value)
+    ids = torch.randint(1, WORDS, (3, 5), generator=generator)
+    said, original = teacher(ids, torch.ones(3, 5).bool()), tower(ids, torch.ones(3, 5).bool())
+    torch.testing.assert_close(said, original, rtol=1e-4, atol=1e-4)
+    assert not said.requires_grad
+    again = RunningMean(tower, decay=0.9)
+    again.load_state_dict(teacher.state_dict())
+    assert torch.equal(again(ids, torch.ones(3, 5).bool()), said)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    for changed, said in (
+        ({"anatomies": ("lung", "lung")}, "each once"),
+        ({"anatomies": ()}, "at least one"),
+        ({"soft_weight": 1.5}, "soft_weight=1.5"),
+        ({"scale_init": 1.0}, "scale_init=1.0 must lie between"),
+        ({"soft_ramp_steps": -1}, "soft_ramp_steps=-1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            replace(CONFIG, **changed)
+    with pytest.raises(ConfigError, match="teacher_decay=1"):
+        build(teacher_decay=1.0)
+
+
+# ---- over ranks ----
+
+
+def on_rank(rank: int, world_size: int, option: str) -> dict[str, np.ndarray]:
+    """Loss, and this rank's share of the gradients: of four ranks the last has nothing but a void study."""
+    batch = volume_batch(8)
+    batch["valid"][6:] = False
+    batch["anatomy_intact"] &= batch["valid"][batch["study_index"], None]
+    task = build(**OPTIONS[option])
+    take_steps(task, 2)
+    each = 8 // world_size
+    out = loss_of(task, rows_of(batch, rank * each, (rank + 1) * each))
+    out.loss.backward()
+    found = {name: parameter.grad.numpy() for name, parameter in task.named_parameters() if parameter.grad is not None}
+    return found | {"loss": out.loss.detach().numpy()} | {name: value.numpy() for name, value in out.metrics.items()}
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("option", ["teacher", pytest.param("peer", marks=pytest.mark.slow)])
+def test_ranks_add_up_to_one_process(option: str, world_size: int) -> None:
+    alone = on_rank(0, 1, option)
+    ranks = run_distributed(on_rank, world_size, args=(option,))
+    for name, value in alone.items():
+        total = np.sum([rank[name] for rank in ranks], axis=0)
+        np.testing.assert_allclose(total, value, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(value).max()), err_msg=name)
