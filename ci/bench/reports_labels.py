@@ -59,7 +59,7 @@ def count(reports: Sequence[Report], ontology: str) -> dict[str, Counts]:
     for report in reports:
         spans = sentences(report.text, language="en")
         found = entities(report.text, spans, "en")
-        told = labels(found, spans, ontology, sections(report.text))
+        told = labels(found, ontology, sections(report.text))
         for name, value in report.labels.items():
             if name == "normal":
                 continue

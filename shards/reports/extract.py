@@ -85,7 +85,7 @@ def extraction(
         sections=tuple(parts),
         sentences=tuple(spans),
         entities=tuple(found),
-        labels={ontology: labels(found, spans, ontology, parts) for ontology in ONTOLOGIES},
+        labels={ontology: labels(found, ontology, parts) for ontology in ONTOLOGIES},
         anatomy=places,
         elsewhere=surveyed.elsewhere,
         context=context(document, surveyed, counted, language, words),

@@ -12,7 +12,6 @@ from typing import Literal
 
 from shards.errors import ConfigError
 from shards.reports.entities import Entity
-from shards.reports.language import Span
 from shards.reports.sections import Section
 
 LabelValue = Literal[-1, 0, 1]
@@ -93,9 +92,7 @@ _CT_RATE18: dict[str, Label] = {
 ONTOLOGIES: Mapping[str, Mapping[str, Label]] = {"chexpert14": _CHEXPERT14, "nih14": _NIH14, "ct_rate18": _CT_RATE18}
 
 
-def labels(
-    found: Sequence[Entity], sentences: Sequence[Span], ontology: str, sections: Sequence[Section] = ()
-) -> dict[str, LabelValue]:
+def labels(found: Sequence[Entity], ontology: str, sections: Sequence[Section] = ()) -> dict[str, LabelValue]:
     """Label -> value for the labels that the report speaks of, in the order of the ontology.
 
     Of several mentions a present one decides, then a possible one. Findings in a section on history, indication,
@@ -119,7 +116,7 @@ def labels(
             hinted: LabelValue = -1 if value else 0
             told[name] = max(told.get(name, hinted), hinted, key=_WEIGHT)
     values = {name: told[name] for name in ONTOLOGIES[ontology] if name in told}
-    if ontology == "chexpert14" and sentences and _nothing_found(values, counted):
+    if ontology == "chexpert14" and _nothing_found(values, counted):
         values = {NO_FINDING: 1, **values}
     return values
 
@@ -150,7 +147,10 @@ _NO_ABNORMALITY = frozenset({"abnormality", "lymph_node", *_MATERIAL})
 
 
 def _nothing_found(values: Mapping[str, LabelValue], counted: Sequence[Entity]) -> bool:
-    """Nothing is present or possible but devices. CheXpert's "No Finding" also looks beyond its own 13 labels."""
-    if any(value != 0 for name, value in values.items() if name != "Support Devices"):
+    """Findings are spoken of, and nothing is present or possible but devices.
+
+    CheXpert's "No Finding" also looks beyond its own 13 labels. Of a text that speaks of no finding it says nothing.
+    """
+    if not counted or any(value != 0 for name, value in values.items() if name != "Support Devices"):
         return False
     return not any(entity.status == "present" and entity.concept not in _NO_ABNORMALITY for entity in counted)

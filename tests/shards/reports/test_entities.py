@@ -74,7 +74,7 @@ STATUS = {
     # not of this examination, or of no image
     "History of pneumothorax.": "",
     "Bony overlap could obscure a small nodule.": "",
-    "The parenchyma is normal and no nodular or infiltrative lesion is detected.": "infiltrate-",
+    "The parenchyma is normal and no nodular or infiltrative lesion is detected.": "abnormality- infiltrate-",
 }
 
 

@@ -17,7 +17,7 @@ KNOWLEDGE = Path(__file__).resolve().parents[4] / "shared" / "data" / "knowledge
 
 def labelled(text: str, ontology: str = "chexpert14", language: str = "en") -> dict[str, int]:
     spans = sentences(text, language=language)
-    return dict(labels(entities(text, spans, language), spans, ontology, sections(text)))
+    return dict(labels(entities(text, spans, language), ontology, sections(text)))
 
 
 # The sample of CheXpert's labeler in our own words of the same build, so that the rules are tested without its file.
@@ -75,7 +75,17 @@ def test_what_is_asked_is_not_found() -> None:
 def test_devices_do_not_spoil_no_finding_and_other_findings_do() -> None:
     assert labelled("Left chest tube. Lungs are clear.") == {"No Finding": 1, "Support Devices": 1}
     assert labelled("Emphysema. Lungs are otherwise clear.") == {}
-    assert labelled("") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [("Normal chest.", "en"), ("The lungs are clear.", "en"), ("Examen normal.", "fr"), ("Poumons clairs.", "fr"),
+     ("Radiographie sans particularité.", "fr")],
+)  # fmt: skip
+def test_no_finding_needs_words_that_say_so(text: str, language: str) -> None:
+    assert labelled(text, language=language) == {"No Finding": 1}
+    for silent in ("", "x", "The patient moved."):
+        assert labelled(silent, language=language) == {}
 
 
 def test_ct_labels() -> None:
@@ -111,4 +121,4 @@ def test_ontologies_name_only_concepts_of_the_lexicon() -> None:
 
 def test_unknown_ontology_is_refused() -> None:
     with pytest.raises(ConfigError, match="chexpert14"):
-        labels((), (), "padchest")
+        labels((), "padchest")
