@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from configs import schema
+from configs.schema import TrainConfig
 from core import collectives
 from core.models.average import RunningMean
 from core.models.text import TextEncoder
 from core.models.volume import VolumeEncoder
 from core.tasks import Task
 from core.tasks.fvlm import FVLM, DistinctTexts, TextTower
+from core.tasks.supervised import Supervised
 from shards.batch import Batch
 from shards.errors import ConfigError
 from tests.distributed import run_distributed
@@ -250,3 +254,74 @@ def test_ranks_add_up_to_one_process(option: str, world_size: int) -> None:
     for name, value in alone.items():
         total = np.sum([rank[name] for rank in ranks], axis=0)
         np.testing.assert_allclose(total, value, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(value).max()), err_msg=name)
+
+
+# ---- baselines and recipes ----
+
+
+def test_uncertain_and_missing_labels_are_not_asked() -> None:
+    task = Supervised.Config(vision=VISION, labels=3).build()
+    batch = volume_batch() | {
+        "labels": torch.tensor([[1, 0, -1], [-2, -2, -2], [0, -2, 1], [1, 1, 1], [0, 0, 0], [1, 0, 1]])
+    }
+    encoded = task.encode(batch)
+    logits = task.label_logits(batch)
+    expected = torch.stack([F.softplus(-logits[0, 0]), F.softplus(logits[0, 1])]).mean()
+    torch.testing.assert_close(encoded.local["labels"][0], expected)
+    assert encoded.local["labels"][1] == 0 and encoded.local["labels"][5] == 0  # nothing annotated; void
+    out = loss_of(task, batch)
+    torch.testing.assert_close(out.loss, encoded.local["labels"].sum() / 5)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in task.parameters())
+    with pytest.raises(ConfigError, match=r"set task\.labels=2"):
+        task.encode(batch | {"labels": batch["labels"][:, :2]})
+
+
+def synthetic(config: TrainConfig, studies: int) -> Batch:
+    """Noise in the shapes of a recipe; half of the anatomies abnormal."""
+    task = config.task
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(studies, task.vision.channels, *task.vision.volume_size, generator=generator)
+    batch = {"pixel_values": pixels, "study_index": torch.arange(studies), "valid": torch.ones(studies).bool()}
+    length = 12
+    if isinstance(task, FVLM.Config):
+        anatomies, patches = len(task.anatomies), int(np.prod(task.vision.grid))
+        key = torch.randint(0, 2, (studies, anatomies), generator=generator)
+        key = key * (1 + torch.arange(studies * anatomies).view(studies, anatomies))
+        batch |= {
+            "anatomy_share": torch.rand(studies, anatomies, patches, generator=generator),
+            "anatomy_intact": torch.ones(studies, anatomies).bool(),
+            "anatomy_input_ids": torch.randint(5, WORDS, (studies, anatomies, length), generator=generator),
+            "anatomy_attention_mask": torch.ones(studies, anatomies, length).bool(),
+            "anatomy_text_key": torch.where(key == 0, -1 - torch.arange(anatomies), key),
+            "anatomy_key": key,
+        }
+    batch["input_ids"] = torch.randint(5, WORDS, (studies, length), generator=generator)
+    batch["attention_mask"] = torch.ones(studies, length).bool()
+    batch["report_key"] = torch.arange(studies)
+    batch["labels"] = torch.randint(0, 2, (studies, getattr(task, "labels", 1)), generator=generator)
+    return {name: batch[name] for name in schema.task_class(task).fields}
+
+
+@pytest.mark.parametrize("recipe", ["ct:fvlm_tiny", "ct:clip_tiny", "ct:supervised_tiny"])
+def test_every_tiny_recipe_makes_three_steps_downhill(recipe: str) -> None:
+    config = schema.load_recipe(recipe)
+    task = config.task.build(vocab_size=WORDS, seed=0)
+    batch = synthetic(config, 3)
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4)
+    losses = []
+    for _ in range(3):
+        out = loss_of(task, batch)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            task.after_step(lambda parameter: parameter.detach())
+        losses.append(out.loss.item())
+    assert losses[-1] < losses[0], losses
+
+
+def test_the_large_recipes_are_the_papers_shapes() -> None:
+    config = schema.load_recipe("ct:fvlm_b")
+    assert config.task.vision.grid == (7, 16, 11) and len(config.task.anatomies) == 36
+    assert schema.load_recipe("ct:clip_b").task.vision == schema.load_recipe("ct:supervised_b").task.vision
