@@ -21,7 +21,7 @@ NUMERIC = re.compile(
     rf"(?P<iso>{YEAR}{_SEPARATOR}[01]?\d{_SEPARATOR}[0-3]?\d(?:t\d\d:\d\d(?::\d\d(?:\.\d+)?)?z?)?)"
     rf"|(?P<full>\d\d?{_SEPARATOR}\d\d?{_SEPARATOR}{YEAR}\d?|\d\d?:\d\d?:{YEAR}"
     rf"|[0-3]?\d(?:{_SEPARATOR}| )[0-3]?\d(?:{_SEPARATOR}| ){YEAR}(?! \d{{3}}))"
-    rf"|(?P<short>[0-3]?\d(?P<s1>[./|\-])[0-3]?\d(?P=s1)\d\d)"
+    rf"|(?P<short>[0-3]?\d(?P<s1>[./|\-])[0-3]?\d(?P=s1)\d\d(?!-\d\d-\d))"
     rf"|(?P<month_year>(?:0?[1-9]|1[0-2]) ?[/.\-] ?{YEAR}|{YEAR}[/.\-](?:0[1-9]|1[0-2])"
     rf"|(?:0[1-9]|1[0-2]) {YEAR}(?! \d\d?(?!:)))"
     rf"|(?P<years>{YEAR} ?[/\-] ?(?:{YEAR}|\d\d))"

@@ -15,7 +15,7 @@ from shards.reports.identity.view import Kind, View
 OLDEST_AGE_YEARS = 89  # HIPAA: ages above it point at persons
 _MAIL = re.compile(
     r"(?<![\w.])(?:[\w+'\-]{1,30}[.\-_] )?[\w.+'&\-]{1,64}\s?(?:@|\[at\]|\(at\)|\[@\])\s?[\w\-]+(?:\.[\w\-]+)*"
-    r"(?: ?[.,]\s?[a-z]{2,}(?![\w@])| (?:fr|com|org|net|be|ch|ca|de|uk|eu|lu)(?!\w))?"
+    r"(?: ?[.,]? ?(?:fr|com|org|net|be|ch|ca|de|uk|eu|lu|edu|gov|info)(?![\w@]))?"
 )
 _URL = re.compile(r"(?:https?://|ftp://|www\.)[^\s<>\"')\]\0]+")
 
@@ -31,6 +31,7 @@ _PHONE_CUE = re.compile(
     r"[^\d\n]{0,30}$"
 )
 _FRENCH_PHONE = re.compile(r"(?<![\d.,])0[1-9](?:[\s.\-/_]{1,3}\d\d){4}(?!\d)")
+_MISREAD_PHONE = re.compile(r"(?<!\w)[0o][\dlis](?:[ .\-]?[\dolisb]{2}){4}(?!\w)")  # a scanner's O, l and S
 _SECOND_PHONE = re.compile(
     r"(?<=\0) ?(?:/|-|–|ou|or|,? ?poste|,? ?ext\.?|,? ?x|,? ?bip|,? ?p\.) ?(\d{1,6}(?:[ .]\d\d){0,4})(?![\d/]|[.,]\d)"
 )
@@ -61,6 +62,7 @@ _WEAK_CUES = (
     "episode",
 )
 _MIXED_ID = re.compile(r"(?<![\w.])(?=[a-z0-9\-/_]*\d)[a-z0-9]+(?:[\-/_][a-z0-9]+)*(?![\w])")
+_COUNTRY_CODE = re.compile(r"(?:f|b|ch|l|d)-? ?\d{4,5} [^\W\d_]")  # "F-25000 Besançon": a postal code, no id
 _LONG_DIGITS = re.compile(r"(?<![\w.,])\d{7,}(?!\w|[.,]\d)")
 _QUANTITY = re.compile(
     r" ?(?:/ ?(?:mm|µl|ul|l|ml|dl|champ)|mm|ui|iu|u/|u\b|copies|elements|gb\b|leuco|plaquettes|hematies|cfu|ufc"
@@ -79,6 +81,7 @@ _SIN = re.compile(r"(?<![\w.\-+(])\d{3}[ \-]\d{3}[ \-]\d{3}(?![\w\-]| ?\d)")
 _NIR = re.compile(
     r"(?<![\w.])[1-478] ?\d ?\d ?(?:[0-9] ?\d) ?(?:\d ?\d|2 ?[ab]) ?(?:\d ?){6}(?:[ /\-]*\d ?\d)?(?!\d| \d)"
 )
+_RAMQ = re.compile(r"(?<!\w)[a-z]{4} ?\d{4} ?\d{4}(?!\w)")  # Québec: name, birth date, rank
 _UK_NI = re.compile(r"(?<!\w)[a-z]{2} ?\d\d ?\d\d ?\d\d ?[a-dt](?!\w)")
 _NATIONAL_CUE = re.compile(
     r"(?:social security|national insurance|\bssn|\bnino|securite sociale|\bniss|\bnif|\bdni|\bnie|steuer-?id"
@@ -122,7 +125,7 @@ def _claim_all(view: View, pattern: re.Pattern[str], kind: Kind) -> None:
 
 
 def _social_security(view: View) -> None:
-    for pattern in (_AVS, _US_SSN, _UK_NI, _GERMAN_INSURANCE):
+    for pattern in (_AVS, _US_SSN, _UK_NI, _RAMQ, _GERMAN_INSURANCE):
         _claim_all(view, pattern, "social_security")
     for match in _NATIONAL_CUE.finditer(view.masked):
         view.claim(match.start("id"), match.end("id"), "social_security")
@@ -228,8 +231,12 @@ def _phones_and_ids(view: View) -> None:
             view.claim(start, end, kind)
     for match in _FRENCH_PHONE.finditer(view.masked):
         view.claim(match.start(), match.end(), "phone")
-    for match in _SECOND_PHONE.finditer(view.masked):
-        if any(one.kind == "phone" and one.end == match.start() for one in view.identifiers):
+    for match in _MISREAD_PHONE.finditer(view.masked):
+        if sum(character.isdigit() for character in match.group()) >= 7:
+            view.claim(match.start(), match.end(), "phone")
+    phones = {one.end for one in view.identifiers if one.kind == "phone"}
+    for match in _SECOND_PHONE.finditer(view.masked) if phones else ():
+        if match.start() in phones:
             view.claim(match.start(1), match.end(1), "phone")
     for match in _LETTERED_PHONE.finditer(view.masked):
         view.claim(match.start(), match.end(), "phone")
@@ -237,6 +244,8 @@ def _phones_and_ids(view: View) -> None:
         for match in pattern.finditer(view.masked):
             count = sum(character.isdigit() for character in match.group())
             letters = sum(character.isalpha() for character in match.group())
+            if _COUNTRY_CODE.match(view.masked, match.start()):
+                continue
             if _DOSE.search(match.group()) or _LEGAL_BEFORE.search(
                 view.masked, max(0, match.start() - 16), match.start()
             ):
