@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from shards.reports.identity.plugin import Recogniser
 from shards.reports.identity.view import Identifier, view_of
 
 _CHUNK = 6_000  # characters; few reports are as long
+_SENTENCE_END = re.compile(r"[^\W\d_]{4}[.!?] ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +72,15 @@ class Detector:
 
 
 def _parts(text: str) -> Iterator[tuple[int, int]]:
-    """Bounds of the document's parts, cut behind line ends or sentences."""
+    """Bounds of the document's parts, cut behind a line, else a sentence ("Dr. " ends none), else a word."""
     start = 0
     while start < len(text):
         end = min(start + _CHUNK, len(text))
         if end < len(text):
-            cut = max(text.rfind("\n", start + _CHUNK // 2, end), text.rfind(". ", start + _CHUNK // 2, end))
-            end = cut + 1 if cut > 0 else end
+            half = start + _CHUNK // 2
+            sentences = [match.end() for match in _SENTENCE_END.finditer(text, half, end)]
+            line, space = text.rfind("\n", half, end), text.rfind(" ", half, end)
+            end = line + 1 if line > 0 else sentences[-1] if sentences else space + 1 if space > 0 else end
         yield start, end
         start = end
 

@@ -26,7 +26,8 @@ _NUMBER_BEHIND = re.compile(
 )
 _NUMBER_BEFORE = re.compile(r"(?<![\w.,/])(?:\d{5,}[ \-_#:]{1,2}|\d+)\Z")
 _BEFORE_WIDTH = 16  # characters looked back for a number
-_NUMBERED_WORD = re.compile(r"(?<!\w)([^\W\d_]{5,})\d{4,}(?!\w)")
+_NUMBER = re.compile(r"\d{4,}(?!\w)")
+_NUMBERED_WORD_MIN = 5  # letters before a number; shorter ones are codes of devices and studies
 
 
 def find(view: View, told: Set[str]) -> None:
@@ -117,9 +118,18 @@ def _numbers_beside(view: View) -> None:
         if one.kind in ("patient_name", "person_name"):
             _claim_beside(view, one.start, one.end)
     if view.longest_number >= 4:
-        for match in _NUMBERED_WORD.finditer(view.masked):
-            if not view.flags[view.first_word_from(match.start())] & Word.COMMON:
-                view.claim(match.start(), match.end(), "id")
+        for match in _NUMBER.finditer(view.masked):
+            word = view.first_word_from(match.start()) - 1
+            if word >= 0 and view.ends[word] == match.start() and _is_numbered_name(view, word):
+                view.claim(view.starts[word], match.end(), "id")
+
+
+def _is_numbered_name(view: View, word: int) -> bool:
+    """ "Quintrell12345": an unknown word that is no code."""
+    start = view.starts[word]
+    glued = start > 0 and (view.masked[start - 1].isalnum() or view.masked[start - 1] == "_")
+    long_enough = view.ends[word] - start >= _NUMBERED_WORD_MIN
+    return long_enough and not glued and view.free(word) and not view.flags[word] & Word.COMMON
 
 
 def _claim_beside(view: View, start: int, end: int) -> None:

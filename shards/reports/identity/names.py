@@ -295,7 +295,7 @@ class _Reading:
             return True
         if view.in_capitals(self.begin) or position - self.begin >= 3:
             return False
-        if self.firsts_only and not flag & Word.MONTH:
+        if self.firsts_only and not flag & (Word.MONTH | Word.NUMBER):
             return True
         behind_title_case = self.last is not None and view.shapes[self.last] == TITLE_CASE
         return shape == UPPER and behind_title_case and view.ends[position] - view.starts[position] > 4

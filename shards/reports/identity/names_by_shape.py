@@ -1,7 +1,4 @@
-"""Names that no word announces: known first names, initials, capitals beside small letters, lines of names.
-
-Most words with a capital open a sentence: the cheap question whether a word is a common one comes first.
-"""
+"""Names that no word announces: known first names, initials, capitals beside small letters, lines of names."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ _PREPOSITIONS = table("prepositions")
 _PERSON_PREPOSITIONS = table("person_prepositions")
 _SPECIES = table("species")
 _LOWER_CASE_MIN = 4  # letters of a first name in lower case
+_BESIDE = (" ", ", ", "-", ",", "^", "/", "\n")
 _INITIAL_GAPS = (".", "-", ".-", ". ")
 _SURNAME_GAPS = (". ", ".", ".\n", "-", ".  ")
 _LINE_CLOSES = re.compile(r"\s*(?:\n|$|[,(|]|\0)")
@@ -30,7 +28,12 @@ _NO_INITIAL = frozenset(("a", "i", "o", "y"))  # words of their own
 def find(view: View) -> set[str]:
     """Claim the names that no word announces; returns the words of the sure ones, in plain form."""
     told: set[str] = set()
+    flags, shapes, last = view.flags, view.shapes, len(view.flags) - 1
     for index in view.capitalised:
+        # Most capitals of a report open a sentence: a common word before another one.
+        common = flags[index] & (Word.COMMON | Word.FIRST) == Word.COMMON and shapes[index] != INITIAL
+        if common and (index == last or flags[index + 1] & Word.COMMON):
+            continue
         if view.free(index):
             _by_shape(view, index, told)
     for index in view.small_names:
@@ -46,7 +49,7 @@ def _by_shape(view: View, index: int, told: set[str]) -> None:
             _by_initial(view, index, told)
         return
     if flag & Word.COMMON and not flag & Word.FIRST and not _unknown_follows(view, index):
-        return  # most capitals of a report: the first word of a sentence
+        return
     if flag & Word.STOP or eponym(view, index) or _may_be_acronym(view, index):
         return
     if view.ends[index] - view.starts[index] < 3:
@@ -90,7 +93,8 @@ def _may_be_acronym(view: View, index: int) -> bool:
     flag = view.flags[index]
     if not (flag & Word.FIRST and not flag & Word.COMMON and view.shapes[index] == UPPER):
         return False
-    if len(view.words[index]) > 5 or _named_next(view, index) or (index and view.shapes[index - 1] != LOWER):
+    behind_capital = index and view.shapes[index - 1] != LOWER and view.gap(index - 1) in _BESIDE
+    if len(view.words[index]) > 5 or _named_next(view, index) or behind_capital:
         return False
     following = joined_next(view, index)
     return following is None or not (view.flags[following] & NAME and view.shapes[following] == UPPER)
@@ -219,7 +223,8 @@ def _beside_identifier(view: View, index: int) -> bool:
         return False
     before = view.masked[max(0, view.starts[index] - 3) : view.starts[index]]
     after = view.masked[view.ends[index + 1] : view.ends[index + 1] + 3]
-    return "\0" in before or "\0" in after or _TABLE_CELL.search(before) is not None
+    behind_identifier = "\0" in before and "." not in before  # no new sentence
+    return behind_identifier or "\0" in after or _TABLE_CELL.search(before) is not None
 
 
 def _capitals_beside_small_letters(view: View, index: int) -> bool:
@@ -252,6 +257,8 @@ def _two_capitalised(view: View, index: int) -> bool:
     """ "Zoran Bilic": two unknown words with a capital, or two in capitals of which one is a known name."""
     following = _unknown_next(view, index)
     if following is None or view.shapes[index] != view.shapes[following]:
+        return False
+    if (view.flags[index] | view.flags[following]) & Word.FINDING:
         return False
     if (view.flags[index] | view.flags[following]) & NAME:
         return True
@@ -400,7 +407,7 @@ def _surname_and_initial(view: View, index: int) -> None:
 
 def _in_lower_case(view: View, index: int) -> None:
     """A known first name in lower case beside another word that is no common one: "mirella rousset"."""
-    if len(view.words[index]) < _LOWER_CASE_MIN or eponym(view, index):
+    if len(view.words[index]) < _LOWER_CASE_MIN or view.flags[index] & Word.FINDING or eponym(view, index):
         return
     for other in (index + 1, index - 1):
         if 0 <= other < len(view.words) and _is_small_company(view, index, other):
@@ -413,6 +420,7 @@ def _is_small_company(view: View, index: int, other: int) -> bool:
     flag = view.flags[other]
     if view.shapes[other] != LOWER or len(view.words[other]) <= 2 or not view.free(other):
         return False
-    if view.gap(min(index, other)) not in (" ", "-") or flag & (Word.STOP | Word.EPONYM_HEAD):
+    no_name = Word.STOP | Word.EPONYM_HEAD | Word.FINDING | Word.KIN | Word.ROLE | Word.TITLE
+    if view.gap(min(index, other)) not in (" ", "-") or flag & no_name:
         return False
     return bool(flag & NAME) or bool(view.flags[index] & Word.USUAL_FIRST and not flag & Word.COMMON)

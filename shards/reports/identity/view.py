@@ -171,7 +171,8 @@ def _raised_shape(index: int, first: int, stop: int, flags: list[int], shapes: l
     beside = [flags[other] for other in (index - 1, index + 1) if first <= other < stop]
     cued = any(one & _NAME_LEADS or (one & _ANY_NAME and not one & Word.COMMON) for one in beside)
     behind_initial = index > first and shapes[index - 1] == INITIAL
-    return TITLE_CASE if flags[index] & _ANY_NAME or cued or behind_initial else LOWER
+    known = flags[index] & _ANY_NAME and not flags[index] & Word.FINDING
+    return TITLE_CASE if known or cued or behind_initial else LOWER
 
 
 def _numbers(text: str) -> tuple[int, bool]:
