@@ -104,9 +104,17 @@ def boilerplate(text: str, language: Language) -> tuple[Span, ...]:
 
 
 def context(
-    document: str, found: Survey, entities: Sequence[Entity], language: Language, words: Words | None = None
+    document: str,
+    found: Survey,
+    entities: Sequence[Entity],
+    language: Language,
+    words: Words | None = None,
+    *,
+    mixed: bool = False,
 ) -> Context:
     """Distilled sentences, boilerplate and descriptors of findings and impression, which `found` has read.
+
+    Sentences are in `language`; boilerplate of both languages is looked for where the document is `mixed`.
 
     An entity's status is its own; a word of the list outside of all entities takes that of its part of the sentence,
     and none where that does not say. Where mentions differ, a present one decides, then a possible one.
@@ -123,7 +131,7 @@ def context(
             )
     read = [
         (start, end)
-        for start, end in boilerplate(document, language)
+        for start, end in boilerplate(document, "unknown" if mixed else language)
         if any(first <= start and end <= last for first, last, _ in found.parts)
     ]
     return Context(

@@ -6,6 +6,7 @@ The form is versioned, holds spans and words of our own lists, and no text of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,7 +18,7 @@ from shards.reports.distil import ENTITIES, Context, context
 from shards.reports.distil import sentence as distilled_sentence
 from shards.reports.entities import Entity, entities
 from shards.reports.labels import ONTOLOGIES, label_names, labels
-from shards.reports.language import Language, Span, detect, within
+from shards.reports.language import Language, Span, detect, languages_of, within
 from shards.reports.lexicon.anatomy import ANATOMIES, ELSEWHERE, Words
 from shards.reports.sections import Section, sections
 from shards.reports.sentences import sentences
@@ -55,7 +56,21 @@ def by_rules(document: str, language: Language | None = None, *, study: str = ""
     spoken = detect(document) if language is None else language
     parts = sections(document)
     spans = tuple(span for part in parts for span in sentences(document, *part.body, spoken))
-    return extraction(document, spoken, parts, spans, entities(document, spans, spoken), study=study)
+    languages = languages_of(document, spans, spoken)
+    found = _entities(document, spans, languages)
+    return extraction(document, spoken, parts, spans, found, mixed=len(set(languages)) > 1, study=study)
+
+
+def _entities(document: str, spans: Sequence[Span], languages: Sequence[Language]) -> Sequence[Entity]:
+    """Each sentence read in its language, entities in the order of the text."""
+    if len(set(languages)) <= 1:
+        return entities(document, spans, languages[0]) if spans else ()
+    found: list[Entity] = []
+    for language in sorted(set(languages)):
+        places = [place for place, its in enumerate(languages) if its == language]
+        read = entities(document, [spans[place] for place in places], language)
+        found += [replace(one, sentence=places[one.sentence]) for one in read]
+    return sorted(found, key=lambda one: (one.sentence, one.start, one.end))
 
 
 def extraction(
@@ -66,14 +81,16 @@ def extraction(
     found: Sequence[Entity],
     *,
     anatomy: Sequence[AnatomyText] | None = None,
+    mixed: bool = False,
     study: str = "",
 ) -> Extraction:
     """All that follows from sections, sentences and entities, whoever found them.
 
-    `anatomy`: the 36 anatomies as a model decomposed them; None for the rules' own.
+    `anatomy`: the 36 anatomies as a model decomposed them; None for the rules' own. `mixed`: some sentences are in
+    another language, so that places are looked for in both.
     """
     words = Words(document)
-    surveyed = survey(document, parts, spans, found, language, words)
+    surveyed = survey(document, parts, spans, found, "unknown" if mixed else language, words)
     read = [(part.start, part.end) for part in parts if part.name in ("findings", "impression")]
     counted = [one for one in found if within((one.start, one.end), read)]
     places = surveyed.anatomies if anatomy is None else tuple(anatomy)
@@ -88,7 +105,7 @@ def extraction(
         labels={ontology: labels(found, ontology, parts) for ontology in ONTOLOGIES},
         anatomy=places,
         elsewhere=surveyed.elsewhere,
-        context=context(document, surveyed, counted, language, words),
+        context=context(document, surveyed, counted, language, words, mixed=mixed),
         structured=structured_by_rules(study, counted, lung),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from shards.batch import Span
@@ -56,6 +56,7 @@ _SPEAKS_FOR = {
     word: 4 * (word in _OTHER) + 2 * (word in _FRENCH) + (word in _ENGLISH) for word in _ENGLISH | _FRENCH | _OTHER
 }
 _FRENCH_ACCENT = re.compile("[éèêàùçœûîôâëï]")
+LEAD = 2  # more words than for the other one: a sentence of a report in two languages tells
 ACCENT_WEIGHT = 0.3  # of a word; German and Spanish have accents too, on fewer letters
 
 
@@ -70,11 +71,7 @@ def within(span: Span, places: Iterable[Span]) -> bool:
 
 def detect(text: str) -> Language:
     """The language most of the document is in; "unknown" where no word tells, or where they tell of a third one."""
-    sample = text[:SAMPLE_CHARACTERS].lower()
-    votes = Counter(map(_SPEAKS_FOR.get, sample.replace("’", "'").replace("'", "' ").split()))
-    english, words, other = (sum(n for bits, n in votes.items() if bits and bits & bit) for bit in (1, 2, 4))
-    accents = 0 if sample.isascii() else len(_FRENCH_ACCENT.findall(sample))
-    french = words + ACCENT_WEIGHT * accents
+    english, french, other = _votes(text[:SAMPLE_CHARACTERS])
     if english > french and english > other:
         return "en"
     if french > english and french > other:
@@ -82,8 +79,30 @@ def detect(text: str) -> Language:
     return "unknown"
 
 
-def languages_of(text: str, spans: Iterable[Span]) -> tuple[Language, ...]:
-    """The language of each span of a document in more than one; a span that does not tell takes the whole's."""
-    whole = detect(text)
-    found = (detect(text[start:end]) for start, end in spans)
-    return tuple(whole if language == "unknown" else language for language in found)
+def languages_of(text: str, spans: Sequence[Span], language: Language) -> tuple[Language, ...]:
+    """The language of each span of a document in `language`, which a span that does not clearly tell takes.
+
+    Most documents are in one, which is seen at once: nowhere else stand as many words of the other.
+    """
+    english, french, _ = _votes(text[:SAMPLE_CHARACTERS])
+    if min(english, french) < LEAD:
+        return (language,) * len(spans)
+    return tuple(_language_of(text[start:end], language) for start, end in spans)
+
+
+def _language_of(text: str, otherwise: Language) -> Language:
+    english, french, other = _votes(text)
+    if english >= LEAD + french and english > other:
+        return "en"
+    if french >= LEAD + english and french > other:
+        return "fr"
+    return otherwise
+
+
+def _votes(text: str) -> tuple[float, float, float]:
+    """How many words speak for English, for French, for neither of them."""
+    sample = text.lower()
+    votes = Counter(map(_SPEAKS_FOR.get, sample.replace("’", "'").replace("'", "' ").split()))
+    english, french, other = (sum(n for bits, n in votes.items() if bits and bits & bit) for bit in (1, 2, 4))
+    accents = 0 if sample.isascii() else len(_FRENCH_ACCENT.findall(sample))
+    return english, french + ACCENT_WEIGHT * accents, other

@@ -20,7 +20,7 @@ from shards.reports.anatomy import AnatomyText
 from shards.reports.entities import Entity
 from shards.reports.identity import DEIDENTIFIER, Detector, KnownPatient, Surrogates, deidentify
 from shards.reports.labels import ONTOLOGIES, label_names
-from shards.reports.language import Language, Span, detect
+from shards.reports.language import Language, Span, detect, languages_of
 from shards.reports.lexicon.anatomy import ANATOMIES
 from shards.reports.lexicon.terms import concepts
 from shards.reports.prepared import PreparedReport
@@ -210,7 +210,8 @@ def _by_model(located: llm.Located, text: str, language: Language, study: str) -
         sited = {name: _clipped(text, told, bodies) for name, bodies in read.items()}
         if any(sited.values()):
             anatomy.append(AnatomyText(anatomy=place.anatomy, status=place.status, **sited))
-    return extract.extraction(text, language, parts, spans, found, anatomy=anatomy, study=study)
+    mixed = len(set(languages_of(text, spans, language))) > 1
+    return extract.extraction(text, language, parts, spans, found, anatomy=anatomy, mixed=mixed, study=study)
 
 
 def _clipped(text: str, spans: Sequence[Span], bodies: Sequence[Span]) -> tuple[Span, ...]:

@@ -144,7 +144,8 @@ def reaches(
                     partings = (i for i in known.partings if any(cue_end <= mention < i for mention in mentions))
                     end = min(end, next(partings, end))
                 if end > cue_end and any(word.isalnum() for word in tokens.stems[cue_end:end]):
-                    found.append(Reach(entry.name, True, cue, cue_end, cue_end, end))  # type: ignore[arg-type]
+                    name = entry.name if entry.name != "attributed" else _attributed(clause, cue, found, known)
+                    found.append(Reach(name, True, cue, cue_end, cue_end, end))  # type: ignore[arg-type]
                 elif absent:  # "Pneumothorax: no"
                     found.append(Reach("absent", False, cue, cue_end, clause.first, cue))
             elif entry.kind == "history":
@@ -162,6 +163,16 @@ def reaches(
         )
         found.append(Reach("possible", False, clause.end, clause.end, first, clause.end))
     return found
+
+
+def _attributed(clause: Clause, cue: int, found: Sequence[Reach], known: Marks) -> Literal["possible", "purpose"]:
+    """What doubt about the finding before it says: where no comma or "and" parts that finding from a denial, nothing
+    more than the denial does ("no consolidation or opacity in favor of pneumonia")."""
+    first = max((reach.cue_end for reach in found if reach.says == "absent"), default=clause.first)
+    parted = any(first <= comma < cue for comma in known.commas) or any(
+        first <= join < cue and join not in known.alternatives for join in known.joins
+    )
+    return "possible" if parted else "purpose"
 
 
 def status_of(first: int, last: int, cues: Sequence[Reach], mentions: Sequence[int]) -> Status | Literal["history"]:

@@ -165,12 +165,6 @@ def belgian_valid(written: str) -> bool:
     return int(digits[9:]) in (97 - int(digits[:9]) % 97, 97 - int("2" + digits[:9]) % 97)
 
 
-def avs_valid(written: str) -> bool:
-    """Swiss number: 13 digits that begin with 756 and end in the EAN-13 digit."""
-    digits = [int(c) for c in written if c.isdigit()]
-    return len(digits) == 13 and (sum(digits[0::2]) + 3 * sum(digits[1::2])) % 10 == 0
-
-
 def luhn_valid(written: str) -> bool:
     """Canadian social insurance number and others: the sum with every second digit doubled ends in 0."""
     digits = [int(c) for c in written if c.isdigit()]

@@ -34,6 +34,12 @@ STATUS = {
     "Stable cardiomegaly and no edema.": "cardiomegaly+ pulmonary_edema-",
     "No abnormality apart from a hiatal hernia.": "abnormality- hiatal_hernia+",
     "The lungs are clear of consolidation, effusion, or edema.": "consolidation- pleural_effusion- pulmonary_edema-",
+    # a denied finding and what it would speak for
+    "No filling defect in favor of thrombus and mass was seen.": "pulmonary_embolism- mass-",
+    "No nodule or opacity suspicious for pneumonia and mass.": "nodule- lung_opacity- pneumonia- mass-",
+    "No nodule compatible with metastasis and mass.": "nodule- metastasis- mass-",
+    "No pneumothorax, opacity suggestive of pneumonia.": "pneumothorax- lung_opacity- pneumonia?",
+    "Opacity in favor of pneumonia and mass.": "lung_opacity+ pneumonia? mass?",
     # after the finding
     "Pleural effusion is not seen.": "pleural_effusion-",
     "Pericardial effusion-thickening was not observed.": "pericardial_effusion- pericardial_thickening-",

@@ -37,6 +37,16 @@ SENTENCES: dict[str, list[tuple[str | None, ...]]] = {
     "Le pneumothorax gauche a disparu.": [("pneumothorax", ABSENT, "left")],
     "Un pneumothorax minime ne peut être formellement éliminé.": [("pneumothorax", POSSIBLE)],
     "On ne peut éliminer un foyer infectieux débutant.": [("pneumonia", POSSIBLE)],
+    "Pas d'opacité en faveur d'une pneumopathie et d'une masse.": [
+        ("lung_opacity", ABSENT),
+        ("pneumonia", ABSENT),
+        ("mass", ABSENT),
+    ],
+    "Absence de lésion évocatrice de métastase et de fracture.": [
+        ("abnormality", ABSENT),
+        ("metastasis", ABSENT),
+        ("fracture", ABSENT),
+    ],
     "Pas de modification de l'épanchement pleural gauche.": [("pleural_effusion", PRESENT, "left")],
     "Sans changement notable de la cardiomégalie par rapport au cliché précédent.": [("cardiomegaly", PRESENT)],
     "Émoussement du cul-de-sac pleural gauche.": [("costophrenic_blunting", PRESENT, "left", "costophrenic angle")],

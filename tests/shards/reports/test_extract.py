@@ -49,6 +49,21 @@ def test_rules_read_all_of_a_report() -> None:
     assert (told["effusion"], told["pneumothorax"], told["pneumonia"]) == ("present", "absent", "possible")
 
 
+def test_each_sentence_is_read_in_its_language() -> None:
+    text = (
+        "FINDINGS: There is a small left pleural effusion. The heart is of normal size. "
+        "The study was compared with that of the year before.\n\n"
+        "CONCLUSION : Il n'y a pas de pneumothorax. Pas de fracture de côte sur les clichés réalisés."
+    )
+    found = verify(by_rules(text), text)
+    assert found.language == "en"
+    assert [(one.concept, one.status) for one in found.entities] == [
+        ("pleural_effusion", "present"), ("cardiomegaly", "absent"), ("pneumothorax", "absent"), ("fracture", "absent"),
+    ]  # fmt: skip
+    assert found.labels["chexpert14"]["Pneumothorax"] == found.labels["chexpert14"]["Fracture"] == 0
+    assert [text[start:end] for start, end in found.context.boilerplate] == ["Il n'y a pas de"]
+
+
 def test_structured_report_by_rules() -> None:
     found = verdicts(by_rules(REPORT, study="s1"))
     assert (found["effusion"], found["pneumonia"], found["pneumothorax"]) == ("present", "uncertain", "absent")

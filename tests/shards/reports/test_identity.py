@@ -102,8 +102,6 @@ def test_checksums() -> None:
     assert patterns.nir_valid("2 55 08 2A 123 456 " + f"{97 - 2550819123456 % 97:02d}")
     assert patterns.belgian_valid("85.07.30-033.28")
     assert not patterns.belgian_valid("85.07.30-033.29")
-    assert patterns.avs_valid("756.9217.0769.85")
-    assert not patterns.avs_valid("756.9217.0769.86")
     assert patterns.luhn_valid("046 454 286")
     assert not patterns.luhn_valid("046 454 287")
 

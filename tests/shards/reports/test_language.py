@@ -37,7 +37,13 @@ def test_spans_of_a_mixed_report_each_have_their_language() -> None:
     french, english, none = "Pas de fracture du radius.", "There is no effusion.", "XXXX."
     text = f"{french} {english} {none}"
     spans = [(0, len(french)), (len(french) + 1, len(french) + 1 + len(english)), (len(text) - len(none), len(text))]
-    assert languages_of(text, spans) == ("fr", "en", detect(text))
+    assert languages_of(text, spans, "unknown") == ("fr", "en", "unknown")
+    assert languages_of(text, spans, "en") == ("fr", "en", "en")
+
+
+def test_a_word_of_the_other_language_makes_no_sentence_of_it() -> None:
+    text = "Scan thoracique. The study of Dr de la Tour was compared. There is no effusion in the lungs."
+    assert set(languages_of(text, [(0, 16), (17, 57), (58, len(text))], "en")) == {"en"}
 
 
 @given(st.text())
