@@ -155,11 +155,12 @@ class Sample:
 
 
 # One step's tensors. B = studies of this rank, V = images of this rank, C = channels, K = label names of the manifest,
-# L = tokens. Every tensor exists for void slots too, zero-filled, with `valid` False.
+# L = tokens, A = anatomies of the recipe, T = patches of a volume, z slowest, x fastest. Every tensor exists for void
+# slots too, zero-filled, with `valid` False.
 Batch = dict[str, "Tensor"]
 
 FIELDS: dict[str, str] = {
-    "pixel_values": "[V, C, H, W] float32, normalised by the recipe's mean and standard deviation",
+    "pixel_values": "[V, C, H, W] float32, volumes [V, C, D, H, W], a channel a HU window; normalised by mean and std",
     "study_index": "[V] int64, row of the study each image belongs to, non-decreasing",
     "valid": "[B] bool, False for a void slot",
     "input_ids": "[B, L] int64, padded with the tokenizer's pad id; L is the longest of the batch, at most text_length",
@@ -178,6 +179,13 @@ FIELDS: dict[str, str] = {
     "patch_mask": "[V, P] bool, exactly round(patch_mask_ratio * P) of an image's patches, in rows from top left",
     "finding_key": "[B] int64, equal for equal sets of diseases present or uncertain; report_key where unstructured",
     "draw_key": "[B] int64, what a model keys its own random numbers for this study and epoch by",
+    "anatomy_share": "[V, A, T] float32, share of a patch's voxels that an anatomy has",
+    "anatomy_intact": "[V, A] bool, in the crop and not cut by it; cut ones, too, if mentioned and so configured",
+    "anatomy_input_ids": "[B, A, L] int64, what the report says of each anatomy; a template where it is silent",
+    "anatomy_attention_mask": "[B, A, L] bool",
+    "anatomy_text_key": "[B, A] int64, equal for equal texts",
+    "anatomy_key": "[B, A] int64, 0 for a normal anatomy, else the text's key: positives of each other",
+    "anatomy_state": f"[B, A] int8, 1 abnormal, 0 normal or not mentioned, {NOT_ANNOTATED} not annotated",
 }
 
 

@@ -15,9 +15,11 @@ import torch
 
 from shards import keyed
 from shards.batch import NOT_ANNOTATED, Batch, StudyRecord, ViewRecord
-from shards.dataset import Found, Members
+from shards.dataset import Found, Members, View
 from shards.decode import Decoder, PendingBatch
+from shards.decode_volume import Crop, VolumeBatch, VolumeDecoder, place_crop
 from shards.errors import BadSampleError, ConfigError, DataError
+from shards.manifest import Manifest
 from shards.order import Slots
 from shards.reports.structured import (
     OBSERVATION,
@@ -30,7 +32,9 @@ from shards.reports.structured import (
 )
 from shards.tokenizer import EmptyReportError, Tokenizer, report_text
 from shards.transforms import augment
+from shards.transforms.anatomy import ABNORMAL, AnatomyTexts, anatomy_texts, plain_name, text_keys
 from shards.transforms.masking import draw_key, draw_patches, draw_text, patches_of
+from shards.volume_codec import part_count
 
 if TYPE_CHECKING:
     from shards.loader import Loader
@@ -38,6 +42,11 @@ if TYPE_CHECKING:
 TOKENS_PER_DISEASE = 16  # below this a structured report's verdict could be cut off
 
 ZERO_IN_VOID = frozenset({"report_key", "patient_key", "uncertain_verdicts", "finding_key", "draw_key"})
+
+VOLUME_FIELDS = frozenset({"anatomy_share", "anatomy_intact"})
+ANATOMY_TEXT_FIELDS = frozenset(
+    {"anatomy_input_ids", "anatomy_attention_mask", "anatomy_text_key", "anatomy_key", "anatomy_state"}
+)
 
 Place = Callable[[], tuple[str, str]]  # (shard, key) of a row, looked up only when it is to be logged
 
@@ -48,12 +57,14 @@ class Prepared:
 
     step: int
     images: list[memoryview]
+    crops: list[Crop | None]  # of volumes, in place of images; None in a void slot
     study_index: list[int]
     window: list[tuple[float, float]]
     bits: list[int]
     view: list[int]
     columns: dict[str, np.ndarray]
     parts: list[list[Part]]  # of each row's text, none in a void slot
+    anatomy: list[AnatomyTexts | None]  # of each row where anatomy fields are made, None in a void slot
     places: list[Place]
     train: bool
 
@@ -68,7 +79,7 @@ class Decoding:
     """A batch in the decoder; `present` [n] are the images that were given to it, of `study_index` [V]."""
 
     prepared: Prepared
-    pending: PendingBatch
+    pending: PendingBatch | VolumeBatch
     present: np.ndarray
     study_index: np.ndarray
 
@@ -91,6 +102,14 @@ class Collator:
         self.config, self.tokenizer, self.seed, self.fields = config, tokenizer, seed, frozenset(fields)
         self.labels = {name: column for column, name in enumerate(labels)}
         self._decoder: Decoder | None = None
+        self._volume_decoder: VolumeDecoder | None = None
+        self.reads_masks = config.volume is not None and not VOLUME_FIELDS.isdisjoint(self.fields)
+        self._reads_anatomies = config.volume is not None and not ANATOMY_TEXT_FIELDS.isdisjoint(self.fields)
+        wanted = (VOLUME_FIELDS | ANATOMY_TEXT_FIELDS) & self.fields
+        if wanted and (config.volume is None or not config.volume.anatomies):
+            raise ConfigError(
+                f"{', '.join(sorted(wanted))}: data.volume.anatomies is empty; name some of the manifest's"
+            )
         self._patches = patches_of(config.masking, config.decode.image_size) if "patch_mask" in self.fields else 0
         self._reads_structure = tokenizer is not None and config.report == "structured"
         if config.report not in ("raw", "structured"):
@@ -110,6 +129,25 @@ class Collator:
                 "masked text needs a tokenizer that puts a token before every text, since the first one stands for "
                 "the whole and is never masked; give it a post-processor that does, or let the run train its own"
             )
+
+    def check(self, url: str, manifest: Manifest) -> None:
+        """Raises ConfigError where a set lacks the label maps that the fields need."""
+        if not self.reads_masks or self.config.volume is None:
+            return
+        known = {plain_name(name) for name in manifest.masks}
+        missing = [name for name in self.config.volume.anatomies if plain_name(name) not in known]
+        if missing:
+            raise ConfigError(
+                f"{url}: its label maps do not know {', '.join(missing)}, which data.volume.anatomies names; "
+                f"there is {', '.join(sorted(known)) or 'none'}"
+            )
+
+    @property
+    def volume_decoder(self) -> VolumeDecoder:
+        if self._volume_decoder is None:
+            assert self.config.volume is not None
+            self._volume_decoder = VolumeDecoder(self.config.volume)
+        return self._volume_decoder
 
     @property
     def decoder(self) -> Decoder:
@@ -147,8 +185,8 @@ class Collator:
         if "draw_key" in self.fields:
             columns["draw_key"] = draw_key(self.seed, slots.epoch, sample_key)
         result = Prepared(
-            step=step, images=[], study_index=[], window=[], bits=[], view=[], columns=columns,
-            parts=[[] for _ in range(count)], places=places, train=train,
+            step=step, images=[], crops=[], study_index=[], window=[], bits=[], view=[], columns=columns,
+            parts=[[] for _ in range(count)], anatomy=[None] * count, places=places, train=train,
         )  # fmt: skip
         for i, members in enumerate(found):
             try:
@@ -159,9 +197,11 @@ class Collator:
                 key = (self.seed, int(slots.epoch[i]), int(sample_key[i])) if train else None
                 parts, report_key = self._text(record, structure, key)
                 views = _view_records(record, members)
+                crops = self._crops(members, views, (int(slots.epoch[i]), int(sample_key[i])) if train else None)
             except (BadSampleError, EmptyReportError) as error:
                 on_void(i, error.cause if isinstance(error, BadSampleError) else "empty report")
                 self._add_image(result, i, 0, memoryview(b""), (0.0, 1.0), 8)
+                result.crops.append(None)
                 continue
             columns["valid"][i] = True
             columns["patient_key"][i] = keyed.text_key(record.patient)
@@ -174,10 +214,37 @@ class Collator:
             for name, value in record.labels.items():
                 if name in self.labels:
                     columns["labels"][i, self.labels[name]] = value
-            for view, (number, _, data) in zip(views, members.views, strict=True):
+            if self._reads_anatomies or self.reads_masks:
+                assert self.config.volume is not None
+                result.anatomy[i] = anatomy_texts(record, self.config.volume.anatomies)
+            for view, chosen in zip(views, members.views, strict=True):
                 window = view.window or (0.0, 255.0 if view.bits == 8 else 65535.0)
-                self._add_image(result, i, number, data, window, view.bits)
+                self._add_image(result, i, chosen.number, chosen.parts[0], window, view.bits)
+            result.crops += crops
         return result
+
+    def _crops(self, members: Members, views: list[ViewRecord], key: tuple[int, int] | None) -> list[Crop]:
+        """Where each chosen volume is cropped. Raises BadSampleError where record and members disagree."""
+        config = self.config.volume
+        volumes = [view.depth is not None for view in views]
+        if config is None:
+            if any(volumes):
+                raise BadSampleError("", "", "a volume, and the recipe has no data.volume")
+            return []
+        if not all(volumes):
+            raise BadSampleError("", "", "an image where the recipe reads volumes")
+        crops = []
+        for view, chosen in zip(views, members.views, strict=True):
+            parts, maps = _read_parts(view, chosen, view.mask_maps if self.reads_masks else 0)
+            view_key = None if key is None else (*key, chosen.number)
+            start, flip = place_crop(config, view, parts, view_key, self.seed)
+            crops.append(
+                Crop(
+                    view=view, parts=chosen.parts, first_part=parts.start, maps=maps, mask_ids=members.mask_ids,
+                    start=start, flip=flip,
+                )
+            )  # fmt: skip
+        return crops
 
     def _structure(self, record: StudyRecord) -> StructuredReport | None:
         """The structured report if something reads it. Raises BadSampleError where it is missing or broken."""
@@ -216,6 +283,10 @@ class Collator:
         """Start decoding; at most a few batches are under way at once, finished in order by `finish`."""
         columns, study_index = prepared.columns, np.asarray(prepared.study_index, dtype=np.int64)
         present = np.flatnonzero(columns["valid"][study_index])
+        if self.config.volume is not None:
+            crops = [crop for crop in prepared.crops if crop is not None]
+            volumes = self.volume_decoder.submit(crops)
+            return Decoding(prepared=prepared, pending=volumes, present=present, study_index=study_index)
         if prepared.train:
             parameters = augment.draw(
                 self.config.augment,
@@ -234,8 +305,16 @@ class Collator:
         )
         return Decoding(prepared=prepared, pending=pending, present=present, study_index=study_index)
 
-    def finish(self, decoding: Decoding, on_void: Callable[[int, str], None]) -> Batch:
-        """Wait for the pixels, make void what did not decode, and join the tensors of the batch."""
+    def finish(
+        self,
+        decoding: Decoding,
+        on_void: Callable[[int, str], None],
+        on_cut: Callable[[int], None] = lambda row: None,
+    ) -> Batch:
+        """Wait for the pixels, make void what did not decode, and join the tensors of the batch.
+
+        `on_cut(row)` is told of each valid row that has no anatomy whole in any of its crops.
+        """
         prepared, present, study_index = decoding.prepared, decoding.present, decoding.study_index
         columns = prepared.columns
         pixels, decoded, causes = decoding.pending.result()
@@ -265,9 +344,57 @@ class Collator:
             view = np.asarray(prepared.view)
             mask = draw_patches(self.config.masking, self.seed, epoch, sample_key, view, self._patches)
             batch["patch_mask"] = torch.from_numpy(mask & valid[study_index][:, None])
+        if isinstance(decoding.pending, VolumeBatch):
+            batch |= self._anatomy_fields(decoding, decoding.pending, on_cut)
         if self.tokenizer is not None:
             parts = [parts if ok else [] for parts, ok in zip(prepared.parts, valid, strict=True)]
             batch |= self._tokens(self.tokenizer, parts, prepared)
+        return batch
+
+    def _anatomy_fields(self, decoding: Decoding, volumes: VolumeBatch, on_cut: Callable[[int], None]) -> Batch:
+        """Shares of the crops and texts by anatomy; zero in void slots but for the tokens of an empty text."""
+        config, prepared, present = self.config.volume, decoding.prepared, decoding.present
+        assert config is not None
+        valid, study_index = prepared.columns["valid"], decoding.study_index
+        anatomies = len(config.anatomies)
+        batch: Batch = {}
+        if self.reads_masks:
+            share = np.zeros((len(study_index), anatomies, config.patches), np.float32)
+            intact = np.zeros((len(study_index), anatomies), bool)
+            share[present], intact[present] = volumes.share, volumes.whole
+            if config.keep_cut_if_mentioned:
+                rows = [prepared.anatomy[row] for row in study_index[present]]
+                mentioned = [row.mentioned for row in rows if row is not None]
+                intact[present] |= volumes.present & np.array(mentioned, bool).reshape(-1, anatomies)
+            share[~valid[study_index]], intact[~valid[study_index]] = 0.0, False
+            seen = np.zeros(len(valid), bool)
+            np.logical_or.at(seen, study_index, intact.any(axis=1))
+            for row in np.flatnonzero(valid & ~seen):
+                on_cut(int(row))
+            batch |= {"anatomy_share": torch.from_numpy(share), "anatomy_intact": torch.from_numpy(intact)}
+        if self._reads_anatomies:
+            usable = [one if ok else None for one, ok in zip(prepared.anatomy, valid, strict=True)]
+            batch |= self._anatomy_texts(usable, anatomies)
+        return batch
+
+    def _anatomy_texts(self, rows: Sequence[AnatomyTexts | None], anatomies: int) -> Batch:
+        text_key = np.zeros((len(rows), anatomies), np.int64)
+        state = np.full((len(rows), anatomies), NOT_ANNOTATED, np.int8)
+        texts: dict[str, int] = {"": 0}  # each is tokenised once
+        place = np.zeros((len(rows), anatomies), np.int64)
+        for i, row in enumerate(rows):
+            if row is not None:
+                text_key[i], state[i] = text_keys(row.texts), row.state
+                place[i] = [texts.setdefault(text, len(texts)) for text in row.texts]
+        batch: Batch = {
+            "anatomy_text_key": torch.from_numpy(text_key),
+            "anatomy_key": torch.from_numpy(np.where(state == ABNORMAL, text_key, 0)),
+            "anatomy_state": torch.from_numpy(state),
+        }
+        if self.tokenizer is not None:
+            input_ids, attention_mask = self.tokenizer.encode(list(texts), self.config.text_length)
+            index = torch.from_numpy(place)
+            batch |= {"anatomy_input_ids": input_ids[index], "anatomy_attention_mask": attention_mask[index]}
         return batch
 
     def _tokens(self, tokenizer: Tokenizer, parts: list[list[Part]], prepared: Prepared) -> Batch:
@@ -312,7 +439,24 @@ def _view_records(record: StudyRecord, members: Members) -> list[ViewRecord]:
     if record.provenance.get("adopted") and len(record.views) == len(members.views):
         return record.views  # it was made from just these images, in this order
     known = {view.id: view for view in record.views}
-    names = [member.partition(".")[0] for _, member, _ in members.views]
+    names = [view.id for view in members.views]
     if not known.keys() >= set(names):
         raise BadSampleError("", "", "an image that the record does not list")
     return [known[name] for name in names]
+
+
+def _read_parts(view: ViewRecord, chosen: View, mask_maps: int) -> tuple[range, list[list[memoryview]]]:
+    """The numbers of the parts that were read, and those parts of each label map.
+
+    Raises BadSampleError where parts or label maps are not those of the record.
+    """
+    there, needed = chosen.parts_there, part_count(view.depth or 1)
+    if there != needed:
+        raise BadSampleError("", "", f"{there} parts of a volume of {view.depth} slices, which need {needed}")
+    parts = range(chosen.first_part, chosen.first_part + len(chosen.parts))
+    maps = []
+    for number in range(mask_maps):
+        if any((number, part) not in chosen.masks for part in parts):
+            raise BadSampleError("", "", f"label map {number}: a part is missing")
+        maps.append([chosen.masks[number, part] for part in parts])
+    return parts, maps

@@ -6,16 +6,16 @@ What a batch needs of which unit is the order's and the loader's business; nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 from shards.batch import StudyRecord
 from shards.chunk_cache import ChunkCache
 from shards.errors import BadSampleError, DataError
 from shards.folder import room_for
 from shards.manifest import Manifest, Shard
-from shards.members import MembersTable
+from shards.members import MembersTable, part_number
 from shards.order import UnitTable
 from shards.reader import check_member, log_key, read_members, record_from_members
 from shards.store import Store, StoreConfig, StoreRetry, Stores, open_store, split_url
@@ -106,20 +106,38 @@ class DataSet:
         return self.manifest.shards[shard_index].name, key if view is None else f"{key}.{view}"
 
 
+class View(NamedTuple):
+    """A chosen view of a unit: its number and (first) member, and the content of what was read of it.
+
+    An image has one part. Of a volume of `parts_there` parts, `parts` are those from `first_part` on, and
+    `masks[map, part]` their label maps where those were asked for. Content lies in the range that was read, together
+    with its neighbours': to cut it out would copy it.
+    """
+
+    number: int
+    member: str
+    parts: list[memoryview]
+    first_part: int
+    parts_there: int
+    masks: dict[tuple[int, int], memoryview]
+
+    @property
+    def id(self) -> str:
+        return self.member.partition(".")[0].partition("-")[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Members:
-    """Verified members of one unit: texts by member name, and the chosen views as (number, member name, content).
-
-    The content of a view lies in the range that was read, together with its neighbours': to cut it out would copy it.
-    """
+    """Verified members of one unit: texts by member name, and the chosen views in their order."""
 
     key: str
     texts: dict[str, bytes]
-    views: list[tuple[int, str, memoryview]]
+    views: list[View]
+    mask_ids: dict[str, int] = field(default_factory=dict)  # the manifest's: name -> id in the label maps
 
     def record(self, adopted: bool) -> StudyRecord:
         """Raises BadSampleError without a place; the caller knows it."""
-        images = {member: bytes(data) for _, member, data in self.views} if adopted else {}
+        images = {view.member: bytes(view.parts[0]) for view in self.views} if adopted else {}
         try:
             return record_from_members(self.texts | images, adopted=adopted, key=self.key)
         except ValueError as error:
@@ -129,32 +147,57 @@ class Members:
 Found = Members | BadSampleError
 
 
+ChooseViews = Callable[[int, int], Sequence[int]]  # (unit, views there are) -> their numbers
+ChooseParts = Callable[[int, int, int], range]  # (unit, view, parts of the volume) -> those that are read
+
+
+class _Wanted(NamedTuple):
+    """One member to read, and where its content goes."""
+
+    offset: int
+    row: int  # of the members table
+    unit: int
+    put: Callable[[memoryview], None]
+
+
 def read_units(
     data: DataSet,
     chunk: int,
     units: Sequence[int],
-    choose: Callable[[int, int], Sequence[int]],
+    choose: ChooseViews,
     cache: ChunkCache | None = None,
+    *,
+    choose_parts: ChooseParts | None = None,
+    masks: bool = False,
 ) -> dict[int, Found]:
-    """Verified members of some units of a chunk, by unit. `choose(unit, views there are)` says which views are read.
+    """Verified members of some units of a chunk, by unit. `choose` says which views are read; of a volume
+    `choose_parts` which parts (all, if None) and `masks` whether their label maps are read, too.
 
     Neighbouring members are read as one range. A member that fails its check fails its unit only; a store that does
     not answer raises.
     """
     shard, table = data.shard(chunk), data.members(int(data.table.shard[chunk]))
     result: dict[int, Found] = {}
-    wanted: list[tuple[int, int, int, int]] = []  # (offset, row of the members table, unit, view number or -1)
+    wanted: list[_Wanted] = []
     for unit in units:
         shard_index, sample, view = data.locate(chunk, unit)
+        key = log_key(data.manifest, table.keys[sample])
         if (shard_index, sample) in data.void:
-            result[unit] = BadSampleError(shard.name, log_key(data.manifest, table.keys[sample]), "forgotten")
+            result[unit] = BadSampleError(shard.name, key, "forgotten")
             continue
-        images = table.images(sample)
-        chosen = [view] if view is not None else choose(unit, len(images))
-        result[unit] = Members(key=table.keys[sample], texts={}, views=[])
-        wanted += [(int(table.offset[row]), row, unit, -1) for row in table.records(sample)]
-        wanted += [(int(table.offset[images[number]]), images[number], unit, number) for number in chosen]
-    wanted.sort()
+        found = Members(key=table.keys[sample], texts={}, views=[], mask_ids=data.manifest.masks)
+        views = table.views(sample)
+        rows = _text_rows(table, sample, found)
+        try:
+            for number in sorted([view] if view is not None else choose(unit, len(views))):
+                parts = choose_parts(unit, number, len(views[number])) if choose_parts else range(len(views[number]))
+                rows += _view_rows(table, sample, found, number, views[number], parts, masks=masks)
+        except ValueError as error:
+            result[unit] = BadSampleError(shard.name, key, str(error))
+            continue
+        result[unit] = found
+        wanted += [_Wanted(int(table.offset[row]), row, unit, put) for row, put in rows]
+    wanted.sort(key=lambda one: (one.offset, one.row))
 
     ranges: list[tuple[int, int]] = []
     last_row = -2
@@ -168,30 +211,52 @@ def read_units(
     bodies = _read_ranges(data, shard, chunk, ranges, cache)
 
     current = 0
-    for offset, row, unit, number in wanted:
+    for offset, row, unit, put in wanted:
         while offset >= ranges[current][1] and current + 1 < len(ranges):
             current += 1
         begin, size, member = offset - ranges[current][0], int(table.size[row]), table.member[row]
         body = memoryview(bodies[current])[begin : begin + size]
-        found = result[unit]
-        if isinstance(found, BadSampleError):
+        present = result[unit]
+        if isinstance(present, BadSampleError):
             continue
         try:
             crc32c = None if table.crc32c is None else int(table.crc32c[row])
-            key = log_key(data.manifest, found.key)
+            key = log_key(data.manifest, present.key)
             adopted = data.manifest.adopted
             check_member(body, shard=shard.name, key=key, member=member, size=size, crc32c=crc32c, adopted=adopted)
         except BadSampleError as error:
             result[unit] = error
             continue
-        if number < 0:
-            found.texts[member] = bytes(body)
-        else:
-            found.views.append((number, member, body))
-    for found in result.values():
-        if isinstance(found, Members):
-            found.views.sort()
+        put(body)
     return result
+
+
+_Rows = list[tuple[int, Callable[[memoryview], None]]]  # (row of the members table, where its content goes)
+
+
+def _text_rows(table: MembersTable, sample: int, found: Members) -> _Rows:
+    def put(member: str, body: memoryview) -> None:
+        found.texts[member] = bytes(body)
+
+    return [(row, partial(put, table.member[row])) for row in table.records(sample)]
+
+
+def _view_rows(
+    table: MembersTable, sample: int, found: Members, number: int, rows: Sequence[int], parts: range, *, masks: bool
+) -> _Rows:
+    """Of one view, which is added to `found`. Raises ValueError where a part of a volume is missing."""
+    first = table.member[rows[0]]
+    view = View(number, first, [memoryview(b"")] * len(parts), parts.start, len(rows), {})
+    found.views.append(view)
+    if part_number(first) is None:
+        return [(rows[0], partial(view.parts.__setitem__, 0))]
+    if [part_number(table.member[row]) for row in rows] != list(range(len(rows))):
+        raise ValueError(f"view {view.id}: a part of the volume is missing")
+    wanted: _Rows = [(rows[part], partial(view.parts.__setitem__, place)) for place, part in enumerate(parts)]
+    if masks:
+        there = table.mask_parts(sample, view.id)
+        wanted += [(row, partial(view.masks.__setitem__, key)) for key, row in there.items() if key[1] in parts]
+    return wanted
 
 
 def _read_ranges(

@@ -25,8 +25,9 @@ from shards import keyed
 from shards.batch import Batch, StudyRecord
 from shards.chunk_cache import ChunkCache
 from shards.collate import Collator, Decoding, Place
-from shards.dataset import DataSet, Event, Found, Members, read_units
+from shards.dataset import ChooseParts, DataSet, Event, Found, Members, read_units
 from shards.decode import Decoder, PendingBatch
+from shards.decode_volume import VolumeBatch, VolumeDecoder, parts_to_read
 from shards.errors import BadSampleError, ConfigError, DataError
 from shards.order import Order, Slots, lanes_of_rank
 from shards.reports import structured
@@ -86,6 +87,7 @@ class Loader:
         masking: masking.Config = field(default_factory=masking.Config)
         max_skip_rate: float = 0.01  # of the last 10,000 slots; above it the run stops
         decode: Decoder.Config = field(default_factory=Decoder.Config)
+        volume: VolumeDecoder.Config | None = None  # the views are volumes, cropped as this says; `decode` is not used
         augment: augment.Config = field(default_factory=augment.Config)
         store: StoreConfig = field(default_factory=StoreConfig)
 
@@ -126,7 +128,7 @@ class Loader:
                 "ranks"
             )
         self.labels = tuple(dict.fromkeys(name for data in self.sets for name in data.whole.labels))
-        self.reads_text = "input_ids" in fields
+        self.reads_text = not {"input_ids", "anatomy_input_ids"}.isdisjoint(fields)
         self.tokenizer = tokenizer or (find_tokenizer(config, self.sets) if self.reads_text else None)
         self._collate = Collator(config, self.tokenizer, self.labels, seed, fields)
         if self.reads_text and config.report == "structured":
@@ -136,6 +138,8 @@ class Loader:
                         f"{data.url}: no study has a structured report, which data.report=structured reads; "
                         "pack them (pack.py --structured for phantoms), or set data.report=raw"
                     )
+        for data in self.sets:
+            self._collate.check(data.url, data.whole)
         self._cache = ChunkCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
 
     def _largest_lane_bytes(self) -> float:
@@ -259,7 +263,7 @@ class LoaderRun(Iterator[Batch]):
         # The read that brings each unit; units of a piece that were used before the start or read for it.
         self._reads: dict[UnitName, Future[dict[int, Found]]] = {}
         self._taken: dict[PieceName, set[int]] = {}
-        self._submitted: deque[PendingBatch] = deque()  # what is in the decoder, in the order of steps
+        self._submitted: deque[PendingBatch | VolumeBatch] = deque()  # what is in the decoder, in the order of steps
         self._threads = [
             threading.Thread(target=self._guard, args=(target, sink), daemon=True, name=name)
             for target, sink, name in (
@@ -356,7 +360,8 @@ class LoaderRun(Iterator[Batch]):
             if isinstance(decoding, BaseException):
                 raise decoding
             on_void = self._on_void(decoding.prepared.step, decoding.prepared.places)
-            batch = self._loader._collate.finish(decoding, on_void)
+            on_cut = self._on_cut(decoding.prepared.step, decoding.prepared.places)
+            batch = self._loader._collate.finish(decoding, on_void, on_cut)
             self._submitted.popleft()
             self._first_decoded.set()
             if not self._put(self._batches, batch):
@@ -366,6 +371,13 @@ class LoaderRun(Iterator[Batch]):
         def report(row: int, cause: str) -> None:
             shard, key = places[row]()
             self._loader.on_event({"event": "skip", "step": step, "shard": shard, "key": key, "cause": cause})
+
+        return report
+
+    def _on_cut(self, step: int, places: Sequence[Place]) -> Callable[[int], None]:
+        def report(row: int) -> None:
+            shard, key = places[row]()
+            self._loader.on_event({"event": "anatomies_cut", "step": step, "shard": shard, "key": key})
 
         return report
 
@@ -402,7 +414,15 @@ class LoaderRun(Iterator[Batch]):
     def _read(self, set_index: int, chunk: int, epoch: int, units: list[int]) -> dict[int, Found]:
         loader = self._loader
         choose = partial(_choose_views, loader.config, loader.seed, set_index, epoch)
-        return read_units(loader.sets[set_index], chunk, units, choose, loader._cache)
+        return read_units(
+            loader.sets[set_index],
+            chunk,
+            units,
+            choose,
+            loader._cache,
+            choose_parts=_choose_parts(loader.config, loader.seed, (set_index, epoch)),
+            masks=loader._collate.reads_masks,
+        )
 
 
 PieceName = tuple[int, int, int]  # set, block, piece
@@ -421,6 +441,14 @@ def _choose_views(config: Loader.Config, seed: int, set_index: int, epoch: int, 
     if views <= config.max_views:
         return range(views)
     return sorted(keyed.permutation(views, seed, "view", set_index, epoch, unit)[: config.max_views].tolist())
+
+
+def _choose_parts(config: Loader.Config, seed: int, key: tuple[int, int] | None) -> ChooseParts | None:
+    """Which parts of a volume are read, drawn by (set, epoch) `key`, unit and view; None: those of a central crop."""
+    volume = config.volume
+    if volume is None:
+        return None
+    return lambda unit, view, parts: parts_to_read(volume, parts, None if key is None else (*key, unit, view), seed)
 
 
 _Submitted = tuple[Decoding, Callable[[int, str], None]]
@@ -450,7 +478,15 @@ def evaluation_batches(
         chunk = np.searchsorted(data.table.first_unit, unit, "right") - 1
         zero = np.zeros(share, dtype=np.int64)
         reads = [
-            pool.submit(read_units, data, int(number), unit[chunk == number].tolist(), choose)
+            pool.submit(
+                read_units,
+                data,
+                int(number),
+                unit[chunk == number].tolist(),
+                choose,
+                choose_parts=_choose_parts(config, 0, None),
+                masks=collate.reads_masks,
+            )
             for number in np.unique(chunk)
         ]
         rest = share - len(unit)
