@@ -32,7 +32,7 @@ def _plain_table() -> dict[int, str]:
     """Code point -> its lower-case base letter, always one character, so that offsets survive."""
     table: dict[int, str] = {ord("’"): "'", ord("‘"): "'", ord("ʼ"): "'", ord("`"): "'", ord("´"): "'"}
     table |= dict.fromkeys((ord(c) for c in "‐‑‒–—−"), "-") | dict.fromkeys((0xA0, 0x202F, 0x2009, 0x2007, 0x09), " ")
-    for code in range(0x41, 0x250):
+    for code in (*range(0x41, 0x250), *range(0x1E00, 0x1F00)):
         character = chr(code)
         base = unicodedata.normalize("NFD", character)[0].lower()
         if character.isalpha() and len(base) == 1:

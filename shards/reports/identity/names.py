@@ -16,7 +16,7 @@ NAME = Word.FIRST | Word.LAST
 TITLES_MAX = 4  # titles or initials in a row
 _WORDS_MAX = 7  # a name of more words is a sentence in capitals
 _WORDS_BEFORE_MAX = 3  # words of a name before the one that showed it
-_LEADING_PARTICLES = table("leading_particles")
+LEADING_PARTICLES = table("leading_particles")
 _SHORT_FIRST_NAMES = table("short_first_names")
 _APOSTROPHES = ("'", "’")
 _JOINTS = frozenset((" ", "-", "'", "’", "  ", " -", "- ", " - "))
@@ -197,7 +197,7 @@ class _Reading:
         view, after = self.view, self.position + 1
         if after >= len(view.words) or not joins(view.gap(self.position)):
             return False
-        if self.last is None and not self.sure and view.words[self.position] not in _LEADING_PARTICLES:
+        if self.last is None and not self.sure and view.words[self.position] not in LEADING_PARTICLES:
             return False
         if view.shapes[after] in (TITLE_CASE, UPPER):
             return True
@@ -345,7 +345,8 @@ def _may_stand_before(view: View, first: int, index: int) -> bool:
 
 def _is_surname_with_comma(view: View, before: int, gap: str) -> bool:
     """ "KERVADEC, Yann" anywhere; "Kervadec, Yann" where a line begins with it."""
-    if gap not in (", ", ",") or view.flags[before] & Word.COMMON:
+    surname = view.shapes[before] == UPPER and view.flags[before] & NAME and not view.in_capitals(before)
+    if gap not in (", ", ",") or (view.flags[before] & Word.COMMON and not surname):
         return False
     opens_line = not before or "\n" in view.gap(before - 1) or ":" in view.gap(before - 1)
     unknown = not view.flags[before] & (Word.CITY_START | Word.EPONYM)
@@ -365,7 +366,7 @@ def _is_leading(view: View, before: int) -> bool:
     if shape == UPPER:
         return view.shapes[before + 1] == UPPER and not view.in_capitals(before)
     return (
-        shape == TITLE_CASE and view.words[before] in _LEADING_PARTICLES and view.words[before] not in ("de", "d", "l")
+        shape == TITLE_CASE and view.words[before] in LEADING_PARTICLES and view.words[before] not in ("de", "d", "l")
     )
 
 

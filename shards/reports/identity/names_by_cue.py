@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 
 from shards.reports.identity.gazetteers import SHORT_TITLES, Word, table
-from shards.reports.identity.names import NAME, TITLES_MAX, claim_around, claim_from
+from shards.reports.identity.names import LEADING_PARTICLES, NAME, TITLES_MAX, claim_around, claim_from
 from shards.reports.identity.view import LOWER, TITLE_CASE, UPPER, Kind, View
 
 _PATIENT_TITLES = table("patient_titles")
 _PATIENT_ROLES = table("patient_roles")
 _FIELDS = table("name_fields")
-_ONE_PERSON = frozenset(("patient", "patiente"))
+_ONE_PERSON = table("one_person")
+_TALKED_OVER = table("talked_over")
 _DOUBTFUL_CAPITALS = table("titles_doubtful_in_capitals")
 _DOUBTFUL_TITLES = table("doubtful_titles")
 _BETWEEN_TITLES = table("between_titles")  # "Monsieur l'interne", "Mr le Docteur"
@@ -31,6 +32,8 @@ _FIELD_GAP = re.compile(
     r" (?:de|d'|du|of)? ?(?:naissance|usage|jeune fille|famille|epouse|marital|patronymique|usuel|complet|patiente?"
     r"|et prenoms?|prenoms?)(?: \([^)\n]{1,12}\))? {0,2}: {0,3}"
 )
+# "Aide opératoire : ", "Interne de garde : ".
+_QUALIFIED_GAP = re.compile(r"(?: (?:de |d'|du )?[^\W\d_]{3,14}){1,2} {0,2}: {0,3}")
 _BORN_GAP = re.compile(r"(?:\(e\))?[. :]{1,3}")
 _CLOSING_GAP = re.compile(r"[ ,.!]{0,3}\n\s{0,8}")
 _SIGNED_MAX = 4  # words of a signature's line
@@ -137,7 +140,7 @@ def _behind_born(view: View, index: int, told: set[str]) -> None:
     dotted = view.gap(index).startswith(".")
     if not _BORN_GAP.fullmatch(view.gap(index)) or (view.words[index] in ("ep", "vve") and not dotted):
         return
-    if _is_unknown_name(view, following):
+    if _is_unknown_name(view, following, or_eponym=view.words[index] == "nee"):
         claim_from(view, following, "patient_name", told, sure=False)
         before = index - 1
         if index and view.gap(before) in (" ", ", ") and view.free(before) and _is_unknown_name(view, before):
@@ -156,21 +159,27 @@ def _behind_closing(view: View, index: int, told: set[str]) -> None:
 
 
 def _behind_preposition(view: View, index: int) -> int | None:
-    """The name in "Validé par LESCOP", "Signed electronically by J Smith"."""
+    """The name in "Validé par LESCOP", "Signed electronically by J Smith", "Vu avec Lescop"."""
     preposition = index + 2 if view.words[index + 1].endswith(("ment", "ly")) else index + 1
     name = preposition + 1
-    if name >= len(view.words) or view.words[preposition] not in ("par", "by"):
+    if name >= len(view.words):
+        return None
+    together = view.words[preposition] in ("avec", "with") and view.words[index] in _TALKED_OVER
+    if not together and view.words[preposition] not in ("par", "by"):
         return None
     if view.gap(index) != " " or view.gap(preposition) not in (" ", " : ", ": "):
         return None
-    first_name = view.flags[name] & Word.FIRST and view.shapes[name] == TITLE_CASE
-    return name if first_name or _is_unknown_name(view, name) else None
+    bare = name
+    while view.words[bare] in LEADING_PARTICLES and bare + 1 < len(view.words) and view.gap(bare) in (" ", "'", "’"):
+        bare += 1
+    first_name = view.flags[bare] & Word.FIRST and view.shapes[bare] == TITLE_CASE
+    return name if first_name or _is_unknown_name(view, bare) else None
 
 
-def _is_unknown_name(view: View, index: int) -> bool:
+def _is_unknown_name(view: View, index: int, *, or_eponym: bool = False) -> bool:
     """A word with a capital that is no common one, no eponym and no acronym."""
     flag, shape = view.flags[index], view.shapes[index]
-    if flag & (Word.COMMON | Word.EPONYM) or shape not in (TITLE_CASE, UPPER):
+    if flag & Word.COMMON or shape not in (TITLE_CASE, UPPER) or (flag & Word.EPONYM and not or_eponym):
         return False
     return shape == TITLE_CASE or len(view.words[index]) >= 4 or bool(flag & NAME)
 
@@ -182,11 +191,7 @@ def _behind_role(view: View, index: int, told: set[str]) -> None:
     """The name follows at once, or after a colon."""
     word = view.words[index]
     kind: Kind = "patient_name" if word in _PATIENT_ROLES else "person_name"
-    field = _FIELD_GAP.match(view.plain, view.ends[index]) if word in _FIELDS else None
-    if field is not None:
-        first = view.first_word_from(field.end())
-        if first < len(view.words) and view.starts[first] == field.end():
-            claim_from(view, first, kind, told, sure=True, listed=True)
+    if _behind_field(view, index, kind, told):
         return
     gap, first = view.gap(index), index + 1
     if not _ROLE_GAP.match(gap) or view.flags[first] & (Word.TITLE | Word.ROLE):
@@ -195,6 +200,22 @@ def _behind_role(view: View, index: int, told: set[str]) -> None:
         claim_from(view, first, kind, told, sure=word in _FIELDS, listed=True)
     elif "\n" not in gap and _follows_role(view, index, first):
         claim_from(view, first, kind, told, sure=False)
+
+
+def _behind_field(view: View, index: int, kind: Kind, told: set[str]) -> bool:
+    """ "Nom de jeune fille : Kervadec", "Aide opératoire : Lescop"; whether words stand between role and colon."""
+    field = view.words[index] in _FIELDS
+    if kind == "patient_name" and not field:
+        return False
+    match = (_FIELD_GAP if field else _QUALIFIED_GAP).match(view.plain, view.ends[index])
+    if match is None:
+        return False
+    first = view.first_word_from(match.end())
+    if first >= len(view.words) or view.starts[first] != match.end() or view.flags[first] & (Word.TITLE | Word.ROLE):
+        return False
+    if field or view.flags[first] & Word.FIRST or _is_unknown_name(view, first):
+        claim_from(view, first, kind, told, sure=field, listed=True)
+    return True
 
 
 def _follows_role(view: View, index: int, first: int) -> bool:
@@ -214,8 +235,9 @@ def _follows_role(view: View, index: int, first: int) -> bool:
     if flag & Word.EPONYM:
         return False
     if view.flags[index] & Word.KIN or view.words[index] in _ONE_PERSON:
+        place = flag & (Word.CITY_START | Word.LAST) == Word.CITY_START or flag & Word.DEMONYM
         heading = view.gap(first).lstrip(" ")[:1] == ":"
-        return _is_unknown_name(view, first) and not flag & (Word.CITY_START | Word.DEMONYM) and not heading
+        return _is_unknown_name(view, first) and not place and not heading
     return _has_second_word(view, first)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from shards.reports.identity.eponyms import eponym
 from shards.reports.identity.gazetteers import Word, table
+from shards.reports.identity.mentions import PERSON_VERBS
 from shards.reports.identity.names import NAME, TITLES_MAX, claim, claim_around, claim_list, joined_next, name_end
 from shards.reports.identity.view import INITIAL, LOWER, TITLE_CASE, UPPER, View
 
@@ -117,9 +118,10 @@ def _is_line_of_a_name(view: View, index: int) -> bool:
 def _first_name(view: View, index: int) -> bool:
     """A first name that is no other word, or a surname beside it says so."""
     flag = view.flags[index]
-    if not flag & Word.FIRST or flag & Word.COMMON:
+    if flag & (Word.FIRST | Word.COMMON) != Word.FIRST:
         return False
-    if flag & Word.EPONYM and not (_named_next(view, index) or _next_has(view, index, Word.LAST)):
+    beside = _named_next(view, index) or _next_has(view, index, Word.LAST) or _behind_surname(view, index)
+    if flag & Word.EPONYM and not beside:
         return False
     return view.shapes[index] == TITLE_CASE or not flag & Word.CITY_START
 
@@ -253,6 +255,14 @@ def _surname_inside_sentence(view: View, index: int) -> bool:
     return _inside_sentence(view, index, Word.EPONYM | Word.CITY_START) and not view.in_capitals(index)
 
 
+def _surname_acts(view: View, index: int) -> bool:
+    """ "Kervadec consulte pour": a known surname before what only persons do."""
+    flag = view.flags[index]
+    if flag & (Word.LAST | Word.EPONYM | Word.CITY_START) != Word.LAST or view.in_capitals(index):
+        return False
+    return view.gap(index) == " " and view.shapes[index + 1] == LOWER and view.words[index + 1] in PERSON_VERBS
+
+
 def _two_capitalised(view: View, index: int) -> bool:
     """ "Zoran Bilic": two unknown words with a capital, or two in capitals of which one is a known name."""
     following = _unknown_next(view, index)
@@ -291,7 +301,7 @@ _SURE: tuple[Callable[[View, int], bool], ...] = (
     _first_name, _in_capitals_beside_a_name, _word_that_is_a_first_name, _beside_identifier,
     _capitals_beside_small_letters, _has_credentials,
 )  # fmt: skip
-_LIKELY: tuple[Callable[[View, int], bool], ...] = (_surname_inside_sentence, _two_capitalised)
+_LIKELY: tuple[Callable[[View, int], bool], ...] = (_surname_inside_sentence, _surname_acts, _two_capitalised)
 
 
 # --- initials ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate, compress, count, repeat
 from operator import itemgetter, ne
@@ -30,6 +30,10 @@ _DIGITS = str.maketrans("olisb", "01158")
 _NAMES = Word.FIRST | Word.CITY_START
 _ANY_NAME = Word.FIRST | Word.LAST | Word.CITY_START
 _NAME_LEADS = Word.TITLE | Word.ROLE | Word.KIN
+# Letters of no other language here: "Lê", "Vũ" and "Đỗ" would be read as words without their marks.
+_VIETNAMESE = re.compile(
+    r"[\u0102\u0103\u0128\u0129\u0168\u0169\u01a0\u01a1\u01af\u01b0\u1ea0-\u1ef9]|\b[Ll]ê\b|\bLÊ\b"
+)
 _DIGIT_RUN = re.compile(r"\d+")
 _DIGIT_RUN_ASCII = re.compile(r"[0-9]+")
 _CLOSE, _DENSE = 4, 6  # characters between digits; digits that make a phone number possible
@@ -126,6 +130,9 @@ def view_of(text: str) -> View:
     edges = list(accumulate(map(len, pieces)))
     words, starts, ends = pieces[1::2], edges[:-1:2], edges[1::2]
     flags = list(map(gazetteer().flags.get, words, repeat(0)))
+    if not text.isascii():
+        for match in _VIETNAMESE.finditer(text):
+            flags[bisect_right(starts, match.start()) - 1] = Word.LAST
     shapes = [LOWER] * len(words)
     for index in compress(count(), map(ne, map(text.__getitem__, starts), map(itemgetter(0), words))):
         shapes[index] = _shape(text[starts[index] : ends[index]])

@@ -59,6 +59,13 @@ FORMS = {
         ("Dicté par GL, relu par Quesnel", "Quesnel"), ("Demandeur : QUESNEL PIERRICK", "QUESNEL PIERRICK"),
         ("Electronically signed: K. OKAFOR, MD", "K. OKAFOR"), ("Signed: kwame okafor", "kwame okafor"),
     ],
+    "the staff": [
+        ("L'infirmière Bovy a posé la voie.", "Bovy"), ("Kiné : Abiola", "Abiola"), ("Sénior : Bacha", "Bacha"),
+        ("Chirurgien : Dr Rey   Aide opératoire : Obi", "Rey;Obi"), ("Interne de garde : Lescop", "Lescop"),
+        ("Vu avec Quesnel.", "Quesnel"), ("Dicté par de Dardel", "de Dardel"), ("Relu avec Lê Minh", "Lê Minh"),
+        ("Examen de PERRIER Gilbert du 12/03/2018", "PERRIER Gilbert"), ("FORGET, Mathieu", "FORGET, Mathieu"),
+        ("Kervadec consulte pour toux. Thorens revient demain.", "Thorens"), ("Dr NGUYỄN Đức", "NGUYỄN Đức"),
+    ],
     "lists and letter heads": [
         ("cc: Quesnel, Morvan", "Quesnel;Morvan"), ("Destinataires : P. Quesnel, E. Morvan", "P. Quesnel;E. Morvan"),
         ("Destinataires :\nQUESNEL Pierrick\nMORVAN Elodie", "QUESNEL Pierrick;MORVAN Elodie"),
