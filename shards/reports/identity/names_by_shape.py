@@ -258,7 +258,7 @@ def _surname_inside_sentence(view: View, index: int) -> bool:
 def _surname_acts(view: View, index: int) -> bool:
     """ "Kervadec consulte pour": a known surname before what only persons do."""
     flag = view.flags[index]
-    if flag & (Word.LAST | Word.EPONYM | Word.CITY_START) != Word.LAST or view.in_capitals(index):
+    if flag & (Word.LAST | Word.EPONYM) != Word.LAST or view.in_capitals(index):
         return False
     return view.gap(index) == " " and view.shapes[index + 1] == LOWER and view.words[index + 1] in PERSON_VERBS
 
