@@ -28,10 +28,12 @@ from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS, ImageLimi
 from shards.ingest.phantom_chest import ChestPhantom
 from shards.ingest.phantom_ct import CtPhantom
 from shards.ingest.table import TableMapping, TableSource
+from shards.ingest.view_files import ImageFiles, ViewFiles
 from shards.manifest import Manifest
 from shards.store import open_store, split_url
 
 if TYPE_CHECKING:
+    from shards.ingest.volume_file import VolumeFiles
     from shards.reports.identity.burned_in import BurnedInText
     from shards.reports.packing import Structured
 
@@ -47,6 +49,10 @@ Pack studies into shards: plain WebDataset tars with a manifest, split by patien
   DICOM files of a hospital (the key names patients and studies; keep it, and keep it secret):
     (umask 077; openssl rand -hex 32 > site.key)
     python launchers/pack.py --source dicom --input DIR --key-file site.key --output s3://bucket/cxr
+  CT volumes: NIfTI files that a table names, or CT-RATE's folders, with the masks of a segmentation model
+    python launchers/pack.py --source nifti --input DIR --masks DIR/masks --key-file site.key --output shards/ct
+    python launchers/pack.py --source ct_rate --input CT-RATE/dataset --masks MASKS --public \
+        --deidentified 'public set' --output shards/ct_rate
   reports with them: raw text passes de-identification and extraction, or was prepared by prepare_reports.py
     python launchers/pack.py --source dicom --input DIR --key-file site.key --reports structured reports.csv \\
         --output shards/site
@@ -71,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--verify", metavar="MANIFEST", help="check all shards of a manifest instead of packing")
     result.add_argument(
-        "--source", choices=("table", "dicom", "phantom", "phantom_ct", "adopt"), help="what --input holds"
+        "--source",
+        choices=("table", "dicom", "nifti", "ct_rate", "phantom", "phantom_ct", "adopt"),
+        help="what --input holds",
     )
     result.add_argument(
         "--input",
@@ -121,6 +129,25 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--mapping", metavar="TOML", help="which column is what; default: mapping.toml in --input")
     table.add_argument("--side-min", type=int, default=SIDE_MIN_PIXELS, help="smallest side taken (%(default)s)")
     table.add_argument("--area-max", type=int, default=AREA_MAX_PIXELS, help="most pixels an image has (%(default)s)")
+
+    volumes = result.add_argument_group("nifti, ct_rate")
+    volumes.add_argument(
+        "--masks", metavar="DIR", help="label maps, or folders of structures, under the same relative paths as volumes"
+    )
+    volumes.add_argument("--class-map", default="totalseg_v2", help="what the labels mean: totalseg_v1 (%(default)s)")
+    volumes.add_argument(
+        "--unknown-ids", choices=("refuse", "drop"), default="refuse", help="labels not in the map (%(default)s)"
+    )
+    volumes.add_argument(
+        "--mask-grid", choices=("refuse", "resample"), default="refuse", help="masks of another grid (%(default)s)"
+    )
+    volumes.add_argument(
+        "--spacing", type=float, nargs=3, default=(3.0, 1.0, 1.0), metavar=("Z", "Y", "X"), help="mm (3 1 1)"
+    )
+    volumes.add_argument(
+        "--own-spacing", action="store_true", help="keep each volume's spacing: no upright one changes"
+    )
+    volumes.add_argument("--no-crop", action="store_true", help="keep what lies far from any labelled anatomy")
 
     phantom = result.add_argument_group("phantom")
     phantom.add_argument("--seed", type=int, default=0, help="of the generator (%(default)s)")
@@ -174,25 +201,17 @@ def _input_folder(arguments: argparse.Namespace) -> Path:
 
 
 def build_source(arguments: argparse.Namespace) -> Source:
-    """The source that the arguments name. Only DICOM is imported on demand: its decoders are many and slow to load."""
+    """The source that the arguments name. Readers of DICOM and NIfTI are imported on demand: they are slow to load."""
     if arguments.source == "phantom":
         return ChestPhantom(_chest_config(arguments))
     if arguments.source == "phantom_ct":
         return CtPhantom(_ct_config(arguments))
     folder, secret = _input_folder(arguments), command.secret(arguments, f"--source {arguments.source} needs")
     structured, reports = _reports(arguments, secret)
-    limits = ImageLimits(side_min=arguments.side_min, area_max=arguments.area_max)
-    burned_in = _burned_in(arguments)
-    if arguments.source == "table":
-        if not folder.is_dir():
-            raise ConfigError(f"--input {folder}: no such folder; give the folder that holds table and images")
-        mapping = TableMapping.read(Path(arguments.mapping) if arguments.mapping else folder / "mapping.toml")
+    if arguments.source in ("table", "nifti", "ct_rate"):
         if reports is not None:
             raise ConfigError(f"--reports {reports}: a table names its columns of text in the mapping, [report]")
-        return TableSource(
-            input=folder, mapping=mapping, secret=secret, deidentified=arguments.deidentified, structured=structured,
-            limits=limits, burned_in=burned_in,
-        )  # fmt: skip
+        return _table_source(arguments, folder, secret, structured)
     from shards.ingest.dicom import RADIOGRAPHY, DicomRadiographs
 
     return DicomRadiographs(
@@ -202,9 +221,49 @@ def build_source(arguments: argparse.Namespace) -> Source:
         reports=reports,
         deidentified=arguments.deidentified,
         structured=structured,
-        limits=limits,
-        burned_in=burned_in,
+        limits=_limits(arguments),
+        burned_in=_burned_in(arguments),
     )
+
+
+def _limits(arguments: argparse.Namespace) -> ImageLimits:
+    return ImageLimits(side_min=arguments.side_min, area_max=arguments.area_max)
+
+
+def _table_source(
+    arguments: argparse.Namespace, folder: Path, secret: bytes | None, structured: Structured | None
+) -> TableSource:
+    """Studies that tables name: images, or volumes."""
+    text = {"secret": secret, "deidentified": arguments.deidentified, "structured": structured}
+    if not folder.is_dir():
+        raise ConfigError(f"--input {folder}: no such folder; give the folder that holds table and files")
+    if arguments.source == "ct_rate":
+        from shards.ingest.ct_rate import ct_rate
+
+        return ct_rate(folder, _volume_files(arguments, folder), **text)
+    mapping = TableMapping.read(Path(arguments.mapping) if arguments.mapping else folder / "mapping.toml")
+    images = folder / mapping.images
+    files: ViewFiles = (
+        _volume_files(arguments, images)
+        if arguments.source == "nifti"
+        else ImageFiles(folder=images, limits=_limits(arguments), burned_in=_burned_in(arguments))
+    )
+    return TableSource(input=folder, mapping=mapping, files=files, name=arguments.source, **text)
+
+
+def _volume_files(arguments: argparse.Namespace, folder: Path) -> VolumeFiles:
+    from shards.ingest.volume_file import VolumeFiles, VolumeOptions, VolumeReader
+
+    z_mm, y_mm, x_mm = arguments.spacing
+    options = VolumeOptions(
+        spacing_mm=None if arguments.own_spacing else (z_mm, y_mm, x_mm),
+        crop=not arguments.no_crop,
+        class_map=arguments.class_map,
+        unknown_ids=arguments.unknown_ids,
+        other_grid=arguments.mask_grid,
+    )
+    masks = Path(arguments.masks) if arguments.masks else None
+    return VolumeFiles(folder=folder, mask_folder=masks, reader=VolumeReader(options=options))
 
 
 def _burned_in(arguments: argparse.Namespace) -> BurnedInText | None:
@@ -399,7 +458,7 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.verify:
         return _verify(arguments, console)
-    if arguments.refuse_burned_in_text and arguments.source in ("phantom", "adopt"):
+    if arguments.refuse_burned_in_text and arguments.source not in ("dicom", "table"):
         raise ConfigError(f"--refuse-burned-in-text: reads images of dicom and table, not of {arguments.source}")
     for option in ("source", "output"):
         if getattr(arguments, option) is None:

@@ -43,6 +43,14 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith(ENDINGS)
 
 
+def without_ending(name: str) -> str:
+    """The name of a file without .nii or .nii.gz."""
+    for ending in reversed(ENDINGS):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return name
+
+
 def read_nifti(path: Path) -> NiftiFile:
     """One file, NIfTI-1 or -2. Raises VolumeRefusedError with the reason."""
     if not is_nifti(path):
@@ -135,7 +143,9 @@ def hounsfield(stored: Array, header: Rescale, stated: Rescale | None = None) ->
     if slope == 1.0 and intercept == 0.0 and stored.dtype.kind in "iu":
         values: Array = stored
     else:
-        values = stored.astype(np.float64 if stored.dtype.itemsize > 2 else np.float32) * slope + intercept
+        values = stored.astype(np.float64 if stored.dtype.itemsize > 2 else np.float32)
+        values *= slope
+        values += intercept
         if not_a_number:
             values[missing] = AIR_HU
         whole = np.floor(values + 0.5)

@@ -16,21 +16,21 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shards.batch import EncodedImage, LabelValue, Sample, StudyRecord, ViewRecord
+from shards.batch import EncodedImage, EncodedVolume, LabelValue, Sample, StudyRecord, ViewRecord
 from shards.errors import ConfigError
 from shards.ingest import Item, Loaded, Plan, Refusal, hashed_key, key_fingerprint
-from shards.ingest.image_file import ImageLimits, ImageRefusedError, load_image_file
+from shards.ingest.image_file import ImageRefusedError
+from shards.ingest.view_files import Fact, ImageFiles, View, ViewFiles
 from shards.reports.text import wide_charset
 
 if TYPE_CHECKING:  # the tables of the pipeline take a second to load; only --reports structured needs them
     from shards.reports.identity import KnownPatient
-    from shards.reports.identity.burned_in import BurnedInText
     from shards.reports.packing import Structured
     from shards.reports.prepared import Place
 
@@ -40,6 +40,7 @@ SEX_WORDS = {"m": "M", "male": "M", "f": "F", "female": "F", "o": "O", "other": 
 AGE_YEARS_MAX = 120
 
 _VIEW_WORD = re.compile(r"^[A-Z][A-Z0-9 _-]{0,23}$")  # what may be copied from a column; no room for a name and date
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
 _AGE = re.compile(r"^0*(\d+(?:\.\d+)?)\s*([YMWD]?)$")
 _YEARS_OF_UNIT = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 
@@ -60,6 +61,14 @@ class Columns(_Strict):
     view: str | None = None
     laterality: str | None = None
     body_part: str | None = None
+    # Of volumes: what goes before the file's header. A cell may hold a list, "[0.7, 0.7]"; its first number counts.
+    rescale_slope: str | None = None
+    rescale_intercept: str | None = None
+    xy_spacing: str | None = None  # mm
+    z_spacing: str | None = None  # mm
+
+
+VIEW_NUMBERS = ("rescale_slope", "rescale_intercept", "xy_spacing", "z_spacing")
 
 
 class Known(_Strict):
@@ -171,19 +180,11 @@ def _names_beside(location: tuple[int | str, ...]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _View:
-    file: str
-    view: str | None
-    laterality: Literal["L", "R", "B"] | None
-    body_part: str | None
-
-
-@dataclass(frozen=True)
 class _Study:
     """Payload of an Item: one study with the views that the table names."""
 
     name: str  # of the study, for refusals; safe for logs
-    views: tuple[_View, ...]
+    views: tuple[View, ...]
     labels: tuple[tuple[str, LabelValue], ...]
     report: tuple[tuple[str, str], ...]
     sex: Literal["F", "M", "O"] | None
@@ -210,8 +211,8 @@ class TableSource:
     secret: bytes | None = field(default=None, repr=False)
     deidentified: str | None = None
     structured: Structured | None = None
-    limits: ImageLimits = field(default_factory=ImageLimits)
-    burned_in: BurnedInText | None = None
+    files: ViewFiles | None = None  # None: images in the folder that the mapping names
+    rows: Rows | None = None  # None: those of the table that the mapping names
     name: str = "table"
 
     def __post_init__(self) -> None:
@@ -241,8 +242,12 @@ class TableSource:
         return tuple(dict.fromkeys((*self.mapping.label_names, *extra)))
 
     @property
+    def view_files(self) -> ViewFiles:
+        return self.files or ImageFiles(folder=self.input / self.mapping.images)
+
+    @property
     def masks(self) -> dict[str, int]:
-        return {}
+        return self.view_files.masks
 
     @property
     def key_fingerprint(self) -> str | None:
@@ -250,24 +255,22 @@ class TableSource:
 
     @property
     def settings(self) -> dict[str, Any]:
-        chosen = {"structured": self.structured, "burned_in": self.burned_in}
         return {
             "mapping": hashlib.sha256(self.mapping.model_dump_json().encode()).hexdigest(),
             "deidentified": self.deidentified,
-            "side_min": self.limits.side_min,
-            "area_max": self.limits.area_max,
-        } | {name: option.settings for name, option in chosen.items() if option is not None}
+            **self.view_files.settings,
+        } | ({"structured": self.structured.settings} if self.structured else {})
 
     def plan(self) -> Plan:
         """Read the table and group its rows. Raises ConfigError: no folder, no table, empty, unknown column."""
-        table = self.input / self.mapping.table
-        for folder in (self.input, self.input / self.mapping.images):
+        for folder in (self.input, self.view_files.folder):
             if not folder.is_dir():
                 raise ConfigError(f"--input {folder}: no such folder; give the folder that holds {self.mapping.table}")
+        table = self.rows or TableFile(self.input / self.mapping.table)
         refusals: list[Refusal] = []
         groups: dict[str, list[tuple[str, dict[str, str]]]] = {}
         files: set[str] = set()
-        for number, row in read_rows(table, self.mapping.used_columns()):
+        for number, row in table.read(self.mapping.used_columns()):
             shown = f"row {number}"
             try:
                 if row is None:
@@ -324,7 +327,7 @@ class TableSource:
             known=self._known(study, patient, [row for _, row in rows]) if self.structured else None,
             prepared=prepared_file.place(key) if prepared_file else None,
         )
-        if not payload.report and not payload.labels and payload.prepared is None:
+        if not payload.report and not payload.labels and payload.prepared is None and not self.masks:
             raise _RowRefusedError("report empty and no label")
         return Item(key=key, patient=patient, split=splits.pop() or None, payload=payload)
 
@@ -341,16 +344,24 @@ class TableSource:
         cells = [row[column].strip() if name == "age" else self._value("sex", row) for _, row in rows]
         return next((cell for cell in cells if cell), None)
 
-    def _view(self, row: Mapping[str, str]) -> _View:
+    def _view(self, row: Mapping[str, str]) -> View:
         view = self._value("view", row).upper()
         body_part = row[self.mapping.columns.body_part].strip().upper() if self.mapping.columns.body_part else ""
         laterality = self._value("laterality", row).upper()[:1]
-        return _View(
+        return View(
             file=row[self.mapping.columns.file].strip(),
             view=view if _VIEW_WORD.match(view) else None,
             laterality=cast(Literal["L", "R", "B"], laterality) if laterality in ("L", "R", "B") else None,
             body_part=body_part if _VIEW_WORD.match(body_part) else None,
+            numbers=tuple(self._numbers(row)),
         )
+
+    def _numbers(self, row: Mapping[str, str]) -> Iterator[tuple[str, float]]:
+        for name in VIEW_NUMBERS:
+            column = getattr(self.mapping.columns, name)
+            match = _NUMBER.search(row[column]) if column else None
+            if match:
+                yield name, float(match[0])
 
     def _labels(self, rows: Sequence[Mapping[str, str]]) -> dict[str, LabelValue]:
         """Labels of a study: present in one image is present, uncertain goes before absent."""
@@ -418,25 +429,20 @@ class TableSource:
         study: _Study = item.payload
         refusals: list[Refusal] = []
         views: list[ViewRecord] = []
-        images: list[EncodedImage] = []
+        images: list[EncodedImage | EncodedVolume] = []
+        masks: dict[tuple[str, int], EncodedImage | EncodedVolume] = {}
+        provenance: dict[str, Fact] = dict(self.mapping.provenance)
         for view in study.views:
             try:
-                stored = load_image_file(self._read_image(view.file), self.limits, self.burned_in)
+                opened = self.view_files.open(view, str(len(views)))
             except ImageRefusedError as error:
                 refusals.append(Refusal(self._shown(view.file), str(error)))
                 continue
-            views.append(
-                ViewRecord(
-                    id=str(len(views)),
-                    height=stored.height,
-                    width=stored.width,
-                    bits=16 if stored.bits == 16 else 8,
-                    view=view.view,
-                    laterality=view.laterality,
-                    body_part=view.body_part,
-                )
-            )
-            images.append(stored.encoded)
+            refusals += [Refusal(self._shown(view.file), note) for note in opened.notes]
+            provenance |= {f"view {opened.record.id} {name}": fact for name, fact in opened.provenance.items()}
+            views.append(opened.record)
+            images.append(opened.image)
+            masks |= opened.masks
         if not images:
             return Loaded(sample=None, refusals=tuple(refusals))
         has_text = bool(self.mapping.report) and bool(study.report)
@@ -449,7 +455,7 @@ class TableSource:
             labels=dict(study.labels),
             sex=study.sex,
             age_years=study.age_years,
-            provenance=dict(self.mapping.provenance),
+            provenance=provenance,
             deidentifier=None if through_pipeline else self._statement(has_text, bool(study.report)),
             views=views,
         )
@@ -459,23 +465,11 @@ class TableSource:
                 refusals.append(Refusal(study.name, cause))
                 if not study.labels:
                     return Loaded(sample=None, refusals=tuple(refusals))
-        sample = Sample(key=item.key, record=record, images=tuple(images))
+        sample = Sample(key=item.key, record=record, images=tuple(images), masks=masks)
         return Loaded(sample=sample, refusals=tuple(refusals))
 
     def _statement(self, has_text: bool, has_report: bool) -> str | None:
         return self.deidentified if has_text else TEMPLATE_DEIDENTIFIER if has_report else None
-
-    def _read_image(self, file: str) -> bytes:
-        folder = (self.input / self.mapping.images).resolve()
-        path = (folder / file).resolve()
-        if not path.is_relative_to(folder):
-            raise ImageRefusedError("file outside the image folder")
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            raise ImageRefusedError("image missing") from None
-        except OSError as error:
-            raise ImageRefusedError(f"image cannot be read: {error.strerror}") from None
 
 
 def _flat(values: Mapping[str, tuple[str, ...]]) -> list[str]:
@@ -514,6 +508,24 @@ def write_report(template: Template, key: str, labels: Mapping[str, LabelValue])
         written.append(sentence.replace("{label}", word))
     sentences = written or [choose(template.normal, "template normal")]
     return " ".join(sentence[:1].upper() + sentence[1:] for sentence in sentences)
+
+
+class Rows(Protocol):
+    """Rows of a table, wherever they lie; picklable."""
+
+    def read(self, used: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str] | None]]:
+        """(row number from 1, its `used` columns as text); None for a row whose cells do not fit the header."""
+        ...
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One table: CSV, TSV or Parquet."""
+
+    path: Path
+
+    def read(self, used: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str] | None]]:
+        return read_rows(self.path, used)
 
 
 def read_rows(path: Path, used: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str] | None]]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
+from shards.ingest.image_file import ImageRefusedError
+
 AIR_HU = -1024
 HU_MIN, HU_MAX = -32768, 32767  # what the stored 16 bits hold
 # Of a voxel: a grid whose corners lie closer than this to the patient's axes counts as aligned.
@@ -27,7 +29,7 @@ Box = tuple[int, int, int, int, int, int]  # z0, y0, x0, z1, y1, x1, half-open
 Triple = tuple[float, float, float]
 
 
-class VolumeRefusedError(ValueError):
+class VolumeRefusedError(ImageRefusedError):
     """The reason why a file gives no volume; one of few, quoting nothing of the file."""
 
 

@@ -1,4 +1,4 @@
-"""One CT volume and its masks from NIfTI files, brought to the grid and the values that a shard stores.
+"""CT volumes and their masks from NIfTI files, brought to the grid and the values that a shard stores.
 
 Order of arXiv 2501.14548, 5.1: HU once, upright, resampled (image linear, masks nearest), cropped to the labelled
 anatomies with a margin. Nothing is clipped: the HU window is a choice of training.
@@ -6,7 +6,7 @@ anatomies with a margin. Nothing is clipped: the HU window is a choice of traini
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,8 @@ import numpy as np
 
 from shards.errors import ConfigError
 from shards.ingest.class_map import ANATOMY_IDS, ClassMap, class_map
-from shards.ingest.nifti import ENDINGS, Rescale, hounsfield, is_nifti, read_nifti
+from shards.ingest.nifti import Rescale, hounsfield, is_nifti, read_nifti, without_ending
+from shards.ingest.view_files import Fact, OpenedView, View, path_within
 from shards.ingest.volume import (
     AIR_HU,
     Array,
@@ -32,6 +33,7 @@ from shards.ingest.volume import (
     whole_hu,
     with_margin,
 )
+from shards.ingest.volume_members import volume_members
 
 CHEST_SPACING_MM: Triple = (3.0, 1.0, 1.0)
 
@@ -64,7 +66,7 @@ class ReadVolume:
     """A volume as it is stored, and what was done to it in a few numbers and words for the record."""
 
     volume: Volume
-    provenance: dict[str, str | int | float | bool | None]
+    provenance: dict[str, Fact]
     notes: tuple[str, ...] = ()  # reasons for what was left out of it
 
 
@@ -109,7 +111,7 @@ class VolumeReader:
             hu = values.hu[within] if target is grid else _resampled_hu(values.hu, grid, part_of(target, box))
         else:
             hu = values.hu if target is grid else _resampled_hu(values.hu, grid, target)
-        provenance: dict[str, str | int | float | bool | None] = {
+        provenance: dict[str, Fact] = {
             "values": values.how, "voxels rounded": values.rounded, "voxels not a number": values.not_a_number,
             "resampled": target is not grid, "cropped": box is not None and self.options.crop,
         }  # fmt: skip
@@ -153,7 +155,7 @@ class VolumeReader:
         for path in sorted(folder.iterdir()):
             if not is_nifti(path):
                 continue
-            name = path.name[: -len(next(ending for ending in reversed(ENDINGS) if path.name.lower().endswith(ending)))]
+            name = without_ending(path.name)
             if name not in self._classes.anatomy_of:
                 if self.options.unknown_ids == "refuse":
                     raise VolumeRefusedError(f"structure unknown to the class map {self._classes.name}")
@@ -194,3 +196,60 @@ def _with_spacing(grid: Grid, spacing_mm: Triple) -> Grid:
 
 def _resampled_hu(hu: Array, grid: Grid, target: Grid) -> Array:
     return whole_hu(resample(hu, grid, target, nearest=False, outside=AIR_HU))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeFiles:
+    """Volumes under a folder. In `mask_folder` a label map or a folder of structures has its volume's relative path."""
+
+    folder: Path
+    mask_folder: Path | None = None
+    reader: VolumeReader = field(default_factory=VolumeReader)
+    body_part: str | None = None
+
+    def __post_init__(self) -> None:
+        self.reader.options.check()
+        if self.mask_folder is not None and not self.mask_folder.is_dir():
+            raise ConfigError(f"--masks {self.mask_folder}: no such folder")
+
+    @property
+    def masks(self) -> dict[str, int]:
+        return dict(ANATOMY_IDS) if self.mask_folder is not None else {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.reader.settings | {"masks": self.mask_folder is not None}
+
+    def open(self, view: View, view_id: str) -> OpenedView:
+        """A volume and its masks. One without masks, where others have some, is taken and noted."""
+        path = path_within(self.folder, view.file)
+        numbers = dict(view.numbers)
+        stated = None
+        if {"rescale_slope", "rescale_intercept"} <= set(numbers):
+            stated = numbers["rescale_slope"], numbers["rescale_intercept"]
+        masks = self._masks_of(view.file)
+        read = self.reader.read(path, masks, stated=stated, spacing_mm=_stated_spacing(numbers))
+        notes = read.notes
+        if masks is None and self.mask_folder is not None:
+            notes += ("volume without a mask",)
+        members = volume_members(view_id, read.volume, ANATOMY_IDS, body_part=view.body_part or self.body_part)
+        return OpenedView(
+            record=members.view, image=members.image, masks=members.masks, provenance=read.provenance, notes=notes
+        )
+
+    def _masks_of(self, file: str) -> Path | None:
+        if self.mask_folder is None:
+            return None
+        label_map = path_within(self.mask_folder, file)
+        structures = label_map.with_name(without_ending(label_map.name))
+        return next((path for path in (label_map, structures) if path.exists()), None)
+
+
+def _stated_spacing(numbers: Mapping[str, float]) -> Triple | None:
+    """z, y, x in mm as a table states them. Raises VolumeRefusedError for sizes that no voxel has."""
+    if not {"xy_spacing", "z_spacing"} <= set(numbers):
+        return None
+    spacing = (numbers["z_spacing"], numbers["xy_spacing"], numbers["xy_spacing"])
+    if not all(0.0 < size <= 100.0 for size in spacing):
+        raise VolumeRefusedError("spacing in the table is none of a voxel")
+    return spacing
