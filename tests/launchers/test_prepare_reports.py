@@ -8,12 +8,14 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -317,6 +319,26 @@ class TestRay:
         assert prepare_reports.main(arguments(path, tmp_path / "b.jsonl", "--key-file", key, "--ray", "h:1")) == 0
         assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
         assert calls == ["init h:1", "map 2", "map 2", "map 2", "map 1", "shutdown"]
+
+    @pytest.mark.slow
+    def test_a_real_cluster_gives_the_same_bytes_and_leaves_nothing(
+        self, tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("ray")
+        path = table(tmp_path, 1000)
+        before = set(psutil.Process().children(recursive=True))
+        with tempfile.TemporaryDirectory(prefix="ray") as folder:  # sockets lie there, whose paths must be short
+            monkeypatch.setenv("RAY_TMPDIR", folder)
+            assert prepare_reports.main(arguments(path, tmp_path / "a.jsonl", "--key-file", key)) == 0
+            words = ("--key-file", key, "--workers", 2, "--ray", "local")
+            assert prepare_reports.main(arguments(path, tmp_path / "b.jsonl", *words)) == 0
+            kept = b"".join(file.read_bytes() for file in Path(folder).rglob("*") if file.is_file())
+        assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+        assert b"ray" in kept and not any(
+            word in kept for word in (b"effusion", *(name.encode() for name in SURNAMES), SECRET)
+        )
+        _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=20)
+        assert not alive
 
     def test_no_cluster(self, monkeypatch: pytest.MonkeyPatch) -> None:
         install_fake_ray(monkeypatch, fails=True)
