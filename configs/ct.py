@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from configs import prompts
 from configs.schema import EvaluationConfig, TrainConfig
 from core.checkpoint import CheckpointConfig
 from core.engine import EngineConfig
@@ -43,7 +44,9 @@ def fvlm_b() -> TrainConfig:
             steps=20 * EPOCH_STEPS, log_every=20, evaluate_every=1000, save_every=1000, picture_every=5000
         ),
         checkpoint=CheckpointConfig(keep_last=2, keep_every=10_000),
-        evaluation=EvaluationConfig(protocols=()),
+        evaluation=EvaluationConfig(
+            protocols=("anatomy",), prompts=prompts.CT_RATE_PROMPTS, anatomy_of=prompts.CT_RATE_ANATOMY
+        ),
     )
 
 
@@ -51,12 +54,12 @@ def clip_b() -> TrainConfig:
     """CLIP on whole volumes and whole reports, with the towers, data and schedule of fvlm_b."""
     base = fvlm_b()
     task = VolumeCLIP.Config(vision=vit_b_volume(), text=bert_base(), embed_dim=256)
-    return replace(base, task=task, data=replace(base.data, text_length=384))
+    return _whole_reports(base, task, text_length=384)
 
 
 def supervised_b() -> TrainConfig:
     """The encoder of fvlm_b taught by labels alone: CT-RATE's 18."""
-    return replace(fvlm_b(), task=Supervised.Config(vision=vit_b_volume(), labels=18))
+    return _labels_alone(fvlm_b(), Supervised.Config(vision=vit_b_volume(), labels=18))
 
 
 def fvlm_tiny() -> TrainConfig:
@@ -75,7 +78,9 @@ def fvlm_tiny() -> TrainConfig:
         optim=OptimConfig(learning_rate=1e-3, weight_decay=0.05, warmup_steps=30),
         engine=EngineConfig(zero_stage=2, precision="bf16"),
         trainer=TrainerConfig(steps=400, log_every=20, evaluate_every=200, save_every=200, picture_every=None),
-        evaluation=EvaluationConfig(protocols=()),
+        evaluation=EvaluationConfig(
+            protocols=("anatomy",), prompts=prompts.CT_PHANTOM_PROMPTS, anatomy_of=prompts.CT_PHANTOM_ANATOMY
+        ),
     )
 
 
@@ -83,10 +88,19 @@ def clip_tiny() -> TrainConfig:
     """CLIP on whole phantoms and their whole reports, with the towers and schedule of fvlm_tiny."""
     base = fvlm_tiny()
     task = VolumeCLIP.Config(vision=base.task.vision, text=base.task.text, embed_dim=base.task.embed_dim)
-    return replace(base, task=task, data=replace(base.data, text_length=256))
+    return _whole_reports(base, task, text_length=256)
 
 
 def supervised_tiny() -> TrainConfig:
     """The encoder of fvlm_tiny taught by the phantom's labels."""
     base = fvlm_tiny()
-    return replace(base, task=Supervised.Config(vision=base.task.vision, labels=len(PHANTOM_LABELS)))
+    return _labels_alone(base, Supervised.Config(vision=base.task.vision, labels=len(PHANTOM_LABELS)))
+
+
+def _whole_reports(base: TrainConfig, task: VolumeCLIP.Config, *, text_length: int) -> TrainConfig:
+    evaluation = replace(base.evaluation, protocols=("zero_shot", "retrieval"))
+    return replace(base, task=task, data=replace(base.data, text_length=text_length), evaluation=evaluation)
+
+
+def _labels_alone(base: TrainConfig, task: Supervised.Config) -> TrainConfig:
+    return replace(base, task=task, evaluation=replace(base.evaluation, protocols=("supervised",)))

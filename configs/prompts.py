@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from core.evaluation.zero_shot import Prompt, Prompts
 from shards.ingest.phantom_chest_text import PROMPTS as PHANTOM_PROMPTS
 from shards.ingest.phantom_chest_text import STRUCTURED_PROMPTS as PHANTOM_STRUCTURED
+from shards.ingest.phantom_ct_text import DISEASES as CT_PHANTOM_DISEASES
+from shards.ingest.phantom_ct_text import PROMPTS as CT_PHANTOM
 
 _NORMAL = ["No acute cardiopulmonary abnormality.", "Normal chest radiograph.", "The lungs are clear."]
 
@@ -142,6 +144,29 @@ NIH_PROMPTS: dict[str, dict[str, list[str]]] = {
         ],
         "negative": ["No pneumothorax.", "The lungs are fully expanded.", "No pleural line is seen."],
     },
+}
+
+# CT-RATE's labels that belong to one anatomy, 16 of 18, and fVLM's prompts for them: the name, and its denial.
+CT_RATE_ANATOMY: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "Emphysema", "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion",
+            "Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis",
+            "Interlobular septal thickening",
+        ),
+        "lung",
+    ),
+    **dict.fromkeys(("Cardiomegaly", "Pericardial effusion", "Coronary artery wall calcification"), "heart"),
+    "Hiatal hernia": "esophagus",
+    "Arterial wall calcification": "aorta",
+}  # fmt: skip
+CT_RATE_PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
+    label: {"positive": (f"{label}.",), "negative": (f"Not {label.lower()}.",)} for label in CT_RATE_ANATOMY
+}
+# The CT phantom shares names of diseases with the chest phantom, not what is said of them.
+CT_PHANTOM_ANATOMY = {name: disease.anatomy for name, disease in CT_PHANTOM_DISEASES.items()}
+CT_PHANTOM_PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
+    label: {side: tuple(texts) for side, texts in sides.items()} for label, sides in CT_PHANTOM.items()
 }
 
 PLAIN_PROMPTS: Prompts = {**NIH_PROMPTS, **PHANTOM_PROMPTS}

@@ -77,11 +77,15 @@ class EvaluationConfig:
 
     `protocols`: `uncertainty` costs no more encoding than the other two, and corrupts nothing (evaluate.py does).
     `prompts`: label -> {"positive": sentences, "negative": sentences}, for zero-shot classification; other labels get
-    those of configs/prompts.py.
+    those of configs/prompts.py. `anatomy_of`: label -> anatomy in whose embedding the `anatomy` protocol looks for it.
     """
 
-    protocols: tuple[Literal["zero_shot", "retrieval", "uncertainty"], ...] = ("zero_shot", "retrieval")
+    protocols: tuple[Literal["zero_shot", "retrieval", "uncertainty", "anatomy", "supervised"], ...] = (
+        "zero_shot",
+        "retrieval",
+    )
     prompts: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
+    anatomy_of: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -27,8 +27,17 @@ from rich.table import Table
 from torch import Tensor
 
 from configs import prompts as built_in
+from core.evaluation.anatomy import AnatomyZeroShot, LabelAreas
 from core.evaluation.corruption import Words
-from core.evaluation.embed import EmbeddedSplit, GaussianTask, embed_split, parts_of_uncertainty
+from core.evaluation.embed import (
+    ANATOMY_PARTS,
+    LABEL_PART,
+    EmbeddedSplit,
+    Encoders,
+    GaussianTask,
+    embed_split,
+    parts_of_uncertainty,
+)
 from core.evaluation.probe import LinearProbe
 from core.evaluation.retrieval import Retrieval
 from core.evaluation.uncertainty import Uncertainty
@@ -44,7 +53,15 @@ from shards.loader import as_mixture, evaluation_batches
 from shards.store import open_store
 from shards.tokenizer import Tokenizer
 
-PROTOCOLS = (ZeroShot.protocol, Retrieval.protocol, LinearProbe.protocol, Uncertainty.protocol)
+PROTOCOLS = (
+    ZeroShot.protocol,
+    Retrieval.protocol,
+    LinearProbe.protocol,
+    Uncertainty.protocol,
+    AnatomyZeroShot.protocol,
+    LabelAreas.protocol,
+)
+PROMPTED = {ZeroShot.protocol, Uncertainty.protocol, AnatomyZeroShot.protocol}
 COVERAGES = (1.0, 0.9, 0.7, 0.5)  # of retrieval with abstention
 EPILOG = """\
 protocols:
@@ -59,6 +76,10 @@ protocols:
                 which; rank correlation of log-variance with blur, noise, crop and masked words made on the fly.
                 A task without log-variance gets the baselines. A constant log-variance is reported as FAILED.
                 Definitions: core/evaluation/uncertainty.py. Curves: TensorBoard, eval/uncertainty/risk_coverage.
+  anatomy       zero_shot of a model of anatomies: each label is looked for in its own anatomy
+                (evaluation.anatomy_of); coverage is the share of studies that show it uncut
+  supervised    AUC of the predictions of a task that was taught the labels
+By default: those that the run's task can be asked.
 
 exit codes: 0 done, 2 bad arguments or configuration, 3 bad data or damaged checkpoint, 4 embeddings not finite
 """
@@ -68,7 +89,7 @@ exit codes: 0 done, 2 bad arguments or configuration, 3 bad data or damaged chec
 class Options:
     """What is evaluated. `data`: manifest, None for the run's own; `limit`: studies of each split, None for all."""
 
-    protocols: tuple[str, ...] = PROTOCOLS
+    protocols: tuple[str, ...] | None = None  # None: all that fit the task
     data: str | None = None
     split: str = "test"
     prompts: Prompts | None = None
@@ -138,7 +159,8 @@ class Splits:
         """
         run, data = self._run, self.open(split)
         reads_text = bool(parts & {"text_embeds", "text_logvar"})
-        collate = Collator(self._config, run.tokenizer if reads_text else None, self.labels, run.config.seed)
+        fields = ("anatomy_share", "anatomy_intact") if set(ANATOMY_PARTS) & parts else ()
+        collate = Collator(self._config, run.tokenizer if reads_text else None, self.labels, run.config.seed, fields)
         limits = [value for value in (limit, self._options.limit) if value is not None]
         total = min([data.table.total, *limits])
         batches = evaluation_batches(
@@ -153,7 +175,7 @@ class Splits:
                 self._progress(f"{split}: {' '.join(sorted(parts))}", done, total)
 
         return embed_split(
-            run.encoders,
+            cast(Encoders, run.task),
             batches if change is None else map(change, batches),
             run.device,
             parts=sorted(parts),
@@ -174,22 +196,21 @@ def evaluate(
     Raises:
         ConfigError: unknown protocol, no prompts or no labels for the data. DataError: no such split, nothing usable.
     """
-    unknown = [name for name in options.protocols if name not in PROTOCOLS]
-    if unknown:
-        raise ConfigError(f"--protocol {unknown[0]}: unknown; use {', '.join(PROTOCOLS)}")
+    wanted = protocols_of(run, options.protocols)
     splits = Splits(run, options, progress)
-    if LinearProbe.protocol in options.protocols:  # a split that is not there is said before minutes of embedding
+    if LinearProbe.protocol in wanted:  # a split that is not there is said before minutes of embedding
         splits.open(splits.train_split)
     common: dict[str, Any] = {"seed": options.seed, "replicates": options.replicates}
-    wanted = set(options.protocols)
     measures_uncertainty = Uncertainty.protocol in wanted
-    gaussian = isinstance(run.encoders, GaussianTask)
+    gaussian = isinstance(run.task, GaussianTask)
     parts = {"image_embeds"} if wanted & {ZeroShot.protocol, Uncertainty.protocol} else set()
     parts |= {"features"} if LinearProbe.protocol in wanted else set()
-    parts |= parts_of_uncertainty(run.encoders) if measures_uncertainty else set()
+    parts |= parts_of_uncertainty(run.task) if measures_uncertainty else set()
+    parts |= set(ANATOMY_PARTS) if AnatomyZeroShot.protocol in wanted else set()
+    parts |= {LABEL_PART} if LabelAreas.protocol in wanted else set()
     text_parts = {"image_embeds", "text_embeds"} | ({"image_logvar", "text_logvar"} if gaussian else set())
     prompts, source = None, ""
-    if wanted & {ZeroShot.protocol, Uncertainty.protocol}:  # wrong prompts are said before minutes of embedding
+    if wanted & PROMPTED:  # wrong prompts are said before minutes of embedding
         prompts, source = choose_prompts(run, options.prompts, splits.labels)
         check_prompts(prompts)
     test: EmbeddedSplit | None = None
@@ -211,7 +232,8 @@ def evaluate(
     pictures: dict[str, Tensor] = {}
 
     def take(
-        evaluator: ZeroShot | Retrieval | LinearProbe | Uncertainty, found: Iterator[tuple[str, float]]
+        evaluator: ZeroShot | Retrieval | LinearProbe | Uncertainty | AnatomyZeroShot | LabelAreas,
+        found: Iterator[tuple[str, float]],
     ) -> dict[str, Any]:
         figures.update({f"eval/{evaluator.protocol}/{name}": value for name, value in found})
         reports[evaluator.protocol] = evaluator.report()
@@ -221,6 +243,17 @@ def evaluate(
         zero_shot = ZeroShot(prompts, ZeroShot.Config(text_length=run.text_length, **common))
         scores = zero_shot.run(run.encoders, run.tokenizer, test, splits.labels, run.device, run.autocast)
         take(zero_shot, scores)["prompts_from"] = source
+    if AnatomyZeroShot.protocol in wanted and prompts is not None and test is not None:
+        of_anatomies = AnatomyZeroShot(
+            prompts, run.config.evaluation.anatomy_of, ZeroShot.Config(text_length=run.text_length, **common)
+        )
+        scores = of_anatomies.run(
+            run.encoders, run.tokenizer, test, splits.labels, run.config.task.anatomies, run.device, run.autocast
+        )
+        take(of_anatomies, scores)["prompts_from"] = source
+    if LabelAreas.protocol in wanted and test is not None:
+        taught = LabelAreas(ZeroShot.Config(**common))
+        take(taught, taught.run(test, splits.labels))
     if Retrieval.protocol in wanted and with_text is not None:
         retrieval = Retrieval(Retrieval.Config(coverages=COVERAGES, **common))
         take(retrieval, retrieval.run(with_text))
@@ -261,6 +294,26 @@ def evaluate(
             "seed": options.seed,
         }
     return Evaluation(reports=reports, figures=figures, pictures=pictures)
+
+
+def protocols_of(run: PastRun, asked: Sequence[str] | None) -> set[str]:
+    """Those `asked` for, or all that the run's task can be asked. Raises ConfigError naming one that it cannot."""
+    task = run.task
+
+    def has(*methods: str) -> bool:
+        return all(callable(getattr(task, name, None)) for name in methods)
+
+    fit = set(PROTOCOLS[:4]) if has("embed_images", "embed_texts") else set()
+    fit |= {AnatomyZeroShot.protocol} if has("embed_anatomies", "embed_texts") else set()
+    fit |= {LabelAreas.protocol} if has("label_logits") else set()
+    for name in asked or ():
+        if name not in PROTOCOLS:
+            raise ConfigError(f"--protocol {name}: unknown; use {', '.join(PROTOCOLS)}")
+        if name not in fit:
+            raise ConfigError(
+                f"--protocol {name}: {type(task).__name__} cannot be asked; use {', '.join(sorted(fit)) or 'none'}"
+            )
+    return set(asked or fit)
 
 
 def words_of(tokenizer: Tokenizer) -> Words | None:
@@ -415,7 +468,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = command.add_argument
     add("--run-dir", required=True, metavar="DIR", help="run directory, folder or s3://")
-    add("--protocol", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS, help="default: all")
+    add("--protocol", nargs="+", choices=PROTOCOLS, help="default: all that fit the run's task")
     add("--checkpoint", default="latest", metavar="WHICH", help="latest, best or step-N")
     add("--data", metavar="MANIFEST", help="manifest to evaluate on; default: the run's own")
     add("--split", default="test")
@@ -453,7 +506,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         options = Options(
-            protocols=tuple(arguments.protocol),
+            protocols=tuple(arguments.protocol) if arguments.protocol else None,
             data=arguments.data,
             split=arguments.split,
             prompts=read_prompts(arguments.prompts) if arguments.prompts else None,

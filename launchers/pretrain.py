@@ -33,7 +33,15 @@ from core.checkpoint import Checkpoints, TrainState, local_folder
 from core.checkpoint_files import write_atomically
 from core.collectives import raise_together
 from core.engine import Engine, join_world, leave_world
-from core.evaluation.embed import Encoders, GaussianTask, embed_split, parts_of_uncertainty
+from core.evaluation.anatomy import AnatomyZeroShot, LabelAreas
+from core.evaluation.embed import (
+    ANATOMY_PARTS,
+    LABEL_PART,
+    Encoders,
+    GaussianTask,
+    embed_split,
+    parts_of_uncertainty,
+)
 from core.evaluation.retrieval import Retrieval
 from core.evaluation.uncertainty import Uncertainty
 from core.evaluation.zero_shot import ZeroShot
@@ -360,11 +368,15 @@ def _evaluators(
     found = [validation_loss(engine, partial(batches, limit=studies), stop=stop)]
     task = engine.task
     tokenizer = loader.tokenizer
+    protocols = config.evaluation.protocols
+    if LabelAreas.protocol in protocols:
+        return [*found, _held_out_labels(config, engine, loader, world, stop)]
     if tokenizer is None or not all(callable(getattr(task, name, None)) for name in ("embed_images", "embed_texts")):
         return found
     chosen, _ = prompts.choose(loader.labels, config.evaluation.prompts, config.data.report)
-    protocols = config.evaluation.protocols
-    parts = {"image_embeds", "text_embeds"}
+    parts = {"image_embeds", "text_embeds"} if set(protocols) - {AnatomyZeroShot.protocol} else set()
+    if AnatomyZeroShot.protocol in protocols:
+        parts |= set(ANATOMY_PARTS)
     if Uncertainty.protocol in protocols:
         parts |= parts_of_uncertainty(task) | ({"text_logvar"} if isinstance(task, GaussianTask) else set())
     common: dict[str, Any] = {"text_length": config.data.text_length, "replicates": 1}  # curves need no intervals
@@ -387,6 +399,11 @@ def _evaluators(
             if ZeroShot.protocol in protocols and chosen:
                 zero_shot = ZeroShot(chosen, ZeroShot.Config(**common))
                 measured[ZeroShot.protocol] = zero_shot.run(model, tokenizer, split, labels, device)
+            if AnatomyZeroShot.protocol in protocols and chosen:
+                by_anatomy = AnatomyZeroShot(chosen, config.evaluation.anatomy_of, ZeroShot.Config(**common))
+                measured[AnatomyZeroShot.protocol] = by_anatomy.run(
+                    model, tokenizer, split, labels, config.task.anatomies, device
+                )
             uncertainty = Uncertainty(chosen, Uncertainty.Config(**common))
             if Uncertainty.protocol in protocols and chosen:
                 measured[Uncertainty.protocol] = uncertainty.run(
@@ -399,6 +416,25 @@ def _evaluators(
                 yield f"{Uncertainty.protocol}/{name}", image
 
     return [*found, held_out]
+
+
+def _held_out_labels(config: TrainConfig, engine: Engine, loader: Loader, world: World, stop: StopRequest) -> Evaluator:
+    """How well a task that was taught labels predicts them."""
+
+    def held_out(_state: TrainState) -> Iterator[tuple[str, float | torch.Tensor]]:
+        batches = loader.evaluate(batch_size=config.global_batch_size, limit=EVALUATION_LIMIT)
+        with engine.evaluating() as evaluated:
+            split = embed_split(
+                cast(Encoders, evaluated),
+                batches,
+                world.device,
+                parts=(LABEL_PART,),
+                on_batch=lambda studies: stop.leave_evaluation(world.device),
+            )
+        for name, value in LabelAreas(ZeroShot.Config(replicates=1)).run(split, loader.labels):
+            yield f"{LabelAreas.protocol}/{name}", value
+
+    return held_out
 
 
 if __name__ == "__main__":

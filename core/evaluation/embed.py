@@ -19,7 +19,9 @@ from shards.errors import DataError
 PARTS = ("image_embeds", "text_embeds", "features")  # of every task
 GAUSSIAN_PARTS = ("image_mean", "image_logvar", "text_logvar")  # of a GaussianTask
 NORM_PART = "image_norm"  # of a task with `image_norms`
-ALL_PARTS = (*PARTS, *GAUSSIAN_PARTS, NORM_PART)
+ANATOMY_PARTS = ("anatomy_embeds", "anatomy_present")  # of a task with `embed_anatomies`; they come together
+LABEL_PART = "label_logits"  # of a task that is taught labels
+ALL_PARTS = (*PARTS, *GAUSSIAN_PARTS, NORM_PART, *ANATOMY_PARTS, LABEL_PART)
 METADATA = ("valid", "labels", "report_key", "patient_key", "sample_id")
 KNOWN_OF_SOME = ("degradation_grade", "uncertain_verdicts")  # batches of some loaders have them
 
@@ -59,7 +61,8 @@ class EmbeddedSplit:
     """The valid studies of a split, in its order, on the CPU. n = studies, K = labels.
 
     `image_embeds [n, E]`, `text_embeds [n, E]`, `features [n, D]` are float32, or None where not asked for, and so are
-    `image_mean [n, E]`, `image_logvar [n, E]`, `text_logvar [n, E]`, `image_norm [n]`;
+    `image_mean [n, E]`, `image_logvar [n, E]`, `text_logvar [n, E]`, `image_norm [n]`, `anatomy_embeds [n, A, E]`,
+    `anatomy_present [n, A]` (1 or 0), `label_logits [n, K]`;
     `labels [n, K] int8`, `report_key [n]`, `patient_key [n]`, `sample_id [n]` int64 are as in a batch, and so are
     `degradation_grade [n]` and `uncertain_verdicts [n]`, None where batches lack them.
     """
@@ -75,6 +78,9 @@ class EmbeddedSplit:
     image_logvar: Tensor | None = None
     text_logvar: Tensor | None = None
     image_norm: Tensor | None = None
+    anatomy_embeds: Tensor | None = None
+    anatomy_present: Tensor | None = None
+    label_logits: Tensor | None = None
     degradation_grade: Tensor | None = None
     uncertain_verdicts: Tensor | None = None
 
@@ -166,6 +172,10 @@ def _encode(task: Encoders, own: Batch, parts: set[str]) -> dict[str, Tensor]:
         found["features"] = task.image_features(own)
     if NORM_PART in parts:
         found[NORM_PART] = task.image_norms(own)  # type: ignore[attr-defined]
+    if set(ANATOMY_PARTS) & parts:
+        found |= zip(ANATOMY_PARTS, task.embed_anatomies(own), strict=True)  # type: ignore[attr-defined]
+    if LABEL_PART in parts:
+        found[LABEL_PART] = task.label_logits(own)  # type: ignore[attr-defined]
     return {name: rows.float() for name, rows in found.items() if name in parts}
 
 
