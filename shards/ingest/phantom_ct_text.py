@@ -243,7 +243,7 @@ def write_report(findings: Sequence[Finding], draw: Callable[[int], Any]) -> Rep
     """The report of a scene, organ by organ. `draw(count)` gives `count` numbers in [0, 1): the choice of words.
 
     Every disease is stated in findings and impression; of the normal organs `MENTIONED_SHARE` are named in findings
-    only, and the rest go unsaid.
+    only, and the rest go unsaid. No report is silent on all of them.
     """
     numbers = iter(draw(64).tolist())
 
@@ -265,11 +265,15 @@ def write_report(findings: Sequence[Finding], draw: Callable[[int], Any]) -> Rep
     for organ in ORGANS:
         if organ not in said and next(numbers) < MENTIONED_SHARE:
             said[organ] = pick(NORMAL_SENTENCES[organ])
+    if not said:  # a report without findings would not be annotated by anatomy
+        organ = pick(ORGANS)
+        said[organ] = pick(NORMAL_SENTENCES[organ])
     said = {organ: said[organ] for organ in ORGANS if organ in said}
     concluded = {organ: concluded[organ] for organ in ORGANS if organ in concluded}
-    sections = {"impression": " ".join(concluded.values()) or pick(NORMAL_IMPRESSIONS)}
-    if said:  # a sentence on two organs stands once, with the first
-        sections = {"findings": " ".join(dict.fromkeys(said.values()))} | sections
+    sections = {
+        "findings": " ".join(dict.fromkeys(said.values())),  # a sentence on two organs stands once, with the first
+        "impression": " ".join(concluded.values()) or pick(NORMAL_IMPRESSIONS),
+    }
     return Report(sections=sections, findings=said, impression=concluded)
 
 
