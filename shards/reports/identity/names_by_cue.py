@@ -16,7 +16,12 @@ _PATIENT_TITLES = table("patient_titles")
 _PATIENT_ROLES = table("patient_roles")
 _FIELDS = table("name_fields")
 _ONE_PERSON = table("one_person")
-_TALKED_OVER = table("talked_over")
+# Preposition -> the words it joins to a person; None: all authors.
+_PERSON_BEHIND = {
+    **dict.fromkeys(("par", "by")),
+    **dict.fromkeys(("avec", "with"), table("talked_over")),
+    **dict.fromkeys(("a", "to"), table("handed_over")),
+}
 _DOUBTFUL_CAPITALS = table("titles_doubtful_in_capitals")
 _DOUBTFUL_TITLES = table("doubtful_titles")
 _BETWEEN_TITLES = table("between_titles")  # "Monsieur l'interne", "Mr le Docteur"
@@ -164,8 +169,8 @@ def _behind_preposition(view: View, index: int) -> int | None:
     name = preposition + 1
     if name >= len(view.words):
         return None
-    together = view.words[preposition] in ("avec", "with") and view.words[index] in _TALKED_OVER
-    if not together and view.words[preposition] not in ("par", "by"):
+    joined = _PERSON_BEHIND.get(view.words[preposition], frozenset())
+    if joined is not None and view.words[index] not in joined:
         return None
     if view.gap(index) != " " or view.gap(preposition) not in (" ", " : ", ": "):
         return None

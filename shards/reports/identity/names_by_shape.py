@@ -12,6 +12,7 @@ from shards.reports.identity.names import NAME, TITLES_MAX, claim, claim_around,
 from shards.reports.identity.view import INITIAL, LOWER, TITLE_CASE, UPPER, View
 
 _ACTS = table("acts")
+_SURNAME_ACTS = PERSON_VERBS | {"is", "was", "has"}  # "est" and "a" say as much of things
 _PREPOSITIONS = table("prepositions")
 _PERSON_PREPOSITIONS = table("person_prepositions")
 _SPECIES = table("species")
@@ -258,9 +259,9 @@ def _surname_inside_sentence(view: View, index: int) -> bool:
 def _surname_acts(view: View, index: int) -> bool:
     """ "Kervadec consulte pour": a known surname before what only persons do."""
     flag = view.flags[index]
-    if flag & (Word.LAST | Word.EPONYM) != Word.LAST or view.in_capitals(index):
+    if flag & (Word.LAST | Word.EPONYM) != Word.LAST or len(view.words[index]) <= 3 or view.in_capitals(index):
         return False
-    return view.gap(index) == " " and view.shapes[index + 1] == LOWER and view.words[index + 1] in PERSON_VERBS
+    return view.gap(index) == " " and view.shapes[index + 1] == LOWER and view.words[index + 1] in _SURNAME_ACTS
 
 
 def _two_capitalised(view: View, index: int) -> bool:
@@ -367,9 +368,21 @@ def _is_surname_behind_bare_initial(view: View, index: int, last: int) -> bool:
     capitals = view.in_capitals(index)
     if view.shapes[target] == UPPER and len(word) > 3 and not capitals and not flag & Word.EPONYM:
         return True
-    if view.words[index] in _NO_INITIAL or (flag & Word.EPONYM and not flag & Word.LAST):
+    if flag & Word.EPONYM and not flag & Word.LAST:
         return False
+    if view.words[index] in _NO_INITIAL:
+        return _is_by_letter(view, index, target)
     return _may_open_name(view, index) and (not capitals or bool(flag & Word.LAST))
+
+
+def _is_by_letter(view: View, index: int, target: int) -> bool:
+    """ "by O Noack", "A Galvani reviewed": a letter that is also a word is an initial only where somebody acts."""
+    if index and view.gap(index - 1) == " " and view.words[index - 1] in ("by", "par", "with", "avec"):
+        return True
+    following = target + 1
+    if following >= len(view.words) or view.gap(target) != " " or not _may_open_name(view, index):
+        return False
+    return bool(view.flags[following] & Word.AUTHOR) or view.words[following] in PERSON_VERBS
 
 
 def _is_surname_behind_two_letters(view: View, index: int) -> bool:
@@ -406,8 +419,11 @@ def _surname_and_initial(view: View, index: int) -> None:
         return
     dotted = view.text[view.ends[following] : view.ends[following] + 1] == "."
     closed = _INITIAL_CLOSES.match(view.text, view.ends[following]) is not None and _may_open_name(view, index)
-    if (shape == UPPER and dotted and not flag & Word.CITY_START) or (
-        closed and flag & Word.LAST and not flag & Word.EPONYM
+    opens_line = not index or "\n" in view.gap(index - 1)
+    if (
+        (shape == UPPER and dotted and not flag & Word.CITY_START)
+        or (closed and flag & Word.LAST and not flag & Word.EPONYM)
+        or (closed and shape == UPPER and opens_line and not flag & Word.EPONYM)
     ):
         claim(view, index, following, "person_name", None)
 

@@ -66,6 +66,12 @@ FORMS = {
         ("Examen de PERRIER Gilbert du 12/03/2018", "PERRIER Gilbert"), ("FORGET, Mathieu", "FORGET, Mathieu"),
         ("Kervadec consulte pour toux. Thorens revient demain.", "Thorens"), ("Dr NGUYỄN Đức", "NGUYỄN Đức"),
     ],
+    "to whom it was told": [
+        ("Findings were communicated to Lopes by phone.", "Lopes"), ("Transmis à Lescop.", "Lescop"),
+        ("Findings discussed with Okafor.", "Okafor"), ("Pt Okafor c/o cough", "Okafor"),
+        ("A Galvani reviewed the images.", "A Galvani"), ("Reviewed by O Noack.", "O Noack"),
+        ("Mrs Iadanza was seen. Sanchez is the referring physician.", "Iadanza;Sanchez"), ("PALUSZAK T", "PALUSZAK T"),
+    ],
     "lists and letter heads": [
         ("cc: Quesnel, Morvan", "Quesnel;Morvan"), ("Destinataires : P. Quesnel, E. Morvan", "P. Quesnel;E. Morvan"),
         ("Destinataires :\nQUESNEL Pierrick\nMORVAN Elodie", "QUESNEL Pierrick;MORVAN Elodie"),
@@ -103,6 +109,7 @@ def test_forms_of_names(form: str, language: str) -> None:
         "Cordialement,\nService de radiologie",
         "Née à terme. EP. Scanner thoracique. EP SEGMENTAIRE DROITE.",
         "Nom de la lésion : kyste",
+        "Ceci est normal. L'ASP a montré des niveaux. A Galvani membrane.",
         "Kerley B. Hépatite C, grade B.",
     ],
 )
