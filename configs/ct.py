@@ -16,6 +16,7 @@ from core.tasks.fvlm import FVLM
 from core.tasks.supervised import Supervised
 from core.tasks.volume_clip import VolumeCLIP
 from core.trainer import TrainerConfig
+from shards.decode_volume import VolumeDecoder
 from shards.ingest.phantom_ct_text import LABELS as PHANTOM_LABELS
 from shards.ingest.phantom_ct_text import ORGANS as PHANTOM_ORGANS
 from shards.loader import Loader
@@ -35,7 +36,7 @@ def fvlm_b() -> TrainConfig:
         task=FVLM.Config(
             vision=vit_b_volume(), text=bert_base(), anatomies=tuple(ANATOMIES), soft_ramp_steps=2 * EPOCH_STEPS
         ),
-        data=Loader.Config(text_length=128),
+        data=Loader.Config(volume=VolumeDecoder.Config(anatomies=tuple(ANATOMIES)), text_length=128),
         optim=OptimConfig(
             learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=0.05, warmup_steps=EPOCH_STEPS, final_factor=0.01
         ),
@@ -64,17 +65,24 @@ def supervised_b() -> TrainConfig:
 
 def fvlm_tiny() -> TrainConfig:
     """fVLM with towers of about a million weights on phantoms of 48 x 64 x 64 voxels: learns on two CPU cores."""
+    vision = replace(vit_tiny_volume(), channels=2)
+    volume = VolumeDecoder.Config(
+        size=vision.volume_size,
+        patch_size=vision.patch_size,
+        windows_hu=((-1000.0, 400.0), (-150.0, 250.0)),
+        anatomies=PHANTOM_ORGANS,
+    )
     return TrainConfig(
         global_batch_size=48,
         task=FVLM.Config(
-            vision=vit_tiny_volume(),
+            vision=vision,
             text=replace(text_tiny(), max_length=256),
             anatomies=PHANTOM_ORGANS,
             pool=AnatomyPool.Config(weighting="share"),
             embed_dim=128,
             soft_ramp_steps=100,
         ),
-        data=Loader.Config(text_length=64),
+        data=Loader.Config(volume=volume, text_length=64),
         optim=OptimConfig(learning_rate=1e-3, weight_decay=0.05, warmup_steps=30),
         engine=EngineConfig(zero_stage=2, precision="bf16"),
         trainer=TrainerConfig(steps=400, log_every=20, evaluate_every=200, save_every=200, picture_every=None),

@@ -24,6 +24,7 @@ import pydantic
 import core.tasks
 from core.checkpoint import CheckpointConfig, InitConfig
 from core.engine import EngineConfig
+from core.models.volume import VolumeEncoder
 from core.optim import OptimConfig
 from core.tasks import Task
 from core.trainer import TrainerConfig
@@ -61,6 +62,8 @@ NEUTRAL = (
     "data.max_skip_rate",
     "data.decode.threads",
     "data.decode.device_id",
+    "data.volume.threads",
+    "data.volume.device_id",
     "data.store",
 )
 
@@ -130,6 +133,8 @@ class TrainConfig:
             raise ConfigError(
                 f"task.vision.image_size={task_image} but data.decode.image_size={data_image}; set both to one value"
             )
+        if isinstance(getattr(self.task, "vision", None), VolumeEncoder.Config):
+            self._check_volumes()
         if "patch_mask" in task_class(self.task).fields:
             masked, encoded = self.data.masking.patch_size, self.task.vision.patch_size
             if masked != encoded:
@@ -143,6 +148,24 @@ class TrainConfig:
                 f"set data.text_length={text.max_length}"
             )
 
+    def _check_volumes(self) -> None:
+        """Raises ConfigError where the crops are not what the encoder of volumes takes."""
+        vision, volume = self.task.vision, self.data.volume
+        if volume is None:
+            raise ConfigError("the task encodes volumes, but data.volume is not set; the recipes of configs/ct.py do")
+        pairs = [
+            ("vision.volume_size", vision.volume_size, "size", volume.size),
+            ("vision.patch_size", vision.patch_size, "patch_size", volume.patch_size),
+            ("vision.channels", vision.channels, "windows_hu", len(volume.windows_hu)),
+        ]
+        if hasattr(self.task, "anatomies"):
+            pairs.append(("anatomies", self.task.anatomies, "anatomies", volume.anatomies))
+        for ours, task_value, theirs, data_value in pairs:
+            if task_value != data_value:
+                raise ConfigError(
+                    f"task.{ours}={task_value} but data.volume.{theirs} gives {data_value}; set both to one value"
+                )
+
     def identity(self) -> dict[str, Any]:
         """What decides what is learned, as JSON: all but `NEUTRAL`."""
         tree = to_json(self)
@@ -151,7 +174,8 @@ class TrainConfig:
             *path, last = dotted.split(".")
             for part in path:
                 node = node[part]
-            del node[last]
+            if node is not None:  # a part that this run has not
+                del node[last]
         return tree
 
 

@@ -128,10 +128,11 @@ class Splits:
         self.url = options.data or config.validation or trained_on.manifest
         self.train_url = options.data or trained_on.manifest
         self.train_split = trained_on.split
-        decode = replace(config.decode, threads=options.threads or os.cpu_count() or 1)
-        if decode.device == "mixed" and not torch.cuda.is_available():
-            decode = replace(decode, device="cpu")
-        self._config = replace(config, decode=decode)
+        here: dict[str, Any] = {"threads": options.threads or os.cpu_count() or 1}
+        if not torch.cuda.is_available():
+            here["device"] = "cpu"
+        volume = None if config.volume is None else replace(config.volume, **here)
+        self._config = replace(config, decode=replace(config.decode, **here), volume=volume)
         self._sets: dict[str, DataSet] = {}
         self.skipped: Counter[str] = Counter()
         whole = self.open(options.split).whole

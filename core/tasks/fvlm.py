@@ -34,7 +34,7 @@ from core.models.towers import mean_over_present_views, mean_over_views
 from core.models.volume import VolumeEncoder
 from core.tasks import Encoded, Gathered, LossOutput, Task, share_of_constant
 from kernels.gaussian_similarity.expansion import Precision
-from shards.batch import Batch
+from shards.batch import NOT_ANNOTATED, Batch
 from shards.errors import ConfigError
 
 # Temperatures are kept in the paper's [0.001, 0.5], smoothly.
@@ -107,7 +107,7 @@ class FVLM(Task):
 
     fields = (
         "pixel_values", "study_index", "valid", "anatomy_share", "anatomy_intact", "anatomy_input_ids",
-        "anatomy_attention_mask", "anatomy_text_key", "anatomy_key",
+        "anatomy_attention_mask", "anatomy_text_key", "anatomy_key", "anatomy_state",
     )  # fmt: skip
 
     @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ class FVLM(Task):
     # ---- a step ----
 
     def encode(self, batch: Batch) -> Encoded:
-        present = anatomies_of_studies(batch)
+        present = anatomies_of_studies(batch) & (batch["anatomy_state"] != NOT_ANNOTATED)
         texts = DistinctTexts.of(batch, present)
         gather = {
             "anatomy_present": present,

@@ -20,7 +20,7 @@ from core.models.volume import VolumeEncoder
 from core.tasks import Task
 from core.tasks.fvlm import FVLM, DistinctTexts, TextTower
 from core.tasks.supervised import Supervised
-from shards.batch import Batch
+from shards.batch import NOT_ANNOTATED, Batch
 from shards.errors import ConfigError
 from tests.distributed import run_distributed
 
@@ -61,6 +61,7 @@ def volume_batch(studies: int = STUDIES, *, seed: int = 3) -> Batch:
         "anatomy_attention_mask": mask.view(studies, 3, 9),
         "anatomy_text_key": text_key,
         "anatomy_key": torch.where(normal, 0, text_key),
+        "anatomy_state": (~normal).to(torch.int8),
     }
 
 
@@ -159,6 +160,17 @@ def test_a_batch_without_any_intact_anatomy_has_no_loss_and_gradients_of_zero() 
     assert out.loss == 0
     for name, parameter in task.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_anatomies_of_which_nothing_is_known_are_not_contrasted() -> None:
+    task, batch = build(soft="none"), volume_batch()
+    silent = {name: value.clone() for name, value in batch.items()}
+    silent["anatomy_state"][1] = NOT_ANNOTATED
+    gone = {name: value.clone() for name, value in batch.items()}
+    gone["anatomy_intact"][1:3] = False
+    torch.testing.assert_close(loss_of(task, silent).loss, loss_of(task, gone).loss)
+    assert not torch.equal(loss_of(task, silent).loss, loss_of(task, batch).loss)
+    assert torch.equal(task.embed_anatomies(silent)[1], task.embed_anatomies(batch)[1])  # there all the same
 
 
 def test_void_studies_and_cut_anatomies_count_for_nothing() -> None:
@@ -295,6 +307,7 @@ def synthetic(config: TrainConfig, studies: int) -> Batch:
             "anatomy_attention_mask": torch.ones(studies, anatomies, length).bool(),
             "anatomy_text_key": torch.where(key == 0, -1 - torch.arange(anatomies), key),
             "anatomy_key": key,
+            "anatomy_state": (key != 0).to(torch.int8),
         }
     batch["input_ids"] = torch.randint(5, WORDS, (studies, length), generator=generator)
     batch["attention_mask"] = torch.ones(studies, length).bool()
