@@ -88,6 +88,7 @@ _FIELD_END = re.compile(r"\n|\0|[|;]|\b(?:tel|phone|fax|email|mail|mobile|dob|mr
 _MILITARY = re.compile(
     r"(?<!\w)(?:PSC|Unit|USNS|USS|USCGC|USNV) [\w ,]{1,30}\n?(?:FPO|DPO|APO) A[AEP] \d{5}(?!\d)|(?<!\w)P\.?O\.? Box \d+"
 )
+_CODE_BEGINS = re.compile(r"(?:[bdfl]|ch)[ \-]?\d{4}|[a-z]\d[a-z] ?\d[a-z]\d|cedex")
 _NAME_WORDS_MAX = 9
 _JOINS = (" ", "-", "'", "’", "  ")
 
@@ -244,7 +245,8 @@ def _name_end(view: View, index: int, numbered: bool) -> int | None:
         abbreviated = gap in (". ", ".") and view.ends[position - 1] - view.starts[position - 1] < 6
         if not (gap in _JOINS or abbreviated or re.fullmatch(r" \d{1,2}(?:er)? ", gap)) or not view.free(position):
             break
-        if view.words[position] in _FLAT_WORDS and last is not None:
+        over = view.words[position] in _FLAT_WORDS or _CODE_BEGINS.match(view.plain, view.starts[position])
+        if last is not None and over:
             break
         flag, word = view.flags[position], view.words[position]
         if view.shapes[position] == LOWER:

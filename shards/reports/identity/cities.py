@@ -91,6 +91,17 @@ def _code(view: View, match: re.Match[str]) -> None:
     )
     if beside_address or alone or (len(written) == 5 and _beside_identifier(view, start, end)):
         view.claim(start, end, "zip")
+        if alone:
+            _unknown_town_before(view, start)
+
+
+def _unknown_town_before(view: View, start: int) -> None:
+    """Claim the word before a code that stands alone: "Ivrysurbois 75013"."""
+    index = view.first_word_from(start) - 1
+    if index < 0 or not view.free(index) or view.flags[index] & Word.COMMON:
+        return
+    if view.shapes[index] in (TITLE_CASE, UPPER) and view.text[view.ends[index] : start] in (" ", ", ", " ("):
+        view.claim(view.starts[index], view.ends[index], "city")
 
 
 def _no_town(view: View, index: int) -> bool:

@@ -47,7 +47,7 @@ _TWO_DIGIT_YEAR = re.compile(
     r"|(?:fin|debut|depuis|ete|hiver|en|in) ('?[4-9]\d)(?=\s*(?:[).,;:\n]|$)))|(?<![\w'])('[3-9]\d)(?!\w)"
 )
 _DAY_BEFORE = re.compile(r"(?<![\d.,])([0-3]?\d)(?: ?(?:er|ere|st|nd|rd|th))?[ ,\-/._]{0,3}(?:of |de |du mois de )?$")
-_YEAR_AFTER = re.compile(r"[ ,.\-/_]{0,3}(?:of |de )?('?\d\d(?!\d|[,.]\d|:\d| ?(?:mm|cm|h))|\d{4})(?!\d)")
+_YEAR_AFTER = re.compile(r"[ ,.\-/_]{0,3}(?:of |de )?('?\d\d(?!\d|[,.]\d|:\d| \d{3}(?!\d)| ?(?:mm|cm|h))|\d{4})(?!\d)")
 _DAY_AFTER = re.compile(r"\.? ?([0-3]?\d)(?: ?(?:st|nd|rd|th))?(?!\d|:\d|[.,]\d)(?:[ ,]{1,2}('\d\d|\d{4})(?!\d))?")
 _MISSPELT = re.compile(rf"(?<![\d.,])([0-3]?\d)(?:er|st|nd|rd|th)? ([^\W\d_]{{3,10}})\.?,? ({YEAR})(?!\d)")
 _YEAR_CUE = re.compile(

@@ -175,7 +175,7 @@ def gazetteer() -> Gazetteer:
     usual = (line.split("\t") for line in read_list("first_names.txt"))
     mark((plain(name) for name, about in usual if " " in about and len(name) > 3), Word.USUAL_FIRST)
     cities: dict[str, set[tuple[str, ...]]] = {}
-    for line in read_list("cities.txt"):
+    for line in (*read_list("cities.txt"), *table("cities")):
         first, *rest = plain(line.split("\t")[0]).replace("-", " ").replace("'", " ").split()
         cities.setdefault(first, set()).add(tuple(rest))
     mark(cities, Word.CITY_START)

@@ -31,7 +31,8 @@ _PHONE_CUE = re.compile(
     r"[^\d\n]{0,30}$"
 )
 _FRENCH_PHONE = re.compile(r"(?<![\d.,])0[1-9](?:[\s.\-/_]{1,3}\d\d){4}(?!\d)")
-_MISREAD_PHONE = re.compile(r"(?<!\w)[0o][\dlis](?:[ .\-]?[\dolisb]{2}){4}(?!\w)")  # a scanner's O, l and S
+# A scanner's O, l, S, B and Z, and its comma for a point.
+_MISREAD_PHONE = re.compile(r"(?<!\w)(?<!\d[.,:])[0o][\dlis](?:[ .,:\-]?[\dolisbz]{2}){4}(?![\w:]|[.,]\d)")
 _SECOND_PHONE = re.compile(
     r"(?<=\0) ?(?:/|-|–|ou|or|,? ?poste|,? ?ext\.?|,? ?x|,? ?bip|,? ?p\.) ?(\d{1,6}(?:[ .]\d\d){0,4})(?![\d/]|[.,]\d)"
 )
@@ -40,9 +41,9 @@ _LETTERED_PHONE = re.compile(r"(?<!\d)(?:[a-z]?\d\d[ .]){3,}[a-z]?\d\d(?!\d)")
 _ID_CUE = re.compile(
     r"(?<![\w])(?:ipp|iep|nip|nda|ins|mrn|ndossier|accession|acc|dossier|matricule|finess|rpps|adeli|nhs|inami|identifi\w*|"
     r"immatriculation|securite sociale|ssn|social security|niss|avs|ahv|nir|sin|patient id|patient|record|chart"
-    r"|visit\w*|visite|"
+    r"|visit\w*|visite|venue|passage|admission|hospitalisation|"
     r"sejour|episode|case|order|account|policy|study id|exam id|id|ip|ref|reference|numero|number|n°|nº|no|num)"
-    r"[ .:#°º\-]*(?:(?:no|n°|nº|num|number|numero|id|patient|de dossier|du dossier|is|est le|est)[ .:#°º]*){0,2}"
+    r"[ .:=#°º\-]*(?:(?:no|n°|nº|num|number|numero|id|patient|de dossier|du dossier|is|est le|est)[ .:=#°º]*){0,2}"
     r"(?P<id>(?=[a-z\-]{0,8}[\d])[a-z0-9]+(?:[\-/._][a-z0-9]+)*(?:(?<=\d) \d+(?![\w,.]))*)"
 )
 _ID_TAIL = re.compile(r"(?: ?[\-/._] ?[a-z0-9]*\d[a-z0-9]*| [a-z](?![\w'’]))+")
@@ -60,6 +61,10 @@ _WEAK_CUES = (
     "study",
     "acc",
     "episode",
+    "venue",
+    "passage",
+    "admission",
+    "hospitalisation",
 )
 _MIXED_ID = re.compile(r"(?<![\w.])(?=[a-z0-9\-/_]*\d)[a-z0-9]+(?:[\-/_][a-z0-9]+)*(?![\w])")
 _COUNTRY_CODE = re.compile(r"(?:f|b|ch|l|d)-? ?\d{4,5} [^\W\d_]")  # "F-25000 Besançon": a postal code, no id
@@ -69,7 +74,7 @@ _QUANTITY = re.compile(
     r"|kcal|euros?|€|\$"
     r"|cas\b|cases\b|habitants|births|naissances|patients)"
 )
-_DASHED_ID = re.compile(r"(?<!\w)(?=(?:[\-/_]?[a-z]*\d){6})[a-z0-9]+(?:[\-/_][a-z0-9]+)+(?!\w)")
+_DASHED_ID = re.compile(r"(?<!\w)(?=[a-z]*(?:[\-/_]?[a-z]*\d){6})[a-z0-9]+(?:[\-/_][a-z0-9]+)+(?!\w)")
 _DOSE = re.compile(
     r"\d(?:mg|ml|g|kg|mcg|ui|cm|mm|x\d|m|s|kv|ma|mas|gy|hu|ans|h|min|cc|l|ppm|mmol|mmhg|bpm|mhz|t|el)(?![a-z])"
     r"|/ ?(?:mm|ml|l|ul|dl|min|h)\d?$"
@@ -210,13 +215,18 @@ def _phones_and_ids(view: View) -> None:
     for match in _ID_CUE.finditer(view.masked):
         if _LEGAL_BEFORE.search(view.masked, max(0, match.start() - 16), match.start()):
             continue
-        written = match["id"] if not match.group().startswith(_WEAK_CUES) else match["id"].split(" ")[0]
+        weak = match.group().startswith(_WEAK_CUES)
+        written = _row_of_digits(match["id"]) if weak else match["id"]
         count = sum(character.isdigit() for character in written)
-        least = 5 if match.group().startswith(_WEAK_CUES) else 4
+        least = 5 if weak else 4
         if count >= least and not _QUANTITY.match(view.masked, match.end()) and not _phone_like(written):
             end = match.start("id") + len(written)
             tail = _ID_TAIL.match(view.masked, end)
             view.claim(match.start("id"), tail.end() if tail else end, "id")
+    for match in _MISREAD_PHONE.finditer(view.masked):
+        written = match.group()
+        if re.search("[a-z,:]", written) and sum(character.isdigit() for character in written) >= 7:
+            view.claim(match.start(), match.end(), "phone")
     for match in _CLUSTER.finditer(view.masked):
         start, end = match.span()
         written = match.group()
@@ -225,9 +235,6 @@ def _phones_and_ids(view: View) -> None:
             view.claim(start, end, kind)
     for match in _FRENCH_PHONE.finditer(view.masked):
         view.claim(match.start(), match.end(), "phone")
-    for match in _MISREAD_PHONE.finditer(view.masked):
-        if sum(character.isdigit() for character in match.group()) >= 7:
-            view.claim(match.start(), match.end(), "phone")
     phones = {one.end for one in view.identifiers if one.kind == "phone"}
     for match in _SECOND_PHONE.finditer(view.masked) if phones else ():
         if match.start() in phones:
@@ -246,6 +253,14 @@ def _phones_and_ids(view: View) -> None:
                 continue
             if (count >= 7 or (count >= 5 and 0 < letters <= 6)) and not _QUANTITY.match(view.masked, match.end()):
                 view.claim(match.start(), match.end(), "id")
+
+
+def _row_of_digits(written: str) -> str:
+    """The number behind a weak cue: its first group, or all groups where only together they are long enough."""
+    first = written.split(" ")[0]
+    digits = re.sub(r"\D", "", first)
+    whole = first.isdigit() and len(digits) < 5 and len(re.sub(r"\D", "", written)) >= 6
+    return written if whole else first
 
 
 def _phone_like(written: str) -> bool:
@@ -270,6 +285,8 @@ def _cluster_kind(view: View, start: int, written: str) -> Kind | None:
     if digits.startswith("00") and 10 <= len(digits) <= 16 and len(groups) >= 1:
         return "phone"
     if digits[0] == "0" and 9 <= len(digits) <= 12 and not _decimals(main):
+        return "phone"
+    if lengths == (2, 1, 2, 2, 2, 2) and digits.startswith("33"):
         return "phone"
     if lengths in ((3, 3, 4), (1, 3, 3, 4), (3, 4), (3, 3, 4, 2), (4, 3, 3), (3, 3, 3), (2, 4, 4)) and not _decimals(
         main
