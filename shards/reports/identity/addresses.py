@@ -43,9 +43,8 @@ _LIVED_IN = re.compile(
     r"(?:[ \-](?:(?i:d[eu]|des|la|les?|sur|sous|en) |[dl]['’])*[A-ZÀ-Ý][\w'’\-]*){0,4}"
     r"(?:,? ?(?i:b[âa]t(?:iment)?|app?t|esc|apt|entrée|étage)\.? ?\w{1,4}(?!\w)){0,3}"
 )
-_LIVED_IN_WORDS = re.compile(
-    r"(?<!\w)(?:lieu|quartier|res|lot|ham|z\.?[ai]|zone|cite|imm|dom|fer|cha|vil|par|hlm|foy|tour|bat)"
-)
+_LIVED_IN_WORDS = table("lived_in")
+_BOX_WORDS = frozenset(["bp", "cs", "tsa"])
 _ADDRESS_AHEAD = re.compile(
     r"[ ,\-–\n]{1,4}\0|[^\0:]{0,60}?(?:(?<!\d)\d{5} ?-? ?[^\W\d_]"
     r"|\d ?,? (?:rue|avenue|av|boulevard|bd|place|chemin|route|rte|allee)(?!\w))"
@@ -105,7 +104,7 @@ def find(view: View) -> None:
             _english_address(view, index)
     if view.longest_number:
         _short_streets(view)
-    if _LIVED_IN_WORDS.search(view.plain):
+    if not _LIVED_IN_WORDS.isdisjoint(view.words):
         _lived_in(view)
     if view.longest_number:
         _fields_and_boxes(view)
@@ -136,6 +135,8 @@ def _fields_and_boxes(view: View) -> None:
         if any(word in view.plain for word in words):
             for match in patterns.finditer(view.text):
                 view.claim(match.start(), match.end(), "address")
+    if _BOX_WORDS.isdisjoint(view.words) and "b.p" not in view.plain and "c.s" not in view.plain:
+        return
     for match in _BOX.finditer(view.masked):
         beside = "\0" in view.masked[max(0, match.start() - 4) : match.start()]
         if beside or _CODE_AHEAD.match(view.masked, match.end()):

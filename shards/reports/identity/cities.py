@@ -10,7 +10,9 @@ from shards.reports.identity.gazetteers import Word, gazetteer, table
 from shards.reports.identity.view import INITIAL, LOWER, TITLE_CASE, UPPER, View
 
 _US_PLACE = re.compile(r"(?<!\w)((?:[A-Z][\w.'\-]+ ){0,3}[A-Z][\w.'\-]+),? ([A-Z]{2}) (\d{5}(?:-\d{4})?)(?!\d)")
-_UK_CODE = re.compile(r"(?<!\w)(?:[A-Z]{1,2}\d[A-Z\d]? \d[A-Z]{2}|[ABCEGHJ-NPRSTVXY]\d[A-Z] ?\d[A-Z]\d)(?!\w)")
+_UK_CODE = re.compile(
+    r"[A-Z](?<!\w[A-Z])(?:[A-Z]?\d[A-Z\d]? \d[A-Z]{2}|(?<=[ABCEGHJ-NPRSTVXY])\d[A-Z] ?\d[A-Z]\d)(?!\w)"
+)
 _STAGE = re.compile(r"[TLCS]\d[A-Z]\d[A-Z]\d")  # tumour stages look like Canadian codes
 _CODE = re.compile(
     r"(?<![\d.,/\-\w])(?:(?:f|b|ch|l|d)-? ?)?(\d{4,6}(?:-\d{3,4})?|\d\d \d{3})(?![\d\w]|[.,]\d"

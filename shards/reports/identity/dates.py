@@ -42,10 +42,11 @@ _LETTERS_AROUND = re.compile(
     rf"|[0-3]?\d[ ./\-](?:i{{1,3}}|i?v|vi{{1,3}}|ix|xi{{0,2}})[ ./\-]{YEAR}(?!\d))"
 )
 _WEEK = re.compile(rf"(?<!\w)(?:(?:s|sem\.?|semaine|week) ?\d\d?|[tq][1-4])[ /\-]{{1,2}}(?:(?:de|of) )?{YEAR}(?!\d)")
-_TWO_DIGIT_YEAR = re.compile(
-    r"(?<!\w)(?:(?:annees?|the) ('?[3-9]\d)(?:'?s)?(?=\s*(?:[).,;:\n]|$)| [a-z]|\))"
-    r"|(?:fin|debut|depuis|ete|hiver|en|in) ('?[4-9]\d)(?=\s*(?:[).,;:\n]|$)))|(?<![\w'])('[3-9]\d)(?!\w)"
+# "années 90", "the 90s", "fin 98", "'98": before and behind two digits.
+_SHORT_YEAR_BEFORE = re.compile(
+    r"(?<!\w)(?:(?P<decade>annees?)|(?P<the>the)|fin|debut|depuis|ete|hiver|en|in) '?$|(?<![\w'])(?P<apostrophe>')$"
 )
+_ENDS = re.compile(r"\s*(?:[).,;:\n]|$)")
 _DAY_BEFORE = re.compile(r"(?<![\d.,])([0-3]?\d)(?: ?(?:er|ere|st|nd|rd|th))?[ ,\-/._]{0,3}(?:of |de |du mois de )?$")
 _YEAR_AFTER = re.compile(r"[ ,.\-/_]{0,3}(?:of |de )?('?\d\d(?!\d|[,.]\d|:\d| \d{3}(?!\d)| ?(?:mm|cm|h))|\d{4})(?!\d)")
 _DAY_AFTER = re.compile(r"\.? ?([0-3]?\d)(?: ?(?:st|nd|rd|th))?(?!\d|:\d|[.,]\d)(?:[ ,]{1,2}('\d\d|\d{4})(?!\d))?")
@@ -128,6 +129,8 @@ def _numeric(view: View) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     weak: list[tuple[int, int]] = []
     read_up_to = 0
     for run in _DIGIT_RUN.finditer(text):
+        if run.end() - run.start() == 2 and _short_year(text, run.start(), run.end()):
+            spans.append(run.span())
         match = NUMERIC.match(text, run.start()) if run.start() >= read_up_to else None
         if match is None:
             continue
@@ -145,15 +148,40 @@ def _numeric(view: View) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
             kind == "short" and _UNIT_AFTER.match(text, end)
         ):
             spans.append((start, end))
-    if "'" in text or view.longest_number >= 2:
-        spans += [match.span(match.lastindex or 0) for match in _TWO_DIGIT_YEAR.finditer(text)]
     if any(view.flags[index] & Word.WEEKDAY for index in view.marked):
         spans += [match.span() for match in _WEEKDAY_DAY.finditer(text)]
-    spans += [match.span() for match in _GLUED.finditer(text)]
+    if _month_beside_digits(view):
+        spans += [match.span() for match in _GLUED.finditer(text)]
     if view.longest_number >= 4:
         spans += [match.span() for pattern in (_LETTERS_AROUND, _WEEK) for match in pattern.finditer(text)]
         spans += [m.span() for m in _MISSPELT.finditer(text) if m[2] not in MONTHS and _near_month(m[2])]
     return spans, weak
+
+
+def _short_year(text: str, start: int, end: int) -> bool:
+    """Whether two digits are a year or a decade by the word or the apostrophe before them."""
+    cue = _SHORT_YEAR_BEFORE.search(text, max(0, start - 9), start)
+    if cue is None or text[start] < ("4" if cue.lastgroup is None else "3"):
+        return False
+    if cue["the"]:
+        return text[end : end + 1] == "s" or text[end : end + 2] == "'s"
+    if cue["decade"]:
+        return not text[end : end + 1].isalnum()
+    if cue["apostrophe"]:
+        return not (text[end : end + 1].isalnum() or text[end : end + 1] == "_")
+    return _ENDS.match(text, end) is not None
+
+
+def _month_beside_digits(view: View) -> bool:
+    """Whether a month's name touches digits, perhaps over a dash: no glued date without."""
+    text = view.masked
+    if "1er" in text:
+        return True
+    return any(
+        any(character.isdigit() for character in text[view.starts[i] - 2 : view.starts[i]] + text[view.ends[i] :][:2])
+        for i in view.marked
+        if view.flags[i] & Word.MONTH
+    )
 
 
 def _certain_of(view: View, weak: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -95,8 +95,9 @@ _NATIONAL_CUE = re.compile(
 _GERMAN_INSURANCE = re.compile(r"(?<!\w)\d\d ?[0-3]\d[01]\d\d\d ?[a-z] ?\d{3}(?!\w)")
 _DIGIT_ROW = re.compile(r"(?<![\w.,])\d(?: \d){6,}(?![\w]|[.,]\d| \d)|(?<![\w.,])\d(?: \d{1,2}){7,}(?![\w]|[.,]\d| \d)")
 
-_AGE = re.compile(
-    r"(?<![\d.,/])(9\d|1[0-2]\d)(?= ?[\- ]?(?:ans\b|an\b|annees\b|years?\b|yrs?\b|y/?o\b|yo\b|y\.o|j?aehrig))"
+_AGE = re.compile(  # a digit first: the engine then skips to one
+    r"((?:9(?<![\d.,/]9)\d|1(?<![\d.,/]1)[0-2]\d))"
+    r"(?= ?[\- ]?(?:ans\b|an\b|annees\b|years?\b|yrs?\b|y/?o\b|yo\b|y\.o|j?aehrig))"
 )
 _AGED = re.compile(
     r"(?:\bagee?d?(?: de)?|\bage ?[:=]|\baged) ?(9\d|1[0-2]\d)(?!\d| ?(?:mois|months|jours|days|semaines|weeks))"
@@ -179,7 +180,7 @@ def luhn_valid(written: str) -> bool:
 
 def _ages(view: View) -> None:
     if view.longest_number >= 2:
-        for pattern in (_AGE, _AGED):
+        for pattern in (_AGE, _AGED) if "age" in view.plain else (_AGE,):
             for match in pattern.finditer(view.masked):
                 if OLDEST_AGE_YEARS < int(match[1]) < 130:
                     view.claim(match.start(1), match.end(1), "age_over_89")
