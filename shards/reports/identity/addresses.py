@@ -225,7 +225,9 @@ def _number_start(view: View, index: int) -> int | None:
     number = _NUMBER_BEFORE.search(before)
     if number:
         return start - len(before) + number.start(1)
-    if index and view.flags[index - 1] & Word.NUMBER and view.gap(index - 1) in (" ", ", "):
+    if not index or view.words[index - 1] == "un" or not view.flags[index - 1] & Word.NUMBER:
+        return None
+    if view.gap(index - 1) in (" ", ", "):
         return view.starts[index - 1]
     return None
 

@@ -249,15 +249,17 @@ def _claim_cities(view: View) -> None:
         if view.flags[index] & Word.DEMONYM and view.shapes[index] == LOWER:
             view.claim(view.starts[index], view.ends[index], "city", "gazetteer")
     for index in view.small_names:
+        if not view.flags[index] & Word.CITY_START or not index or not view.free(index):
+            continue
         if (
-            view.flags[index] & Word.CITY_START
-            and index
-            and view.words[index - 1] in _CITY_VERB_ENDS
-            and view.free(index)
+            view.words[index - 1] in _CITY_VERB_ENDS
+            and len(view.words[index]) > 1
+            and not _plural_of_common(view, index)
         ):
             before = view.plain[max(0, view.starts[index] - 60) : view.starts[index]]
             last = city_match(view, index, any_case=True)
-            if last is not None and (_CITY_VERBS.search(before) or view.words[index - 1] == "a"):
+            after_a = view.words[index - 1] == "a" and view.gap(index - 1) == " "
+            if last is not None and (_CITY_VERBS.search(before) or after_a):
                 view.claim(view.starts[index], view.ends[last], "city", "gazetteer")
     for index in view.capitalised:
         if view.shapes[index] != INITIAL and view.free(index):
@@ -266,11 +268,19 @@ def _claim_cities(view: View) -> None:
                 view.claim(view.starts[index], _cedex(view, view.ends[last]), "city", "gazetteer")
 
 
+def _plural_of_common(view: View, index: int) -> bool:
+    """Whether the word is the plural of a word of the language: "Salles", "bords"."""
+    word = view.words[index]
+    return word.endswith("s") and bool(gazetteer().flags.get(word[:-1], 0) & Word.COMMON)
+
+
 def _named_city(view: View, index: int) -> int | None:
     flag = view.flags[index]
     told = None
     if index and view.words[index - 1] in _CITY_VERB_ENDS:
         told = _CITY_VERBS.search(view.plain[max(0, view.starts[index] - 60) : view.starts[index]])
+    if told and flag & Word.EPONYM and told.group().startswith("region"):  # of Scarpa
+        return None
     if told and not flag & (Word.STOP | Word.HOSPITAL) and (not flag & Word.COMMON or flag & Word.CITY_START):
         listed = city_match(view, index)
         if listed is not None:
@@ -286,11 +296,15 @@ def _named_city(view: View, index: int) -> int | None:
     if not flag & Word.CITY_START or flag & (Word.EPONYM | Word.HOSPITAL):
         return None
     last = city_match(view, index)
-    if last is None or (
-        index
-        and view.gap(index - 1) in ("-", "'")
-        and view.shapes[index - 1] != LOWER
-        and view.words[index - 1] not in ("d", "l")
+    if (
+        last is None
+        or eponym(view, index)
+        or (
+            index
+            and view.gap(index - 1) in ("-", "'")
+            and view.shapes[index - 1] != LOWER
+            and view.words[index - 1] not in ("d", "l")
+        )
     ):
         return None
     if last > index:
@@ -299,7 +313,7 @@ def _named_city(view: View, index: int) -> int | None:
         return last
     if view.ends[index] - view.starts[index] < 4 or flag & Word.STOP:
         return None
-    if flag & (Word.COMMON | Word.FIRST | Word.LAST):
+    if flag & (Word.COMMON | Word.FIRST | Word.LAST) or _plural_of_common(view, index):
         if flag & Word.COMMON and view.in_capitals(index):
             return None
         return last if _city_cue(view, index) else None
@@ -310,6 +324,8 @@ def _city_cue(view: View, index: int) -> bool:
     """A preposition or a bracket before, or a comma and a country, a state or a code after."""
     if eponym(view, index):
         return False
+    if touches_address(view, view.starts[index]):
+        return True
     if index and view.words[index - 1] in _CITY_CUES and view.gap(index - 1) in (" ", "'", "’"):
         head = view.flags[index - 2] if index > 1 else 0
         return not head & Word.EPONYM_HEAD

@@ -90,7 +90,9 @@ def _french_hospital(view: View, index: int) -> None:
     capitals = view.in_capitals(index)
     while position < len(view.words) and position - first < _MAX_WORDS and view.free(position):
         flag, shape, word = view.flags[position], view.shapes[position], view.words[position]
-        if position > first and view.gap(position - 1) not in (" ", "-", "'", "’", ". ", " - "):
+        gap = view.gap(position - 1)
+        abbreviated = gap == ". " and len(view.words[position - 1]) <= 2  # "St. Luc", but "Percy. Il"
+        if position > first and gap not in (" ", "-", "'", "’", " - ") and not abbreviated:
             break
         if shape == LOWER:
             if word in ("de", "du", "d", "la", "le", "les", "l", "des", "en", "et") and last is not None:
@@ -111,11 +113,18 @@ def _french_hospital(view: View, index: int) -> None:
         if capitals and flag & Word.COMMON and not flag & (Word.FIRST | Word.LAST | Word.CITY_START):
             break
         last, position = position, position + 1
-    if last is None or (last == first and view.flags[first] & Word.COMMON and _SPECIALITY.search(view.words[first])):
+    if last is None or (last == first and _speciality(view, first)):
         return
     place = city_match(view, first) == last and view.words[first - 1] in ("de", "d", "du", "a")
     begin = view.starts[first] if place or view.shapes[index] == LOWER else view.starts[index]
     view.claim(begin, view.ends[last], "city" if place else "hospital", "gazetteer")
+
+
+def _speciality(view: View, index: int) -> bool:
+    """Whether a word tells what a house does, not its name: "Clinique Multidisciplinaire"."""
+    word = view.words[index]
+    known = bool(view.flags[index] & Word.COMMON) or len(word) > 11
+    return known and _SPECIALITY.search(word) is not None
 
 
 def _space(view: View, index: int) -> bool:
@@ -187,6 +196,7 @@ def _known_hospitals(view: View) -> None:
                     index + length <= len(view.words)
                     and " ".join(view.words[index : index + length]) in KNOWN_HOSPITALS
                     and all(view.gap(index + i) in (" ", "-") for i in range(length - 1))
+                    and (length > 1 or view.flags[index] & Word.HOSPITAL or not view.flags[index] & Word.COMMON)
                 ):
                     view.claim(view.starts[index], view.ends[index + length - 1], "hospital", "gazetteer")
                     break

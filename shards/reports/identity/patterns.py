@@ -279,7 +279,7 @@ def _cluster_kind(view: View, start: int, written: str) -> Kind | None:
     before = view.masked[max(0, start - 60) : start]
     cued = _PHONE_CUE.search(before) is not None
     lengths = tuple(map(len, groups))
-    if cued and 4 <= len(digits) <= 15 and not re.search(r"\d[.,]\d$", main[:3]):
+    if cued and (6 if "/" in main else 4) <= len(digits) <= 15 and not re.search(r"\d[.,]\d$", main[:3]):
         return "phone"
     if written[0] in "+(" and 7 <= len(digits) <= 16 and not re.fullmatch(r"\(\d+\) ?\d", main):
         return "phone"
