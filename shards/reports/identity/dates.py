@@ -44,7 +44,7 @@ _LETTERS_AROUND = re.compile(
 _WEEK = re.compile(rf"(?<!\w)(?:(?:s|sem\.?|semaine|week) ?\d\d?|[tq][1-4])[ /\-]{{1,2}}(?:(?:de|of) )?{YEAR}(?!\d)")
 # "années 90", "the 90s", "fin 98", "'98": before and behind two digits.
 _SHORT_YEAR_BEFORE = re.compile(
-    r"(?<!\w)(?:(?P<decade>annees?)|(?P<the>the)|fin|debut|depuis|ete|hiver|en|in) '?$|(?<![\w'])(?P<apostrophe>')$"
+    r"(?P<apostrophe>(?<![\w'])')$|(?<!\w)(?:(?P<decade>annees?)|(?P<the>the)|fin|debut|depuis|ete|hiver|en|in) $"
 )
 _ENDS = re.compile(r"\s*(?:[).,;:\n]|$)")
 _DAY_BEFORE = re.compile(r"(?<![\d.,])([0-3]?\d)(?: ?(?:er|ere|st|nd|rd|th))?[ ,\-/._]{0,3}(?:of |de |du mois de )?$")
