@@ -18,7 +18,7 @@ from typing import Literal
 from shards.batch import Distilled
 from shards.reports.anatomy import Survey
 from shards.reports.entities import Entity
-from shards.reports.language import Language, Span
+from shards.reports.language import Language, Span, within
 from shards.reports.lexicon.anatomy import Words, fold
 
 DESCRIPTOR_WORDS = 2  # at most, right before an entity
@@ -70,6 +70,7 @@ _BOILERPLATE = {
 }
 
 
+@cache
 def sentence(entity: str, status: Status, language: Language) -> str:
     """The distilled sentence: one of three forms, of structures "normal" and "abnormal" instead of "no" and "is"."""
     word = _tables()[0][entity]
@@ -98,7 +99,10 @@ def sentence(entity: str, status: Status, language: Language) -> str:
 
 def boilerplate(text: str, language: Language) -> tuple[Span, ...]:
     """Words that every report uses alike: "there is no", "there is no evidence of" and their French like."""
-    folded = fold(text)
+    return _boilerplate(fold(text), language)
+
+
+def _boilerplate(folded: str, language: Language) -> tuple[Span, ...]:
     patterns = _BOILERPLATE.values() if language == "unknown" else (_BOILERPLATE[language],)
     return tuple(sorted(match.span() for pattern in patterns for match in pattern.finditer(folded)))
 
@@ -129,14 +133,10 @@ def context(
             distilled.append(
                 Distilled(entity=name, status=status, sentence=sentence(name, status, language), spans=spans)
             )
-    read = [
-        (start, end)
-        for start, end in boilerplate(document, "unknown" if mixed else language)
-        if any(first <= start and end <= last for first, last, _ in found.parts)
-    ]
-    return Context(
-        distilled=tuple(distilled), boilerplate=tuple(read), descriptors=_descriptors(words, found, mentions)
-    )
+    parts = [(start, end) for start, end, _ in found.parts]
+    common = _boilerplate(words.folded, "unknown" if mixed else language)
+    read = tuple(span for span in common if within(span, parts))
+    return Context(distilled=tuple(distilled), boilerplate=read, descriptors=_descriptors(words, found, mentions))
 
 
 _Told = dict[str, dict[str, list[Span]]]
@@ -162,10 +162,9 @@ def _mentions(words: Words, found: Survey, entities: Sequence[Entity]) -> tuple[
             told.setdefault(name, {}).setdefault(entity.status, []).append(span)
     spans = sorted(covered)
     starts = [start for start, _ in spans]
-    for word, start, end in zip(words.words, words.starts, words.ends, strict=True):
-        name = forms.get(word)
-        if name is None:
-            continue
+    named = [(place, name) for place, word in enumerate(words.words) if (name := forms.get(word)) is not None]
+    for number, name in named:
+        start, end = words.starts[number], words.ends[number]
         before = bisect_left(starts, start + 1) - 1
         if before >= 0 and end <= spans[before][1]:
             entity = covered[spans[before]]

@@ -17,7 +17,7 @@ from shards.reports.anatomy import AnatomyText, survey
 from shards.reports.distil import ENTITIES, Context, context
 from shards.reports.distil import sentence as distilled_sentence
 from shards.reports.entities import Entity, entities
-from shards.reports.labels import ONTOLOGIES, label_names, labels
+from shards.reports.labels import ONTOLOGIES, all_labels, label_names
 from shards.reports.language import Language, Span, detect, languages_of, within
 from shards.reports.lexicon.anatomy import ANATOMIES, ELSEWHERE, Words
 from shards.reports.sections import Section, sections
@@ -102,7 +102,7 @@ def extraction(
         sections=tuple(parts),
         sentences=tuple(spans),
         entities=tuple(found),
-        labels={ontology: labels(found, ontology, parts) for ontology in ONTOLOGIES},
+        labels=all_labels(found, parts),
         anatomy=places,
         elsewhere=surveyed.elsewhere,
         context=context(document, surveyed, counted, language, words, mixed=mixed),

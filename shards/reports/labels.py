@@ -5,14 +5,16 @@ A label is 1 (present), 0 (absent), -1 (possible, or said in doubt) or missing: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
 from shards.errors import ConfigError
 from shards.reports.entities import Entity
+from shards.reports.language import within
 from shards.reports.sections import Section
+from shards.reports.status import Status
 
 LabelValue = Literal[-1, 0, 1]
 
@@ -100,15 +102,30 @@ def labels(found: Sequence[Entity], ontology: str, sections: Sequence[Section] =
     """
     if ontology not in ONTOLOGIES:
         raise ConfigError(f"ontology={ontology!r} is unknown; use {', '.join(ONTOLOGIES)}")
+    return _labels(_said(found, sections), ontology)
+
+
+def all_labels(found: Sequence[Entity], sections: Sequence[Section]) -> dict[str, dict[str, LabelValue]]:
+    """Ontology -> what `labels` gives."""
+    said = _said(found, sections)
+    return {ontology: _labels(said, ontology) for ontology in ONTOLOGIES}
+
+
+_Said = Set[tuple[str, Status]]
+
+
+def _said(found: Sequence[Entity], sections: Sequence[Section]) -> _Said:
+    """(concept, status) of the entities that count."""
     outside = [(section.start, section.end) for section in sections if section.name in NOT_FINDINGS]
     if len(outside) == len(sections):  # a report under one heading that says more than it
         outside = []
-    counted = found
-    if outside:
-        counted = [entity for entity in found if not any(start <= entity.start < end for start, end in outside)]
+    return {(one.concept, one.status) for one in found if not within((one.start, one.start + 1), outside)}
+
+
+def _labels(said: _Said, ontology: str) -> dict[str, LabelValue]:
     names, doubtful = _labels_of(ontology)
     told: dict[str, LabelValue] = {}
-    for concept, status in {(entity.concept, entity.status) for entity in counted}:
+    for concept, status in said:
         value = _VALUES[status]
         for name in names.get(concept, ()):
             told[name] = max(told.get(name, value), value, key=_WEIGHT)
@@ -116,7 +133,7 @@ def labels(found: Sequence[Entity], ontology: str, sections: Sequence[Section] =
             hinted: LabelValue = -1 if value else 0
             told[name] = max(told.get(name, hinted), hinted, key=_WEIGHT)
     values = {name: told[name] for name in ONTOLOGIES[ontology] if name in told}
-    if ontology == "chexpert14" and _nothing_found(values, counted):
+    if ontology == "chexpert14" and _nothing_found(values, said):
         values = {NO_FINDING: 1, **values}
     return values
 
@@ -146,11 +163,11 @@ def _labels_of(ontology: str) -> tuple[Mapping[str, Sequence[str]], Mapping[str,
 _NO_ABNORMALITY = frozenset({"abnormality", "lymph_node", *_MATERIAL})
 
 
-def _nothing_found(values: Mapping[str, LabelValue], counted: Sequence[Entity]) -> bool:
+def _nothing_found(values: Mapping[str, LabelValue], said: _Said) -> bool:
     """Findings are spoken of, and nothing is present or possible but devices.
 
     CheXpert's "No Finding" also looks beyond its own 13 labels. Of a text that speaks of no finding it says nothing.
     """
-    if not counted or any(value != 0 for name, value in values.items() if name != "Support Devices"):
+    if not said or any(value != 0 for name, value in values.items() if name != "Support Devices"):
         return False
-    return not any(entity.status == "present" and entity.concept not in _NO_ABNORMALITY for entity in counted)
+    return not any(status == "present" and concept not in _NO_ABNORMALITY for concept, status in said)

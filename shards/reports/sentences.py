@@ -92,6 +92,7 @@ class _Splitter:
         self.text, self.start, self.end = text, start, end
         self.shortened = _BY_LANGUAGE[language]
         self.number = 0  # of the last list item
+        self.brackets = text.find("(", start, end) >= 0
         self.spans: list[Span] = []
 
     def split(self) -> list[Span]:
@@ -174,7 +175,7 @@ class _Splitter:
         following = _following(text, end, self.end)
         if not following:
             return True
-        if following in ",;:)]" or self._in_bracket(end):
+        if following in ",;:)]" or (self.brackets and self._in_bracket(end)):
             return False
         if stops != ".":
             return not following.islower()

@@ -133,7 +133,7 @@ def reaches(
     tokens: Tokens, matches: Sequence[Match], clause: Clause, known: Marks, mentions: Sequence[int]
 ) -> list[Reach]:
     """What the cues of one clause speak of. `matches`: those in it; `mentions`: tokens where a finding begins."""
-    found = []
+    found: list[Reach] = []
     for match in matches:
         cue, cue_end = match.first, match.last + 1
         for entry in match.term.cues:

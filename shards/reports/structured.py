@@ -104,11 +104,12 @@ def observe(
     """
     known = DISEASES[disease]
     place = f", {position}" if position else ""
-    answer = {
-        "yes": f"Yes, {degree} {known.name}{place}." if degree else f"Yes, {known.name}{place}.",
-        "no": f"No, there is no {known.name}.",
-        "unsure": f"Possibly {known.name}{place}.",
-    }[exist]
+    if exist == "yes":
+        answer = f"Yes, {degree} {known.name}{place}." if degree else f"Yes, {known.name}{place}."
+    elif exist == "no":
+        answer = f"No, there is no {known.name}."
+    else:
+        answer = f"Possibly {known.name}{place}."
     return Observation(
         entity=known.name, position=position, exist=exist, question=f"Is there {known.one}?", answer=answer, span=span
     )

@@ -194,10 +194,11 @@ def _merge(trie: dict[str, Any], other: Mapping[str, Any]) -> None:
 class Words:
     """The words of a document, folded, and where they stand; numbers and marks between clauses are words, too."""
 
-    __slots__ = ("ends", "starts", "words")
+    __slots__ = ("ends", "folded", "starts", "words")
 
     def __init__(self, document: str) -> None:
-        pieces = _TOKEN.split(fold(document))  # what lies between words, and words, in turn
+        self.folded = fold(document)
+        pieces = _TOKEN.split(self.folded)  # what lies between words, and words, in turn
         bounds = list(accumulate(map(len, pieces)))
         self.words, self.starts, self.ends = pieces[1::2], bounds[:-1:2], bounds[1::2]
 
