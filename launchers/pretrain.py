@@ -56,7 +56,7 @@ from shards.dataset import DataSet
 from shards.decode import Decoder
 from shards.decode_check import levels_apart
 from shards.errors import ConfigError, NonFiniteError, RoentgenError, StoreFullError
-from shards.loader import Loader, as_mixture, corpus, find_tokenizer
+from shards.loader import Loader, as_mixture, corpus, find_tokenizer, reads_text
 from shards.store import open_store
 from shards.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
 
@@ -299,8 +299,7 @@ def _tokenizer(config: TrainConfig, run_dir: str, folder: Path, world: World) ->
 
     The loader would find the second kind itself; the run keeps a copy, so that it can be evaluated without its data.
     """
-    fields = schema.task_class(config.task).fields
-    if "input_ids" not in fields:
+    if not reads_text(schema.task_class(config.task).fields):
         return None
     path = folder / TOKENIZER
     leads = world.is_first if not run_dir.startswith("s3://") else world.local_rank == 0

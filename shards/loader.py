@@ -128,7 +128,7 @@ class Loader:
                 "ranks"
             )
         self.labels = tuple(dict.fromkeys(name for data in self.sets for name in data.whole.labels))
-        self.reads_text = not {"input_ids", "anatomy_input_ids"}.isdisjoint(fields)
+        self.reads_text = reads_text(fields)
         self.tokenizer = tokenizer or (find_tokenizer(config, self.sets) if self.reads_text else None)
         self._collate = Collator(config, self.tokenizer, self.labels, seed, fields)
         if self.reads_text and config.report == "structured":
@@ -217,6 +217,11 @@ def find_tokenizer(config: Loader.Config, sets: Sequence[DataSet]) -> Tokenizer:
             names = [name for name in data.store.list(data.whole.tokenizer) if name]
             return Tokenizer.from_files({name.rsplit("/", 1)[-1]: data.store.get(name) for name in names}, data.url)
     raise ConfigError("data.tokenizer is empty and no manifest names one; give a vocabulary or a tokenizer folder")
+
+
+def reads_text(fields: Sequence[str]) -> bool:
+    """Whether any of these fields of a batch needs a tokenizer."""
+    return not {"input_ids", "anatomy_input_ids"}.isdisjoint(fields)
 
 
 def corpus(config: Loader.Config, global_batch_size: int, limit: int = 200_000) -> Iterator[str]:
