@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import permutations
 
 from shards.reports.identity.dates import distance
 from shards.reports.identity.eponyms import eponym
@@ -20,21 +22,17 @@ _FUZZY_FROM = 5  # shorter names must match exactly: one letter more or less mak
 _INSIDE_FROM = 6  # shorter names are parts of too many words
 _SPELT_FROM = 4  # letters of a name found inside a row of spaced letters
 _ID_CHARACTERS_MIN = 4
-# The second word is looked at and not consumed: it may be broken again.
-_BROKEN_WORD = re.compile(r"(?<![^\W\d_])([^\W\d_]+)(?:(- {0,2}\n {0,4}|- {1,2})|\n {0,4})(?=([^\W\d_]+))")
+_LINE_BREAK = re.compile(r"(- {0,2}\n {0,4}|- {1,2})|\n {0,4}")  # the group: with a hyphen
 _SPACED_LETTERS = re.compile(r"(?<!\w)[^\W\d_](?:[ .\-_]{1,3}[^\W\d_](?!\w)){2,}")
 _SEPARATOR = r"[ ./|,\-]{0,3}"
-_DAY_FIRST = re.compile(rf"(?<!\d)(?=(\d\d?){_SEPARATOR}(\d\d?){_SEPARATOR}(\d{{4}}|\d\d)(?!\d))")
-_YEAR_FIRST = re.compile(rf"(?<!\d)(?=(\d{{4}}){_SEPARATOR}(\d\d?){_SEPARATOR}(\d\d?)(?!\d))")
-_COMPACT = re.compile(r"(?<!\d)\d{5,8}(?!\d)")
-_MONTH_NAMES = "|".join(sorted(MONTHS, key=len, reverse=True))
-_DAY_BEFORE_NAME = re.compile(
-    rf"(?<!\d)(\d\d?)(?:er|st|nd|rd|th)?{_SEPARATOR}({_MONTH_NAMES})\.?{_SEPARATOR}(\d{{4}}|\d\d)(?!\d)"
-)
-_DAY_BEHIND_NAME = re.compile(
-    rf"(?<![^\W\d_])({_MONTH_NAMES})\.? ?(\d\d?)(?:st|nd|rd|th)?{_SEPARATOR}(\d{{4}}|\d\d)(?!\d)"
-)
-_ID_SEPARATORS = str.maketrans("", "", " .-/")
+_NUMBER = re.compile(r"[0-9]+")
+_DAY_FIRST = re.compile(rf"(\d\d?){_SEPARATOR}(\d\d?){_SEPARATOR}(\d{{4}}|\d\d)(?!\d)")
+_YEAR_FIRST = re.compile(rf"(\d{{4}}){_SEPARATOR}(\d\d?){_SEPARATOR}(\d\d?)(?!\d)")
+# Around the month's name, which stands between them.
+_DAY_BEFORE_NAME = re.compile(rf"(?<!\d)(\d\d?)(?:er|st|nd|rd|th)?{_SEPARATOR}\Z")
+_DAY_BEHIND_NAME = re.compile(rf"\.? ?(\d\d?)(?:st|nd|rd|th)?{_SEPARATOR}(\d{{4}}|\d\d)(?!\d)")
+_YEAR_BEHIND_NAME = re.compile(rf"\.?{_SEPARATOR}(\d{{4}}|\d\d)(?!\d)")
+_DAY_WIDTH = 8  # characters before the month's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +55,7 @@ class KnownPatient:
 def find(view: View, patient: KnownPatient) -> None:
     """Claim every mention of the record's fields."""
     _names(view, patient)
-    for kind, numbers in (("id", patient.ids), ("phone", patient.phones)):
-        _numbers(view, numbers, kind)  # type: ignore[arg-type]
+    _numbers(view, patient)
     if patient.birth_date is not None and view.longest_number >= 2:
         _birth_date(view, patient.birth_date)
     _place(view, patient.address, "address")
@@ -69,18 +66,19 @@ def find(view: View, patient: KnownPatient) -> None:
 
 
 def _names(view: View, patient: KnownPatient) -> None:
-    parts = [part for name in (*patient.first_names, *patient.last_names) for part in _letters(name)]
-    wanted = frozenset(part for part in parts if len(part) > 1)
+    firsts = [_letters(name) for name in patient.first_names]
+    lasts = [_letters(name) for name in patient.last_names]
+    wanted = frozenset(part for parts in (*firsts, *lasts) for part in parts if len(part) > 1)
     if not wanted:
         return
     glued = {
-        "".join((*_letters(first), *_letters(last))[::order])
-        for first in patient.first_names for last in patient.last_names for order in (1, -1)
-    }  # fmt: skip
+        "".join((*pair[0], *pair[1])) for first in firsts for last in lasts for pair in permutations((first, last))
+    }
     known = _written_as(view, wanted, wanted | glued)
-    for index, word in enumerate(view.words):
-        if word in known and _is_person(view, index, wanted):
-            _note(view, view.starts[index], view.ends[index])
+    if known:
+        for index, word in enumerate(view.words):
+            if word in known and _is_person(view, index, wanted):
+                _note(view, view.starts[index], view.ends[index])
     _broken_names(view, wanted)
     _spaced_names(view, wanted)
 
@@ -131,12 +129,16 @@ def _is_person(view: View, index: int, wanted: frozenset[str]) -> bool:
 
 def _broken_names(view: View, wanted: frozenset[str]) -> None:
     """A name that goes on in the next line, with a hyphen or, where nothing is misspelt, without."""
-    if "-" not in view.plain and "\n" not in view.plain:
-        return
-    for match in _BROKEN_WORD.finditer(view.plain):
-        joined = match[1] + match[3]
-        if joined in wanted or (match[2] and _misspelt(joined, wanted) and not view.is_common(joined)):
-            _note(view, match.start(), match.end(3))
+    for match in _LINE_BREAK.finditer(view.plain):
+        second = view.first_word_from(match.end())
+        first = second - 1
+        if first < 0 or second >= len(view.words):
+            continue
+        if view.ends[first] != match.start() or view.starts[second] != match.end():
+            continue
+        joined = view.words[first] + view.words[second]
+        if joined in wanted or (match[1] and _misspelt(joined, wanted) and not view.is_common(joined)):
+            _note(view, view.starts[first], view.ends[second])
 
 
 def _spaced_names(view: View, wanted: frozenset[str]) -> None:
@@ -156,10 +158,13 @@ def _spaced_names(view: View, wanted: frozenset[str]) -> None:
 # --- numbers, dates, places ---
 
 
-def _numbers(view: View, numbers: tuple[str, ...], kind: Kind) -> None:
+def _numbers(view: View, patient: KnownPatient) -> None:
     """Ids and phones, with or without single separators between their characters."""
-    compact = view.plain.translate(_ID_SEPARATORS) if numbers else ""
-    for number in numbers:
+    if not patient.ids and not patient.phones:
+        return
+    compact = view.plain.replace(" ", "").replace(".", "").replace("-", "").replace("/", "")
+    kinds: tuple[tuple[Kind, tuple[str, ...]], ...] = (("id", patient.ids), ("phone", patient.phones))
+    for kind, number in ((kind, number) for kind, numbers in kinds for number in numbers):
         characters = re.sub(r"[^a-z0-9]", "", plain(number))
         # A pattern of its own costs more than the whole report's search: only where the characters are.
         if len(characters) >= _ID_CHARACTERS_MIN and characters in compact:
@@ -177,25 +182,41 @@ def _place(view: View, place: str, kind: Kind) -> None:
 
 def _birth_date(view: View, date: datetime.date) -> None:
     """Both orders of day and month, with or without separators, and the month by its name."""
-    years = {date.year, date.year % 100}
+    short_year = f"{date.year % 100:02d}"
+    if short_year not in view.plain:
+        return
+    for start, end in (*_in_numbers(view, date, short_year), *_with_month_name(view, date)):
+        view.note(start, end, "birth_date", "patient")
+
+
+def _in_numbers(view: View, date: datetime.date, short_year: str) -> Iterator[tuple[int, int]]:
+    """ "03/02/1981", "1981-02-03", "3.2.81", "03021981"."""
     days = {(date.day, date.month), (date.month, date.day)}
-    found: list[tuple[int, int]] = []
-    for match in _DAY_FIRST.finditer(view.plain):
-        if int(match[3]) in years and (int(match[1]), int(match[2])) in days:
-            found.append((match.start(1), match.end(3)))
-    for match in _YEAR_FIRST.finditer(view.plain):
-        if (int(match[1]), int(match[2]), int(match[3])) == (date.year, date.month, date.day):
-            found.append((match.start(1), match.end(3)))
     compact = {
         f"{a:0{a_width}d}{b:0{b_width}d}{year}"
-        for a, b in days for a_width in (1, 2) for b_width in (1, 2) for year in (date.year, f"{date.year % 100:02d}")
+        for a, b in days for a_width in (1, 2) for b_width in (1, 2) for year in (date.year, short_year)
     }  # fmt: skip
-    for match in _COMPACT.finditer(view.plain):
-        if match.group() in compact:
-            found.append(match.span())
-    for pattern, day, month in ((_DAY_BEFORE_NAME, 1, 2), (_DAY_BEHIND_NAME, 2, 1)):
-        for match in pattern.finditer(view.plain):
-            if int(match[3]) in years and (int(match[day]), MONTHS[match[month]]) == (date.day, date.month):
-                found.append(match.span())
-    for start, end in found:
-        view.note(start, end, "birth_date", "patient")
+    for number in _NUMBER.finditer(view.plain):
+        match = _DAY_FIRST.match(view.plain, number.start())
+        if match and int(match[3]) in (date.year, date.year % 100) and (int(match[1]), int(match[2])) in days:
+            yield match.span()
+        match = _YEAR_FIRST.match(view.plain, number.start())
+        if match and (int(match[1]), int(match[2]), int(match[3])) == (date.year, date.month, date.day):
+            yield match.span()
+        if number.group() in compact:
+            yield number.span()
+
+
+def _with_month_name(view: View, date: datetime.date) -> Iterator[tuple[int, int]]:
+    """ "3 févr. 1981", "February 3rd, 1981"."""
+    for index in view.marked:
+        if MONTHS.get(view.words[index]) != date.month:
+            continue
+        start, end = view.starts[index], view.ends[index]
+        before = _DAY_BEFORE_NAME.search(view.plain[max(0, start - _DAY_WIDTH) : start])
+        year = _YEAR_BEHIND_NAME.match(view.plain, end)
+        if before and year and int(before[1]) == date.day and int(year[1]) in (date.year, date.year % 100):
+            yield start - min(start, _DAY_WIDTH) + before.start(), year.end()
+        behind = _DAY_BEHIND_NAME.match(view.plain, end)
+        if behind and int(behind[1]) == date.day and int(behind[2]) in (date.year, date.year % 100):
+            yield start, behind.end()

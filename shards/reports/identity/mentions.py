@@ -26,7 +26,7 @@ _NUMBER_BEHIND = re.compile(
 )
 _NUMBER_BEFORE = re.compile(r"(?<![\w.,/])(?:\d{5,}[ \-_#:]{1,2}|\d+)\Z")
 _BEFORE_WIDTH = 16  # characters looked back for a number
-_NUMBER = re.compile(r"\d{4,}(?!\w)")
+_NUMBER = re.compile(r"[0-9]{4,}(?!\w)")
 _NUMBERED_WORD_MIN = 5  # letters before a number; shorter ones are codes of devices and studies
 
 
