@@ -28,7 +28,7 @@ from core.metrics import contact_sheet
 from launchers.past_run import read_config, read_tokenizer, versions
 from shards.batch import Batch, batch_hash
 from shards.errors import ConfigError, DataError, RoentgenError
-from shards.loader import Loader, Row
+from shards.loader import Loader, Row, reads_text
 from shards.store import Store, open_store
 
 BATCH_EVENT = "batch"  # {"event": "batch", "step": N, "batch_hash": H} in events.jsonl
@@ -91,7 +91,7 @@ def replay(run_dir: str, step: int) -> Replay:
         config = read_config(store)
         recorded = read_recorded(store, step)
         fields = schema.task_class(config.task).fields
-        tokenizer = read_tokenizer(store, config) if "input_ids" in fields else None
+        tokenizer = read_tokenizer(store, config) if reads_text(fields) else None
     differences = []
     decode = config.data.decode
     if decode.device == "mixed" and not torch.cuda.is_available():

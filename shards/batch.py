@@ -180,7 +180,7 @@ FIELDS: dict[str, str] = {
     "finding_key": "[B] int64, equal for equal sets of diseases present or uncertain; report_key where unstructured",
     "draw_key": "[B] int64, what a model keys its own random numbers for this study and epoch by",
     "anatomy_share": "[V, A, T] float32, share of a patch's voxels that an anatomy has",
-    "anatomy_intact": "[V, A] bool, in the crop and not cut by it; cut ones, too, if mentioned and so configured",
+    "anatomy_intact": "[V, A] bool, in the crop, not cut by it (or mentioned, if so configured), and annotated",
     "anatomy_input_ids": "[B, A, L] int64, what the report says of each anatomy; a template where it is silent",
     "anatomy_attention_mask": "[B, A, L] bool",
     "anatomy_text_key": "[B, A] int64, equal for equal texts",

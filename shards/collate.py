@@ -111,6 +111,7 @@ class Collator:
                 f"{', '.join(sorted(wanted))}: data.volume.anatomies is empty; name some of the manifest's"
             )
         self._patches = patches_of(config.masking, config.decode.image_size) if "patch_mask" in self.fields else 0
+        self._reads_report = tokenizer is not None and not (self._reads_anatomies and "input_ids" not in self.fields)
         self._reads_structure = tokenizer is not None and config.report == "structured"
         if config.report not in ("raw", "structured"):
             raise ConfigError(f"data.report={config.report!r}: use raw or structured")
@@ -263,7 +264,7 @@ class Collator:
         self, record: StudyRecord, structure: StructuredReport | None, key: tuple[int, int, int] | None
     ) -> tuple[list[Part], int]:
         """The parts of the text that is read, and the key that equal reports share."""
-        if self.tokenizer is None:
+        if not self._reads_report:
             return [], keyed.text_key("")
         if self._reads_structure and structure is not None:
             said = (text for item in structure.items for text in (*answers(item), item.verdict_text))
@@ -313,7 +314,7 @@ class Collator:
     ) -> Batch:
         """Wait for the pixels, make void what did not decode, and join the tensors of the batch.
 
-        `on_cut(row)` is told of each valid row that has no anatomy whole in any of its crops.
+        `on_cut(row)` is told of each valid row in which no anatomy is intact.
         """
         prepared, present, study_index = decoding.prepared, decoding.present, decoding.study_index
         columns = prepared.columns
@@ -346,7 +347,7 @@ class Collator:
             batch["patch_mask"] = torch.from_numpy(mask & valid[study_index][:, None])
         if isinstance(decoding.pending, VolumeBatch):
             batch |= self._anatomy_fields(decoding, decoding.pending, on_cut)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and self._reads_report:
             parts = [parts if ok else [] for parts, ok in zip(prepared.parts, valid, strict=True)]
             batch |= self._tokens(self.tokenizer, parts, prepared)
         return batch
@@ -362,10 +363,13 @@ class Collator:
             share = np.zeros((len(study_index), anatomies, config.patches), np.float32)
             intact = np.zeros((len(study_index), anatomies), bool)
             share[present], intact[present] = volumes.share, volumes.whole
+            rows = [prepared.anatomy[row] for row in study_index[present]]
             if config.keep_cut_if_mentioned:
-                rows = [prepared.anatomy[row] for row in study_index[present]]
                 mentioned = [row.mentioned for row in rows if row is not None]
                 intact[present] |= volumes.present & np.array(mentioned, bool).reshape(-1, anatomies)
+            if self._reads_anatomies:
+                state = np.stack([row.state for row in rows if row is not None]) if len(present) else intact[:0]
+                intact[present] &= state != NOT_ANNOTATED
             share[~valid[study_index]], intact[~valid[study_index]] = 0.0, False
             seen = np.zeros(len(valid), bool)
             np.logical_or.at(seen, study_index, intact.any(axis=1))
