@@ -27,7 +27,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "boto3": ("shards/bucket.py",),
     "botocore": ("shards/bucket.py",),
     "webdataset": (),
-    "nvidia": ("shards/decode.py",),
+    "nvidia": ("shards/decode.py", "shards/decode_volume.py"),
     "transformers": ("core/models/text.py", "shards/tokenizer.py"),
     "tokenizers": ("shards/tokenizer.py",),
     "flash_attn": ("core/models/attention.py",),
