@@ -12,23 +12,19 @@ distribution (maximum probability, a fit of it on validation labels) stands besi
 
 from __future__ import annotations
 
-import json
 import math
-import resource
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ci.bench.figure import LOG_COLUMNS, REPOSITORY, Figure, commit, figure
-from ci.bench.learning import Experiment, Reports, macro
+from ci.bench.learning import Experiment, Reports, keep_row, kept_row, macro, processor_seconds, settings_of
 from ci.demo import QUICK, RANKS, Size
 from configs import schema
 from shards.ingest.phantom_chest import generator_hash
@@ -158,33 +154,17 @@ def run_one(variant: str, recipe: str, change: Sequence[str], seed: int, size: S
     kept = experiment.folder / name / "row.json"
     overrides = experiment.overrides("trainer.evaluate_every=None", *change)
     config = schema.apply_overrides(schema.load_recipe(recipe), overrides)
-    settings = {"generator": generator_hash(), **json.loads(json.dumps(config.identity()))}
-    found = _kept(kept)
-    if found is not None and found.pop("settings", None) == settings:
+    settings = settings_of(config, generator_hash())
+    found = kept_row(kept, settings)
+    if found is not None:
         return Row(**found)
     if not experiment.manifest.exists():
         experiment.pack(DIFFICULTY, "--degraded", str(DEGRADED_SHARE), "--structured")
     shutil.rmtree(experiment.folder / name, ignore_errors=True)
-    train_s = _processor_seconds(lambda: experiment.pretrain(recipe, overrides, name))
+    train_s = processor_seconds(lambda: experiment.pretrain(recipe, overrides, name))
     row = row_of(variant, seed, experiment.evaluate(PROTOCOLS, name, ("--corruption-studies", "32")), train_s)
-    kept.write_text(json.dumps({**asdict(row), "settings": settings}, indent=1), "utf-8")
+    keep_row(kept, asdict(row), settings)
     return row
-
-
-def _processor_seconds(of: Callable[[], object]) -> float:
-    """What the programs that `of` runs take of each rank's core, which others at work on the machine do not change."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    of()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime) / RANKS
-
-
-def _kept(path: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found
 
 
 def row_of(variant: str, seed: int, reports: Reports, train_s: float) -> Row:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ci.bench.figure import REPOSITORY
 from ci.demo import RANKS, Size, free_port
+from configs.schema import TrainConfig
 from shards.errors import ConfigError
 
 Reports = dict[str, dict[str, Any]]
@@ -32,11 +34,11 @@ class Experiment:
         """Of the phantoms that `pack` makes."""
         return self.folder / "shards" / "manifest.json"
 
-    def pack(self, difficulty: str, *flags: str) -> None:
+    def pack(self, difficulty: str, *flags: str, source: str = "phantom") -> None:
         """Phantoms of one difficulty; `flags` are further arguments of pack.py."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._launch(
-            [sys.executable, "launchers/pack.py", "--source", "phantom", "--difficulty", difficulty, *flags,
+            [sys.executable, "launchers/pack.py", "--source", source, "--difficulty", difficulty, *flags,
              "--seed", str(self.seed), "--samples", ",".join(map(str, self.size.samples)),
              "--output", str(self.manifest.parent), "--workers", str(RANKS)],
         )  # fmt: skip
@@ -89,6 +91,34 @@ class Experiment:
             end = log.read_text("utf-8", errors="replace").strip().splitlines()[-1:]
             program = next(part for part in command if part.endswith(".py"))
             raise ConfigError(f"{program} ended with {done.returncode}: {''.join(end)}; see {log}")
+
+
+def processor_seconds(of: Callable[[], object]) -> float:
+    """What the programs that `of` runs take of each rank's core, which others at work on the machine do not change."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    of()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime) / RANKS
+
+
+def kept_row(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The figures of a finished run of the same settings, else None."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if found.pop("settings", None) == settings else None
+
+
+def keep_row(path: Path, figures: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Keep a run's figures for `kept_row`."""
+    path.write_text(json.dumps({**figures, "settings": settings}, indent=1), "utf-8")
+
+
+def settings_of(config: TrainConfig, generator: str) -> dict[str, Any]:
+    """What decides what a run shows, as JSON reads it back."""
+    found: dict[str, Any] = json.loads(json.dumps({"generator": generator, **config.identity()}))
+    return found
 
 
 def macro(reports: Reports, protocol: str) -> float:
