@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,7 +33,6 @@ from shards.manifest import Manifest
 from shards.store import open_store, split_url
 
 if TYPE_CHECKING:
-    from shards.ingest.volume_file import VolumeFiles
     from shards.reports.identity.burned_in import BurnedInText
     from shards.reports.packing import Structured
 
@@ -53,6 +52,8 @@ Pack studies into shards: plain WebDataset tars with a manifest, split by patien
     python launchers/pack.py --source nifti --input DIR --masks DIR/masks --key-file site.key --output shards/ct
     python launchers/pack.py --source ct_rate --input CT-RATE/dataset --masks MASKS --public \
         --deidentified 'public set' --output shards/ct_rate
+  DICOM series of CT slices, each a volume:
+    python launchers/pack.py --source dicom_ct --input DIR --key-file site.key --output shards/ct
   reports with them: raw text passes de-identification and extraction, or was prepared by prepare_reports.py
     python launchers/pack.py --source dicom --input DIR --key-file site.key --reports structured reports.csv \\
         --output shards/site
@@ -78,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--verify", metavar="MANIFEST", help="check all shards of a manifest instead of packing")
     result.add_argument(
         "--source",
-        choices=("table", "dicom", "nifti", "ct_rate", "phantom", "phantom_ct", "adopt"),
+        choices=("table", "dicom", "dicom_ct", "nifti", "ct_rate", "phantom", "phantom_ct", "adopt"),
         help="what --input holds",
     )
     result.add_argument(
@@ -130,9 +131,12 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--side-min", type=int, default=SIDE_MIN_PIXELS, help="smallest side taken (%(default)s)")
     table.add_argument("--area-max", type=int, default=AREA_MAX_PIXELS, help="most pixels an image has (%(default)s)")
 
-    volumes = result.add_argument_group("nifti, ct_rate")
+    volumes = result.add_argument_group("nifti, ct_rate, dicom_ct")
     volumes.add_argument(
-        "--masks", metavar="DIR", help="label maps, or folders of structures, under the same relative paths as volumes"
+        "--masks",
+        metavar="DIR",
+        help="label maps, or folders of structures, under the same relative paths as volumes; "
+        "dicom_ct: SERIES_INSTANCE_UID.nii.gz",
     )
     volumes.add_argument("--class-map", default="totalseg_v2", help="what the labels mean: totalseg_v1 (%(default)s)")
     volumes.add_argument(
@@ -214,15 +218,22 @@ def build_source(arguments: argparse.Namespace) -> Source:
         return _table_source(arguments, folder, secret, structured)
     from shards.ingest.dicom import RADIOGRAPHY, DicomRadiographs
 
+    modalities, series = tuple(arguments.modalities or RADIOGRAPHY), None
+    if arguments.source == "dicom_ct":
+        from shards.ingest.dicom_ct import COMPUTED_TOMOGRAPHY, CtSeries
+
+        modalities, series = COMPUTED_TOMOGRAPHY, CtSeries(**_volumes(arguments))
     return DicomRadiographs(
         folder=folder,
         secret=secret,
-        modalities=tuple(arguments.modalities or RADIOGRAPHY),
+        modalities=modalities,
         reports=reports,
         deidentified=arguments.deidentified,
         structured=structured,
         limits=_limits(arguments),
         burned_in=_burned_in(arguments),
+        series=series,
+        name=arguments.source,
     )
 
 
@@ -239,20 +250,24 @@ def _table_source(
         raise ConfigError(f"--input {folder}: no such folder; give the folder that holds table and files")
     if arguments.source == "ct_rate":
         from shards.ingest.ct_rate import ct_rate
+        from shards.ingest.volume_file import VolumeFiles
 
-        return ct_rate(folder, _volume_files(arguments, folder), **text)
+        return ct_rate(folder, VolumeFiles(folder=folder, **_volumes(arguments)), **text)
     mapping = TableMapping.read(Path(arguments.mapping) if arguments.mapping else folder / "mapping.toml")
     images = folder / mapping.images
-    files: ViewFiles = (
-        _volume_files(arguments, images)
-        if arguments.source == "nifti"
-        else ImageFiles(folder=images, limits=_limits(arguments), burned_in=_burned_in(arguments))
-    )
+    files: ViewFiles
+    if arguments.source == "nifti":
+        from shards.ingest.volume_file import VolumeFiles
+
+        files = VolumeFiles(folder=images, **_volumes(arguments))
+    else:
+        files = ImageFiles(folder=images, limits=_limits(arguments), burned_in=_burned_in(arguments))
     return TableSource(input=folder, mapping=mapping, files=files, name=arguments.source, **text)
 
 
-def _volume_files(arguments: argparse.Namespace, folder: Path) -> VolumeFiles:
-    from shards.ingest.volume_file import VolumeFiles, VolumeOptions, VolumeReader
+def _volumes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How volumes are read, and where their masks lie: options of every source of volumes."""
+    from shards.ingest.volume_file import VolumeOptions, VolumeReader
 
     z_mm, y_mm, x_mm = arguments.spacing
     options = VolumeOptions(
@@ -263,7 +278,7 @@ def _volume_files(arguments: argparse.Namespace, folder: Path) -> VolumeFiles:
         other_grid=arguments.mask_grid,
     )
     masks = Path(arguments.masks) if arguments.masks else None
-    return VolumeFiles(folder=folder, mask_folder=masks, reader=VolumeReader(options=options))
+    return {"mask_folder": masks, "reader": VolumeReader(options=options)}
 
 
 def _burned_in(arguments: argparse.Namespace) -> BurnedInText | None:

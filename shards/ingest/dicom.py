@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import gdcm
 import numpy as np
@@ -37,10 +37,11 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
-from shards.batch import EncodedImage, Sample, StudyRecord, ViewRecord
+from shards.batch import EncodedImage, EncodedVolume, Sample, StudyRecord, ViewRecord
 from shards.errors import ConfigError
 from shards.ingest import Item, Loaded, Plan, Refusal, hashed_key, key_fingerprint
-from shards.ingest.image_file import ImageLimits
+from shards.ingest.image_file import ImageLimits, ImageRefusedError
+from shards.ingest.view_files import Fact, OpenedView
 from shards.reports.identity.header import BODY_PARTS, MODALITIES, SEARCHED, VIEWS, age_years_of, sex_of
 from shards.reports.text import wide_charset
 
@@ -64,7 +65,7 @@ for _channel in (gdcm.Trace.DebugOff, gdcm.Trace.WarningOff, gdcm.Trace.ErrorOff
     _channel()
 
 
-class RefusedError(ValueError):
+class RefusedError(ImageRefusedError):
     """The reason why a file gives no view; one of few, quoting nothing of the header."""
 
 
@@ -100,14 +101,33 @@ class _Header:
 
     path: str  # relative to the folder
     study: str
+    series: str
     patient: str
     instance: str
     order: tuple[int, int, str]  # series number, instance number, instance
 
 
+class SeriesReader(Protocol):
+    """Reads the files of a series as one view; picklable."""
+
+    @property
+    def masks(self) -> dict[str, int]: ...  # name -> id in the label maps
+
+    @property
+    def settings(self) -> dict[str, Any]: ...  # all that changes the output
+
+    def check(self, dataset: FileDataset) -> None:
+        """Raises RefusedError for a file that belongs to no view of this kind, by its header."""
+        ...
+
+    def open(self, datasets: Sequence[FileDataset], view_id: str) -> OpenedView:
+        """The view of a series' files, in no order. Raises RefusedError or ImageRefusedError."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class DicomRadiographs:
-    """Every file under `folder`, grouped into studies by StudyInstanceUID.
+    """Every file under `folder`, grouped into studies by StudyInstanceUID; with `series` a series is one view.
 
     `secret` None means a public set: names are hashed with a public key, and refusals show file names. `reports` is a
     CSV or Parquet table with a column `study` (StudyInstanceUID) and columns named as report sections; its text is
@@ -123,6 +143,7 @@ class DicomRadiographs:
     structured: Structured | None = None
     limits: ImageLimits = field(default_factory=ImageLimits)
     burned_in: BurnedInText | None = None
+    series: SeriesReader | None = None
     name: str = "dicom"
 
     def __post_init__(self) -> None:
@@ -152,7 +173,7 @@ class DicomRadiographs:
 
     @property
     def masks(self) -> dict[str, int]:
-        return {}
+        return self.series.masks if self.series else {}
 
     @property
     def key_fingerprint(self) -> str | None:
@@ -160,7 +181,7 @@ class DicomRadiographs:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        chosen = {"structured": self.structured, "burned_in": self.burned_in}
+        chosen = {"structured": self.structured, "burned_in": self.burned_in, "series": self.series}
         return {
             "modalities": list(self.modalities), "reports": str(self.reports) if self.reports else None,
             "deidentified": self.deidentified, "limits": vars(self.limits), "deidentifier": DEIDENTIFIER,
@@ -199,7 +220,7 @@ class DicomRadiographs:
                 Item(
                     key=key,
                     patient=hashed_key(self.secret, "patient", patients.pop()),
-                    payload=(tuple(view.path for view in views), tuple(sorted(reports.get(study, {}).items())), place),
+                    payload=(self._views(views), tuple(sorted(reports.get(study, {}).items())), place),
                 )
             )
         if self.structured is not None:
@@ -208,27 +229,33 @@ class DicomRadiographs:
         return Plan(items=items, refusals=refusals)
 
     def load(self, item: Item) -> Loaded:
-        paths, report, place = item.payload
-        images: list[EncodedImage] = []
+        groups, report, place = item.payload
+        images: list[EncodedImage | EncodedVolume] = []
+        masks: dict[tuple[str, int], EncodedImage | EncodedVolume] = {}
         views: list[ViewRecord] = []
         refusals: list[Refusal] = []
         persons: list[dict[str, Any]] = []
         known: KnownPatient | None = None
-        provenance: dict[str, str | int | float | bool | None] = {"source": self.name}
-        for path in paths:
-            try:
-                with _silence:
-                    dataset = _read(self.folder / path)
-                    _check(dataset, self.modalities)
-                    view = _load_view(dataset, str(len(views)), self.limits, self.burned_in)
-                    persons.append(_person(dataset))
-                    provenance |= _provenance(dataset, view.record.id)
-                    if self.structured is not None and known is None:
-                        known = _known_patient(dataset, item.patient)
-            except RefusedError as error:
-                refusals.append(Refusal(self._log_name(path), str(error)))
-                continue
+        provenance: dict[str, Fact] = {"source": self.name}
+        for paths in groups:
+            with _silence:
+                datasets = self._read_all(paths, refusals)
+                if not datasets:
+                    continue
+                try:
+                    view = self._open(list(datasets.values()), str(len(views)))
+                except ImageRefusedError as error:
+                    refusals += [Refusal(self._log_name(path), str(error)) for path in datasets]
+                    continue
+                first = next(iter(datasets.values()))
+                persons.append(_person(first))
+                provenance |= _provenance(first, view.record.id)
+                if self.structured is not None and known is None:
+                    known = _known_patient(first, item.patient)
+            provenance |= {f"view {view.record.id} {name}": fact for name, fact in view.provenance.items()}
+            refusals += [Refusal(self._log_name(paths[0]), note) for note in view.notes]
             images.append(view.image)
+            masks |= view.masks
             views.append(view.record)
         if not views:
             return Loaded(sample=None, refusals=tuple(refusals))
@@ -242,7 +269,35 @@ class DicomRadiographs:
             record, cause = self.structured.complete(record, dict(report), known, place)
             if cause is not None:
                 refusals.append(Refusal(item.key, cause))
-        return Loaded(sample=Sample(key=item.key, record=record, images=tuple(images)), refusals=tuple(refusals))
+        sample = Sample(key=item.key, record=record, images=tuple(images), masks=masks)
+        return Loaded(sample=sample, refusals=tuple(refusals))
+
+    def _read_all(self, paths: Sequence[str], refusals: list[Refusal]) -> dict[str, FileDataset]:
+        """Path -> file, of those that can be read."""
+        datasets = {}
+        for path in paths:
+            try:
+                dataset = _read(self.folder / path)
+                _check(dataset, self.modalities)
+            except RefusedError as error:
+                refusals.append(Refusal(self._log_name(path), str(error)))
+            else:
+                datasets[path] = dataset
+        return datasets
+
+    def _views(self, headers: Sequence[_Header]) -> tuple[tuple[str, ...], ...]:
+        """The files of each view."""
+        if self.series is None:
+            return tuple((header.path,) for header in headers)
+        files: dict[str, list[str]] = {}
+        for header in headers:
+            files.setdefault(header.series, []).append(header.path)
+        return tuple(map(tuple, files.values()))
+
+    def _open(self, datasets: Sequence[FileDataset], view_id: str) -> OpenedView:
+        if self.series is not None:
+            return self.series.open(datasets, view_id)
+        return _load_view(datasets[0], view_id, self.limits, self.burned_in)
 
     def _log_name(self, path: str) -> str:
         return path if self.secret is None else hashed_key(self.secret, "file", path)
@@ -251,13 +306,16 @@ class DicomRadiographs:
         try:
             dataset = _read(self.folder / path, pixels=False)
             _check(dataset, self.modalities)
-            study = _text(dataset, "StudyInstanceUID")
+            if self.series is not None:
+                self.series.check(dataset)
+            study = text_of(dataset, "StudyInstanceUID")
             if not study:
                 raise RefusedError("no StudyInstanceUID")
-            instance = _text(dataset, "SOPInstanceUID") or path
-            series, number = (_number(dataset, name) or 0.0 for name in ("SeriesNumber", "InstanceNumber"))
+            instance = text_of(dataset, "SOPInstanceUID") or path
+            series, number = (number_of(dataset, name) or 0.0 for name in ("SeriesNumber", "InstanceNumber"))
             return _Header(
-                path=path, study=study, patient=_text(dataset, "PatientID") or f"of study {study}", instance=instance,
+                path=path, study=study, series=text_of(dataset, "SeriesInstanceUID"), instance=instance,
+                patient=text_of(dataset, "PatientID") or f"of study {study}",
                 order=(int(series), int(number), instance),
             )  # fmt: skip
         except RefusedError as error:
@@ -335,7 +393,7 @@ def _read(path: Path, pixels: bool = True) -> FileDataset:
     return dataset
 
 
-def _element(dataset: Dataset, name: str) -> Any:
+def element_of(dataset: Dataset, name: str) -> Any:
     """An element's value; None when it is absent, empty or cannot be converted."""
     try:
         value = dataset.get(name)
@@ -344,21 +402,23 @@ def _element(dataset: Dataset, name: str) -> Any:
     return None if value is None or (isinstance(value, str | list) and not value) else value
 
 
-def _text(dataset: Dataset, name: str) -> str:
-    value = _element(dataset, name)
+def text_of(dataset: Dataset, name: str) -> str:
+    """The first value as text without padding; empty where there is none."""
+    value = element_of(dataset, name)
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         value = value[0] if len(value) else None
     return "" if value is None else str(value).strip().strip("\0")
 
 
-def _number(dataset: Dataset, name: str) -> float | None:
+def number_of(dataset: Dataset, name: str) -> float | None:
     """The first value as a finite float, or None."""
-    numbers = _numbers(dataset, name)
+    numbers = numbers_of(dataset, name)
     return numbers[0] if numbers else None
 
 
-def _numbers(dataset: Dataset, name: str) -> list[float]:
-    value = _element(dataset, name)
+def numbers_of(dataset: Dataset, name: str) -> list[float]:
+    """All values as finite floats; empty where one is none."""
+    value = element_of(dataset, name)
     values = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
     try:
         numbers = [float(one) for one in values]
@@ -373,7 +433,7 @@ def _sop_class(dataset: Dataset) -> UID | None:
         (dataset, "SOPClassUID"),
         (getattr(dataset, "file_meta", Dataset()), "MediaStorageSOPClassUID"),
     ):
-        uid = UID(_text(holder, name))
+        uid = UID(text_of(holder, name))
         if uid.is_valid and not uid.is_private and uid.type == "SOP Class":
             return uid
     return None
@@ -381,7 +441,7 @@ def _sop_class(dataset: Dataset) -> UID | None:
 
 def _check(dataset: FileDataset, modalities: tuple[str, ...]) -> None:
     """Raises RefusedError for all that no reading of the pixels could mend."""
-    sop_class, modality = _sop_class(dataset), _text(dataset, "Modality").upper()
+    sop_class, modality = _sop_class(dataset), text_of(dataset, "Modality").upper()
     if sop_class == MediaStorageDirectoryStorage:
         raise RefusedError("DICOMDIR, an index of other files")
     is_image = sop_class is None or any(word in sop_class.name for word in ("Image Storage", "Image Information"))
@@ -391,13 +451,13 @@ def _check(dataset: FileDataset, modalities: tuple[str, ...]) -> None:
         if modality:
             raise RefusedError(f"modality {modality if modality in MODALITIES else 'unknown'}")
         raise RefusedError("no modality" if "Rows" in dataset else "no image")
-    if _text(dataset, "BurnedInAnnotation").upper() == "YES":
+    if text_of(dataset, "BurnedInAnnotation").upper() == "YES":
         raise RefusedError("BurnedInAnnotation YES: text in the pixels")
-    if _text(dataset, "PresentationIntentType").upper() == "FOR PROCESSING":
+    if text_of(dataset, "PresentationIntentType").upper() == "FOR PROCESSING":
         raise RefusedError("raw image FOR PROCESSING; its presentation image is wanted")
-    if "NumberOfFrames" in dataset and _number(dataset, "NumberOfFrames") not in (1.0, 0.0):
+    if "NumberOfFrames" in dataset and number_of(dataset, "NumberOfFrames") not in (1.0, 0.0):
         raise RefusedError("several frames")
-    photometric = _text(dataset, "PhotometricInterpretation").upper()
+    photometric = text_of(dataset, "PhotometricInterpretation").upper()
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         known = {"RGB": "RGB", "PALETTE COLOR": "palette"} | dict.fromkeys(
             ("YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_RCT", "YBR_ICT", "YBR_PARTIAL_422"), "YBR"
@@ -412,7 +472,7 @@ def _known_patient(dataset: Dataset, key: str) -> KnownPatient:
     from shards.reports.intake import known_patient
 
     def written(kind: str) -> list[str]:
-        found = (_text(dataset, attribute) for attribute, its in SEARCHED.items() if its == kind)
+        found = (text_of(dataset, attribute) for attribute, its in SEARCHED.items() if its == kind)
         return [text for text in found if text]
 
     return known_patient(
@@ -426,28 +486,22 @@ def _known_patient(dataset: Dataset, key: str) -> KnownPatient:
 # --- pixels ---
 
 
-@dataclass(frozen=True, kw_only=True)
-class _View:
-    image: EncodedImage
-    record: ViewRecord
-
-
-def _load_view(dataset: FileDataset, view_id: str, limits: ImageLimits, burned_in: BurnedInText | None) -> _View:
+def _load_view(dataset: FileDataset, view_id: str, limits: ImageLimits, burned_in: BurnedInText | None) -> OpenedView:
     """Decode, turn upright and encode one image. Raises RefusedError."""
-    rows, columns = _number(dataset, "Rows") or 0, _number(dataset, "Columns") or 0
+    rows, columns = number_of(dataset, "Rows") or 0, number_of(dataset, "Columns") or 0
     if rows * columns > limits.area_max:
         raise RefusedError(f"image larger than {limits.area_max} pixels")
     if min(rows, columns) < limits.side_min:
         raise RefusedError(f"image side below {limits.side_min} pixels")
     stored = _stored_values(dataset)
-    view = VIEWS.get(_text(dataset, "ViewPosition").upper())
+    view = VIEWS.get(text_of(dataset, "ViewPosition").upper())
     pixels, turned = _upright(stored.values, dataset, view)
     if burned_in is not None and (reason := burned_in.refusal(pixels)):
         raise RefusedError(reason)
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
-    laterality = (_text(dataset, "ImageLaterality") or _text(dataset, "Laterality")).upper()
-    body_part = _text(dataset, "BodyPartExamined").upper()
+    laterality = (text_of(dataset, "ImageLaterality") or text_of(dataset, "Laterality")).upper()
+    body_part = text_of(dataset, "BodyPartExamined").upper()
     spacing = _spacing_mm(dataset)
     record = ViewRecord(
         id=view_id, height=pixels.shape[0], width=pixels.shape[1], bits=16 if pixels.dtype == np.uint16 else 8,
@@ -455,7 +509,7 @@ def _load_view(dataset: FileDataset, view_id: str, limits: ImageLimits, burned_i
         body_part=body_part if body_part in BODY_PARTS else None,
         spacing_mm=(spacing[1], spacing[0]) if spacing and turned else spacing, window=stored.window,
     )  # fmt: skip
-    return _View(image=EncodedImage(data=buffer.getvalue(), extension="png"), record=record)
+    return OpenedView(image=EncodedImage(data=buffer.getvalue(), extension="png"), record=record)
 
 
 def _one_of(value: str, options: tuple[Literal["L", "R", "B"], ...]) -> Literal["L", "R", "B"] | None:
@@ -470,7 +524,7 @@ class _Stored:
     window: tuple[float, float] | None
 
 
-def _decode(dataset: FileDataset) -> np.ndarray:
+def stored_pixels(dataset: FileDataset) -> np.ndarray:
     """Raw stored values [rows, columns] int64. Raises RefusedError naming the transfer syntax."""
     syntax = UID(str(dataset.file_meta.TransferSyntaxUID))
     # A private syntax has no public name, and its UID could tell a site.
@@ -495,20 +549,20 @@ def _stored_values(dataset: FileDataset) -> _Stored:
     A linear rescale is not carried out but the window moved to stored values, which loses nothing. Tables (modality or
     VOI LUT) cannot be expressed so and are applied; where a header has both window and VOI LUT, the window is taken.
     """
-    pixels = _decode(dataset)
-    bits = int(_number(dataset, "BitsStored") or 0)
+    pixels = stored_pixels(dataset)
+    bits = int(number_of(dataset, "BitsStored") or 0)
     if not 1 < bits <= BITS_MAX:
         raise RefusedError("pixels of more than 16 bits" if bits > BITS_MAX else "pixels of one bit")
     padding = _padding(pixels, dataset)
     offset, slope, intercept = 0, 1.0, 0.0
-    if _element(dataset, "ModalityLUTSequence"):
+    if element_of(dataset, "ModalityLUTSequence"):
         pixels, bits = _apply_table(pixels, dataset, "ModalityLUTSequence")
     else:
-        if _number(dataset, "PixelRepresentation") == 1:
+        if number_of(dataset, "PixelRepresentation") == 1:
             offset = 1 << (bits - 1)
-        slope, intercept = _number(dataset, "RescaleSlope") or 1.0, _number(dataset, "RescaleIntercept") or 0.0
+        slope, intercept = number_of(dataset, "RescaleSlope") or 1.0, number_of(dataset, "RescaleIntercept") or 0.0
     window = _window(dataset)
-    if window is None and _element(dataset, "VOILUTSequence") and slope == 1.0 and intercept.is_integer():
+    if window is None and element_of(dataset, "VOILUTSequence") and slope == 1.0 and intercept.is_integer():
         pixels, bits = _apply_table(pixels + int(intercept), dataset, "VOILUTSequence")
         offset, intercept = 0, 0.0
     top = (1 << bits) - 1
@@ -523,7 +577,7 @@ def _stored_values(dataset: FileDataset) -> _Stored:
     elif bits > 8:
         low, high = np.quantile(shown, (TAIL_SHARE, 1.0 - TAIL_SHARE))
         window = (float(low), float(high)) if high > low else (float(shown.min()), float(shown.max()))
-    if (_text(dataset, "PhotometricInterpretation").upper() == "MONOCHROME1") != (slope < 0):
+    if (text_of(dataset, "PhotometricInterpretation").upper() == "MONOCHROME1") != (slope < 0):
         values = top - values
         window = window and (top - window[0], top - window[1])
     if window is not None:
@@ -535,8 +589,8 @@ def _stored_values(dataset: FileDataset) -> _Stored:
 
 def _apply_table(values: np.ndarray, dataset: FileDataset, name: str) -> tuple[np.ndarray, int]:
     """Values [rows, columns] through the first table of a LUT sequence, and the bits of its output (8 to 16)."""
-    item = _element(dataset, name)[0]
-    descriptor, data = _numbers(item, "LUTDescriptor"), _element(item, "LUTData")
+    item = element_of(dataset, name)[0]
+    descriptor, data = numbers_of(item, "LUTDescriptor"), element_of(item, "LUTData")
     if len(descriptor) != 3 or not 8 <= descriptor[2] <= BITS_MAX:
         raise RefusedError("broken look-up table")
     count = int(descriptor[0]) or 1 << 16  # 0 stands for what 16 bits cannot hold
@@ -545,7 +599,7 @@ def _apply_table(values: np.ndarray, dataset: FileDataset, name: str) -> tuple[n
         kind = np.uint8 if len(data) < 2 * count else np.dtype(">u2" if big_endian else "<u2")
         entries = np.frombuffer(data[: count * np.dtype(kind).itemsize], kind).astype(np.int64)
     else:
-        entries = np.asarray(_numbers(item, "LUTData"), dtype=np.int64)
+        entries = np.asarray(numbers_of(item, "LUTData"), dtype=np.int64)
     if len(entries) < count:
         raise RefusedError("broken look-up table")
     return entries[np.clip(values - int(descriptor[1]), 0, count - 1)], int(descriptor[2])
@@ -553,20 +607,20 @@ def _apply_table(values: np.ndarray, dataset: FileDataset, name: str) -> tuple[n
 
 def _window(dataset: Dataset) -> tuple[float, float] | None:
     """First VOI window as (black, white) in rescaled values; a sigmoid one by its straight middle."""
-    centre, width = _number(dataset, "WindowCenter"), _number(dataset, "WindowWidth")
+    centre, width = number_of(dataset, "WindowCenter"), number_of(dataset, "WindowWidth")
     if centre is None or width is None:
         return None
-    if _text(dataset, "VOILUTFunction").upper() in ("LINEAR_EXACT", "SIGMOID"):
+    if text_of(dataset, "VOILUTFunction").upper() in ("LINEAR_EXACT", "SIGMOID"):
         return (centre - width / 2, centre + width / 2) if width > 0 else None
     return (centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2) if width > 1 else None
 
 
 def _padding(pixels: np.ndarray, dataset: Dataset) -> np.ndarray | None:
     """Where Pixel Padding Value (or its range) says that nothing was measured; None for nowhere or everywhere."""
-    value = _number(dataset, "PixelPaddingValue")
+    value = number_of(dataset, "PixelPaddingValue")
     if value is None:
         return None
-    limit = _number(dataset, "PixelPaddingRangeLimit")
+    limit = number_of(dataset, "PixelPaddingRangeLimit")
     low, high = sorted((value, value if limit is None else limit))
     padding = (pixels >= low) & (pixels <= high)
     return padding if padding.any() and not padding.all() else None
@@ -575,7 +629,7 @@ def _padding(pixels: np.ndarray, dataset: Dataset) -> np.ndarray | None:
 def _spacing_mm(dataset: Dataset) -> tuple[float, float] | None:
     """(row, column) spacing: calibrated where given, else at the detector."""
     for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
-        spacing = _numbers(dataset, name)
+        spacing = numbers_of(dataset, name)
         if len(spacing) == 2 and min(spacing) > 0:
             return spacing[0], spacing[1]
     return None
@@ -587,7 +641,7 @@ def _upright(pixels: np.ndarray, dataset: Dataset, view: str | None) -> tuple[np
     Patient Orientation names where a row's and a column's end point to; without it, or where it
     makes no sense, the image stays.
     """
-    orientation = _element(dataset, "PatientOrientation")
+    orientation = element_of(dataset, "PatientOrientation")
     if not isinstance(orientation, Sequence) or isinstance(orientation, str) or len(orientation) != 2:
         return pixels, False
     along_row, along_column = (str(part).strip().upper()[:1] for part in orientation)
@@ -608,15 +662,15 @@ def _upright(pixels: np.ndarray, dataset: Dataset, view: str | None) -> tuple[np
 
 def _person(dataset: Dataset) -> dict[str, Any]:
     """Sex and age in years, as far as the header policy lets them pass."""
-    return {"sex": sex_of(_text(dataset, "PatientSex")), "age_years": age_years_of(_text(dataset, "PatientAge"))}
+    return {"sex": sex_of(text_of(dataset, "PatientSex")), "age_years": age_years_of(text_of(dataset, "PatientAge"))}
 
 
 def _provenance(dataset: FileDataset, view_id: str) -> dict[str, str | int | float | bool | None]:
     syntax = UID(str(dataset.file_meta.TransferSyntaxUID))
-    lossy = _text(dataset, "LossyImageCompression") == "01"
+    lossy = text_of(dataset, "LossyImageCompression") == "01"
     return {
-        f"view {view_id} modality": _text(dataset, "Modality").upper(),
+        f"view {view_id} modality": text_of(dataset, "Modality").upper(),
         f"view {view_id} transfer syntax": syntax.name,
-        f"view {view_id} bits stored": int(_number(dataset, "BitsStored") or 0),
+        f"view {view_id} bits stored": int(number_of(dataset, "BitsStored") or 0),
         f"view {view_id} lossy": lossy,
     }

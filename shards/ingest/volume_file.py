@@ -16,7 +16,8 @@ import numpy as np
 
 from shards.errors import ConfigError
 from shards.ingest.class_map import ANATOMY_IDS, ClassMap, class_map
-from shards.ingest.nifti import Rescale, hounsfield, is_nifti, read_nifti, without_ending
+from shards.ingest.hounsfield import Hounsfield, Rescale, hounsfield
+from shards.ingest.nifti import is_nifti, read_nifti, without_ending
 from shards.ingest.view_files import Fact, OpenedView, View, path_within
 from shards.ingest.volume import (
     AIR_HU,
@@ -94,13 +95,18 @@ class VolumeReader:
         `spacing_mm` come from a table beside the files: the rescale to HU, and a spacing that goes before the header's.
         """
         file = read_nifti(path)
-        grid = file.grid if spacing_mm is None else _with_spacing(file.grid, spacing_mm)
-        values = hounsfield(file.stored, file.rescale, stated)
+        return self.bring(hounsfield(file.stored, file.rescale, stated), file.grid, masks, spacing_mm=spacing_mm)
+
+    def bring(
+        self, values: Hounsfield, as_stored: Grid, masks: Path | None = None, *, spacing_mm: Triple | None = None
+    ) -> ReadVolume:
+        """HU that lie on the grid of their file, to the one form. `masks`, `spacing_mm` and errors as in `read`."""
+        grid = as_stored if spacing_mm is None else _with_spacing(as_stored, spacing_mm)
         notes: list[str] = []
         target = target_grid(grid, self.options.spacing_mm)
         if target.same_as(grid):
             target = grid
-        label_maps = self._label_maps(masks, file.grid, grid, target, notes) if masks is not None else ()
+        label_maps = self._label_maps(masks, as_stored, grid, target, notes) if masks is not None else ()
         box = label_box(label_maps)
         if masks is not None and box is None:
             notes.append("mask without any anatomy")

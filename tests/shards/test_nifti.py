@@ -15,7 +15,8 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from shards.errors import ConfigError
 from shards.ingest.class_map import ANATOMY_IDS, class_map
-from shards.ingest.nifti import hounsfield, read_nifti
+from shards.ingest.hounsfield import hounsfield
+from shards.ingest.nifti import read_nifti
 from shards.ingest.table import TableMapping, TableSource
 from shards.ingest.volume import MARGIN_PIXELS, MARGIN_SLICES, VolumeRefusedError
 from shards.ingest.volume_file import VolumeFiles, VolumeOptions, VolumeReader
