@@ -8,16 +8,21 @@ from shards.reports.identity.gazetteers import Word, table
 from shards.reports.identity.view import LOWER, View
 
 _REPEATED = r"(?: ?(?:bis|ter|quater|[a-d])(?!\w))?"
-_NUMBER_BEFORE = re.compile(
-    rf"(?:n° ?|no\.? )?(?<![\d.,/])(\d{{1,5}}(?:[\-/]\d{{1,5}})?{_REPEATED}) ?,? ?(?:grande? )?$"
+_NUMBER_BEFORE = re.compile(  # an l and an O of a scanner among its digits
+    rf"(?:n° ?|no\.? )?(?<![\d.,/\w])((?:\d|[li](?=\d))[\dlo]{{0,4}}(?:(?:[\-/]| (?:a|et|&) )\d{{1,5}})?{_REPEATED})"
+    r" ?,? ?(?:grande? |de la |de l')?$"
 )
+_FLAT_BEFORE = re.compile(
+    r"(?<!\w)(?:appt?|appartement|apt|bat|batiment|esc|escalier|etage|bte|boite)\.? ?\w{1,4}[ ,\-]{1,3}$"
+)
+_LIVES = re.compile(r"(?<!\w)(?:habit|demeur|resid|domicili|adresse|sis)\w{0,5}[^\n.\0]{0,12}$")
 _NUMBER_BEHIND = re.compile(
-    r",? \d{1,4}(?: ?[a-d](?!\w)| bis| ter)?(?:[\-/]\d{1,4})?(?![\d\w]|[.,:/]\d| \d(?!\d{3} ?[a-z]))"
+    r",? \d{1,4}(?: ?[a-d](?!\w)| bis| ter)?(?:[\-/]\d{1,4})?(?![\d\w]|[.,:/]\d| \d(?!\d{3,4} ?-? ?[a-z]))"
 )
 # What may follow a number behind a square, which is no street otherwise: a Swiss or Belgian code and its town.
 _SMALL_CODE_AHEAD = re.compile(r"[ ,\n]{1,3}(?:(?:ch|b|l)[ \-]?)?\d{4} [^\W\d_]")
 _ADDRESS_TAIL = re.compile(
-    r"[ ,\n]{0,2}(?:(?:appt?|appartement|apt|apartment|suite|ste|unit|bat|batiment|etage|bte|boite|box|escalier"
+    r"(?:[ ,\n]{0,2}(?:appt?|appartement|apt|apartment|suite|ste|unit|bat|batiment|etage|bte|boite|box|escalier"
     r"|esc|flat|floor|room|piso|puerta)"
     r"\.? ?#?(?:no )?[a-z]?\d{0,5}[a-z]?(?!\w))+|[ ,]{1,2}#\d+"
 )
@@ -29,8 +34,13 @@ _NUMBER_BEHIND_ONLY = table("number_behind_only")
 _WITHOUT_NUMBER = _NUMBER_BEHIND_ONLY | table("without_number")
 _SHORT_STREETS = "|".join(sorted(table("street_abbreviations"), key=len, reverse=True))
 # "14 imp. des Cerisiers": abbreviations that are words elsewhere, so only behind a number and before a capital.
-_SHORT_STREET = re.compile(rf"(?<![\d.,/\w])\d{{1,4}}{_REPEATED} ?,? ?(?:{_SHORT_STREETS})(?:\. ?| )(?=[^\W\d_])")
-_GREAT_STREET = re.compile(rf"(?<![\d.,/\w])\d{{1,4}}{_REPEATED} ?,? ?(?:grande[ \-]?|grand'? ?)rue(?!\w)")
+_SHORT_STREET = re.compile(
+    rf"(?<![\d.,/\w])\d{{1,4}}{_REPEATED} ?,? ?(?:{_SHORT_STREETS}|rond point)(?:\. ?| )(?=[^\W\d_])"
+)
+_GREAT_STREET = re.compile(
+    r"(?:(?<![\d.,/\w])\d{1,4}(?: ?(?:bis|ter|quater|[a-d])(?!\w))? ?,? ?(?i:grand)|(?<!\w)(?:Grand|GRAND))"
+    r"(?i:e[ \-]?|'? ?)(?i:rue)(?!\w)"
+)
 _BOX = re.compile(r"(?<![\w.])(?:b\.? ?p|c\.?s|t\.?s\.?a)\.? ?(?:n[°o] ?)?\d{1,3}(?: ?\d{2,3})?(?![\w/]|[.,]\d)")
 _CODE_AHEAD = re.compile(r"[ ,\-–\n]{1,4}(?:\d{5}|\d\d \d{3}|\d{4}) ?-? ?[^\W\d_]")
 # Places to live by their name; the second group only where an address follows.
@@ -54,7 +64,7 @@ _LINE_ABOVE = re.compile(
     r"(?:^|[\n:;|()\0]|(?:,| [\-–]|(?<!\w)(?:au|a|sis|habite|demeurant)) ) ?"
     rf"(?P<line>\d{{1,5}}{_REPEATED}[ ,]{{1,3}}(?!ans|kg|cm|mm|mg|ml|mois|jours)[^\W\d_][^\n\0:|;()]{{2,45}}?"
     r"|[^\W\d_][^\n\0:|;(),\d]{3,40} \d{1,4} ?[a-z]?(?:/\d{1,4})?(?: ?(?:bte|boite|appt?)\.? ?\d{1,4})?"
-    r"(?=[ ,]*\n|, ))[ ,\-–]*\n?[ ,]*$"
+    r"(?=[ ,]*\n|, )|(?P<place>(?:les? |la |l'|au |aux )[^\W\d_][^\n\0:|;(),\d]{2,40}))[ ,\-–]*\n?[ ,]*$"
 )
 _GERMANIC = re.compile(
     r"(?<!\w)(?:[A-ZÀ-Ý][^\W\d_]+[ \-]){0,3}(?:[A-ZÀ-Ý][^\W\d_]*|(?<=-))(?i:strasse|straße|str\.|straat|laan"
@@ -118,11 +128,15 @@ def _short_streets(view: View) -> None:
             continue
         capitals = [word for word in range(index, last + 1) if view.shapes[word] != LOWER]
         told = not view.in_capitals(index) and any(not view.flags[word] & Word.COMMON for word in capitals)
-        if told or (capitals and _ADDRESS_AHEAD.match(view.masked, view.ends[last])):
+        if (
+            told
+            or (capitals and _ADDRESS_AHEAD.match(view.masked, view.ends[last]))
+            or (_CODE_AHEAD.match(view.masked, view.ends[last]))
+        ):
             tail = _ADDRESS_TAIL.match(view.masked, view.ends[last])
             view.claim(match.start(), tail.end() if tail else view.ends[last], "address")
     if "grand" in view.plain:
-        for match in _GREAT_STREET.finditer(view.masked):
+        for match in _GREAT_STREET.finditer(view.text):
             view.claim(match.start(), match.end(), "address")
 
 
@@ -157,9 +171,11 @@ def _lived_in(view: View) -> None:
 def claim_line_above(view: View, start: int) -> None:
     """Claim the street that ends where a code begins, if a number says that it is one."""
     match = _LINE_ABOVE.search(view.masked[max(0, start - 90) : start])
-    if match:
-        offset = max(0, start - 90)
-        view.claim(offset + match.start("line"), offset + match.end("line"), "address")
+    if match is None:
+        return
+    begin, end = (max(0, start - 90) + match.start("line"), max(0, start - 90) + match.end("line"))
+    if match["place"] is None or view.text[begin + re.match("\\w+[ ']", match["place"]).end()].isupper():  # type: ignore[union-attr]
+        view.claim(begin, end, "address")
 
 
 def claim_lines_before_code(view: View, start: int) -> None:
@@ -192,13 +208,15 @@ def _french_address(view: View, index: int) -> bool:
     begin = _number_start(view, index)
     numbered = begin is not None
     kind = view.words[index]
-    last = _name_end(view, index, numbered)
+    lived_in = _LIVES.search(view.masked, max(0, view.starts[index] - 30), view.starts[index]) is not None
+    last = _name_end(view, index, numbered or lived_in)
     if last is None:
         return False
     capital = any(view.shapes[word] != LOWER for word in range(index + 1, last + 1)) or _dated(view, index, last)
-    if not capital and (not numbered or kind in _STREET_WITH_CAPITAL):
-        return False
     end = view.ends[last]
+    sure = capital or lived_in or (numbered and kind not in _STREET_WITH_CAPITAL)
+    if not sure and not _CODE_AHEAD.match(view.masked, end):
+        return False
     year = re.compile(r" (?:19|20)\d\d(?!\d)").match(view.masked, end)  # "rue du 8 mai 1945"
     if year and view.flags[last] & Word.MONTH:
         end = year.end()
@@ -211,6 +229,8 @@ def _french_address(view: View, index: int) -> bool:
         if kind not in _WITHOUT_NUMBER and not (behind and _SMALL_CODE_AHEAD.match(view.masked, end)):
             return False
     begin = view.starts[index] if begin is None else begin
+    flat = _FLAT_BEFORE.search(view.masked, max(0, begin - 24), begin)
+    begin = flat.start() if flat else begin
     if kind == "quartier":  # "le quartier parisien de Ménilmontant": the name alone
         begin = next(view.starts[i] for i in range(index + 1, last + 1) if view.shapes[i] != LOWER)
     tail = _ADDRESS_TAIL.match(view.masked, end)
@@ -246,7 +266,10 @@ def _name_end(view: View, index: int, numbered: bool) -> int | None:
     while position < len(view.words) and position - index < _NAME_WORDS_MAX:
         gap = view.gap(position - 1)
         abbreviated = gap in (". ", ".") and view.ends[position - 1] - view.starts[position - 1] < 6
-        if not (gap in _JOINS or abbreviated or re.fullmatch(r" \d{1,2}(?:er)? ", gap)) or not view.free(position):
+        over_line = gap == "\n" and numbered and position == index + 1
+        if not (gap in _JOINS or abbreviated or over_line or re.fullmatch(r" \d{1,2}(?:er)? ", gap)) or not view.free(
+            position
+        ):
             break
         over = view.words[position] in _FLAT_WORDS or _CODE_BEGINS.match(view.plain, view.starts[position])
         if last is not None and over:

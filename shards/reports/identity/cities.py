@@ -37,7 +37,9 @@ _CITY_VERBS = re.compile(
     r"originaire d[eu]|maire de|retour\w* (?:chez (?:lui|elle) )?a|region de|periph\w+ de|banlieue de|lives? in"
     r"|living in|resident of|resides in|"
     r"nee? (?:le|en) [^\n.]{4,45} (?:a|au|dans)|born in|native of|city of|town of|moved (?:to|from)|chu de"
-    r"|chu d'|ch de|chr de|hopital de|hopitaux de|clinique de|centre anti-poison de|imprime en|fait a) ?$"
+    r"|chu d'|ch de|chr de|hopital de|hopitaux de|clinique de|centre anti-poison de|imprime en|fait a"
+    r"|(?:viv(?:ant|ait)|vit|suivi\w{0,2}|opere\w{0,2}|hospitalise\w{0,2}|transfere\w{0,2}|adresse\w{0,2}|vue?s?|parti\w{0,2}"
+    r"|consult\w{1,4}|travaill?\w{0,4}|retourn\w{1,4}|examen|scanner|irm) a) ?$"
 )
 _MAX_WORDS = 6
 _CITY_WORDS_MAX = 7  # of a listed place
@@ -258,8 +260,7 @@ def _claim_cities(view: View) -> None:
         ):
             before = view.plain[max(0, view.starts[index] - 60) : view.starts[index]]
             last = city_match(view, index, any_case=True)
-            after_a = view.words[index - 1] == "a" and view.gap(index - 1) == " "
-            if last is not None and (_CITY_VERBS.search(before) or after_a):
+            if last is not None and _CITY_VERBS.search(before):
                 view.claim(view.starts[index], view.ends[last], "city", "gazetteer")
     for index in view.capitalised:
         if view.shapes[index] != INITIAL and view.free(index):

@@ -6,7 +6,7 @@ import re
 
 from shards.reports.identity.cities import city_match
 from shards.reports.identity.gazetteers import Word, read_list, table
-from shards.reports.identity.view import INITIAL, LOWER, TITLE_CASE, View
+from shards.reports.identity.view import INITIAL, LOWER, TITLE_CASE, UPPER, View
 
 _GENERIC = table("generic")
 _ENGLISH_TAILS = frozenset(["hospital", "hospitals", "infirmary", "clinic", "clinics"])
@@ -17,6 +17,17 @@ _CENTER_KINDS = frozenset(
 _NOT_BEFORE_HOSPITAL = table("not_before_hospital")
 KNOWN_HOSPITALS = frozenset(read_list("hospitals.txt"))
 _BEFORE_HOSPITAL = frozenset(["a", "au", "l", "la", "at", "from", "vers", "sur", "in", "de", "d"])
+_ACRONYMS = table("hospital_acronyms")
+# "centre de dialyse Diaverum", "cabinet d'imagerie du Parc", "maison de retraite Les Lilas"
+_HOUSE_WORDS = frozenset(["centre", "center", "cabinet", "laboratoire", "maison", "institut", "groupe"])
+_HOUSE = re.compile(
+    r"(?<!\w)(?i:centre|cabinet|laboratoire|maison|institut|groupe) (?:de |d['’]|de l['’]|d[’']analyses de )?"
+    r"(?i:dialyse|imagerie|radiologie|r[ée][ée]ducation|r[ée]adaptation|soins|sant[ée]|convalescence|retraite|biologie"
+    r"|repos|g[ée]rontologie|canc[ée]rologie|oncologie|m[ée]dical|radioth[ée]rapie)(?i: m[ée]dicale?| fonctionnelle)?"
+    r" (?:(?:d[eu]|des|la|les?) |(?:de )?l['’])?(?P<name>[A-ZÀ-Ý][a-zà-ÿ]+"
+    r"(?:[ \-](?:(?:d[eu]|des|la|les?) )?[A-ZÀ-Ý][\w'’]+){0,3})"
+)
+_ALONE_BEFORE, _ALONE_AFTER = re.compile(r"(?:^|\n|, )$"), re.compile(r" ?(?:[\n,.;)]|$)")
 _SHORT_KINDS = ("hop", "clin", "hosp", "lab")
 _SPECIALITY = re.compile(r"(?:logie|logique|logy|trie|rurgie|aires?|iques?|ions?|cine|gie|thesie|scopie)$")
 _MAX_WORDS = 6
@@ -28,11 +39,18 @@ def find(view: View) -> None:
         if not view.flags[index] & Word.HOSPITAL or not view.free(index):
             continue
         word = view.words[index]
-        if word in ("ch", "chi", "hug", "hop", "ghi", "hosp") and view.shapes[index] == LOWER:
+        if (
+            word in ("ch", "chi", "hug", "ghi", "gh", "esat", "ime", "iem", "mas", "had", "msp", "hus", "gcs")
+            and view.shapes[index] == LOWER
+        ):
             continue
         if (word in _ENGLISH_TAILS or word in _CENTER_WORDS) and _english_hospital(view, index):
             continue
         _french_hospital(view, index)
+    if not _HOUSE_WORDS.isdisjoint(view.words):
+        for match in _HOUSE.finditer(view.text):
+            if not view.flags[view.first_word_from(match.start("name"))] & Word.COMMON or " " in match["name"]:
+                view.claim(match.start(), match.end(), "hospital", "gazetteer")
     _known_hospitals(view)
 
 
@@ -62,7 +80,8 @@ def _french_hospital(view: View, index: int) -> None:
         view.claim(view.starts[begin], view.ends[known[1]], "hospital", "gazetteer")
         return
     position = index + 1
-    seen_kind = view.words[index] not in ("centre", "institut", "institute")
+    named_so = view.words[index] == "institut" and view.shapes[index] != LOWER  # "Institut Curie"
+    seen_kind = view.words[index] not in ("centre", "institut", "institute") or named_so
     while (
         position < len(view.words)
         and view.words[position] in _GENERIC
@@ -118,6 +137,14 @@ def _french_hospital(view: View, index: int) -> None:
     place = city_match(view, first) == last and view.words[first - 1] in ("de", "d", "du", "a")
     begin = view.starts[first] if place or view.shapes[index] == LOWER else view.starts[index]
     view.claim(begin, view.ends[last], "city" if place else "hospital", "gazetteer")
+
+
+def _alone(view: View, index: int) -> bool:
+    """Whether a known name that is nothing else fills its line or the end of a list."""
+    if view.flags[index] & (Word.COMMON | Word.EPONYM | Word.FIRST | Word.STOP) or view.in_capitals(index):
+        return False
+    start, end = view.starts[index], view.ends[index]
+    return bool(_ALONE_BEFORE.search(view.plain, max(0, start - 3), start) and _ALONE_AFTER.match(view.plain, end))
 
 
 def _speciality(view: View, index: int) -> bool:
@@ -177,6 +204,12 @@ def _known_hospitals(view: View) -> None:
         if shape == INITIAL or not view.free(index):
             continue
         word = view.words[index]
+        if word in _ACRONYMS and shape == UPPER and not view.in_capitals(index):
+            view.claim(view.starts[index], view.ends[index], "hospital", "gazetteer")
+            continue
+        if word in KNOWN_HOSPITALS and _alone(view, index):
+            view.claim(view.starts[index], view.ends[index], "hospital", "gazetteer")
+            continue
         previous = view.words[index - 1] if index else ""
         if previous not in _BEFORE_HOSPITAL and view.text[view.starts[index] - 1 : view.starts[index]] != "(":
             continue

@@ -44,7 +44,7 @@ _ID_CUE = re.compile(
     r"|visit\w*|visite|venue|passage|admission|hospitalisation|"
     r"sejour|episode|case|order|account|policy|study id|exam id|id|ip|ref|reference|numero|number|n°|nº|no|num)"
     r"[ .:=#°º\-]*(?:(?:no|n°|nº|num|number|numero|id|patient|de dossier|du dossier|is|est le|est)[ .:=#°º]*){0,2}"
-    r"(?P<id>(?=[a-z\-]{0,8}[\d])[a-z0-9]+(?:[\-/._][a-z0-9]+)*(?:(?<=\d) \d+(?![\w,.]))*)"
+    r"(?P<id>(?=[a-z\-]{0,8}[\d])[a-z0-9]+(?:[\-/._][a-z0-9]+)*(?:(?<=\d) \d+(?!\w|[,.]\d))*)"
 )
 _ID_TAIL = re.compile(r"(?: ?[\-/._] ?[a-z0-9]*\d[a-z0-9]*| [a-z](?![\w'’]))+")
 _WEAK_CUES = (

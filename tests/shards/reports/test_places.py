@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from shards.reports.identity import Detector
@@ -26,6 +28,13 @@ Adresse : ^3 ter av. du Général de Gaulle^ ^69003^ ^LYON^
 ^Place du Marché 7^/^4000^ ^Liège^
 ^1250, rue Sherbrooke Ouest, app. 4^, ^Montréal^ (Québec) ^H3G 1H1^
 ^lieu-dit Le Moulin Neuf^, ^24100^ ^Bergerac^
+Habite ^rue des lilas^, ^25000^ ^Besançon^.
+^12 à 14 rue des Lilas, bât A, esc 3^/^25000^ ^Besançon^
+^l2 rue des Lilas^ ^25000^ ^Besançon^
+^Les Granges^/^25000^ ^Besançon^
+Le centre de dialyse ^Diaverum^, la maison de retraite ^Les Lilas^, Institut ^Curie^.
+Service de cardiologie, ^Lariboisière^, hôp. ^Cochin^, ^CHUV^.
+Né à ^Ivrysurbois^ (^75013^), tél ^01,42,26,14,96^, visite ^8776 5390 54^, venue ^123456^.
 Le quartier parisien de ^Ménilmontant^.
 Habite ^17 grande rue^ à ^Dole^.
 ^22 r. Victor Hugo^ ^75016^ ^Paris^
@@ -50,6 +59,8 @@ KEPT = [
     "12 passages de contraste, 3 allées et venues, 12 cours de kinésithérapie, 2 places, 4 quais.",
     "5EME COTE DROITE. LES POUMONS SONT CLAIRS. 2 R LUNG FIELDS ARE CLEAR, 3 ALL VIEWS, 4 LOT OF AIR.",
     "BP 120/80, pouls 72, BP 130, CS 3, TSA normaux, angle de 12 à 15, coupe 7 SQ normale.",
+    "Nodule mobile, indolore, de 30/20 cm, à bords nets, à 2 tours de spire ; score d'Oxford, liquide de Bouin.",
+    "Centre de Santé Mentale, Clinique Multidisciplinaire : l'insecte se fraie un chemin sous sa peau.",
     "Tour de taille normal, résidence seule, villa moyenne, parc de respirateurs, bâtiment sain.",
 ]
 
@@ -69,3 +80,22 @@ def test_places_and_numbers_are_found(marked: str) -> None:
 @pytest.mark.parametrize("text", KEPT)
 def test_words_of_reports_are_no_places(text: str) -> None:
     assert [text[one.start : one.end] for one in DETECTOR.find(text, "fr")] == []
+
+
+def test_work_of_all_rules_grows_with_the_length() -> None:
+    line = "Vu par le Dr Jean DUPONT, 12 rue des Lilas 25000 Besançon, le 12/03/2019 à l'hôpital Cochin. IPP 1234567\n"
+    calls = []
+    for lines in (200, 400):
+        count = 0
+
+        def counted(frame: object, event: str, argument: object) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(counted)
+        try:
+            DETECTOR.find(line * lines, "fr")
+        finally:
+            sys.setprofile(None)
+        calls.append(count)
+    assert calls[1] < 2.2 * calls[0]
