@@ -22,6 +22,7 @@ from rich.table import Table
 from launchers import command
 from shards.errors import ConfigError
 from shards.reports import llm, prepare
+from shards.reports.identity.plugin import Models
 from shards.reports.intake import Columns
 from shards.reports.pipeline import WHOLE, Config
 from shards.reports.prepare import Job, Summary
@@ -97,6 +98,13 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--birth-date", metavar="COLUMN")
     known.add_argument("--ids", nargs="+", default=[], metavar="COLUMN", help="besides study and patient")
 
+    ner = result.add_argument_group("models beside the rules of de-identification, which must be installed")
+    ner.add_argument(
+        "--ner-presidio", nargs="+", default=[], metavar="LANGUAGE=PIPELINE",
+        help="spaCy pipelines run by Presidio: en=en_core_web_sm fr=fr_core_news_sm",
+    )  # fmt: skip
+    ner.add_argument("--ner-edsnlp", metavar="FOLDER", help="a trained EDS-NLP pipeline, for French reports")
+
     extraction = result.add_argument_group("extraction")
     extraction.add_argument(
         "--labels", default="chexpert14", metavar="SET", help="chexpert14 or ct_rate18 (%(default)s)"
@@ -142,6 +150,16 @@ def _texts(words: Sequence[str]) -> dict[str, str]:
     return result
 
 
+def _ner(arguments: argparse.Namespace) -> Models | None:
+    pairs = [tuple(word.split("=", 1)) for word in arguments.ner_presidio]
+    if any(len(pair) != 2 or pair[0] not in ("en", "fr") for pair in pairs):
+        raise ConfigError(f"--ner-presidio {' '.join(arguments.ner_presidio)}: write e.g. fr=fr_core_news_sm")
+    if not pairs and not arguments.ner_edsnlp:
+        return None
+    folder = Path(arguments.ner_edsnlp) if arguments.ner_edsnlp else None
+    return Models(spacy=tuple((language, name) for language, name in pairs), edsnlp=folder)
+
+
 def job(arguments: argparse.Namespace) -> Job:
     """What the arguments ask for. Raises ConfigError."""
     for option in ("input", "output"):
@@ -177,7 +195,7 @@ def job(arguments: argparse.Namespace) -> Job:
         output=output,
         columns=columns,
         secret=command.secret(arguments, "prepare_reports.py needs"),
-        pipeline=Config(ontology=arguments.labels, model=model),
+        pipeline=Config(ontology=arguments.labels, model=model, ner=_ner(arguments)),
         workers=arguments.workers,
         overwrite=arguments.overwrite,
         failed_max=arguments.failed_max,

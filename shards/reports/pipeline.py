@@ -19,6 +19,7 @@ from shards.reports import extract, llm
 from shards.reports.anatomy import AnatomyText
 from shards.reports.entities import Entity
 from shards.reports.identity import DEIDENTIFIER, Detector, KnownPatient, Surrogates, deidentify
+from shards.reports.identity.plugin import Models
 from shards.reports.labels import ONTOLOGIES, label_names
 from shards.reports.language import Language, Span, detect, languages_of
 from shards.reports.lexicon.anatomy import ANATOMIES
@@ -58,10 +59,12 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is made of reports. `ontology`: the labels that are read; `model`: who reads, None for rules."""
+    """What is made of reports. `ontology`: the labels that are read; `model`: who reads, None for rules; `ner`: models
+    that look for identifiers beside the rules."""
 
     ontology: str = "chexpert14"
     model: llm.Config | None = None
+    ner: Models | None = None
 
     def __post_init__(self) -> None:
         if self.ontology not in ONTOLOGIES:
@@ -76,6 +79,8 @@ class Config:
             "deidentifier": DEIDENTIFIER,
             "labels": self.ontology,
         }
+        if self.ner is not None:
+            settings["ner"] = self.ner.settings
         if self.model is not None:
             settings |= {"model": self.model.model, "prompt": llm.prompt_name(), "schema": self.model.json_schema}
         return settings
@@ -105,7 +110,8 @@ class Pipeline:
 
     def __init__(self, config: Config, secret: bytes | None) -> None:
         self.config, self._secret = config, secret
-        self._detector = Detector()
+        recognisers = () if config.ner is None else config.ner.recognisers()
+        self._detector = Detector(config=Detector.Config(recognisers=recognisers))
         self._surrogates = Surrogates(secret=PUBLIC_SECRET if secret is None else secret)
         self._reader, self._model = None, ""
         if config.model is not None:

@@ -133,6 +133,8 @@ def prepare(
     model, as far as its answers are in the cache. Raises ConfigError for bad options or an output that is there,
     DataError when a worker dies or no report could be prepared.
     """
+    if job.pipeline.ner is not None:
+        job.pipeline.ner.check()
     parts = _open_parts(job)
     model = job.pipeline.model
     if model is not None:  # each process has its share of the calls at once
