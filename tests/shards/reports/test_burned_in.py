@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from shards.errors import ConfigError
 from shards.ingest.dicom import DicomRadiographs
 from shards.ingest.table import TableMapping, TableSource
+from shards.ingest.view_files import ImageFiles
 from shards.reports.identity.burned_in import (
     REASON,
     BurnedInText,
@@ -76,7 +77,9 @@ def test_image_files_and_dicom_with_text_are_refused_and_counted(tmp_path: Path)
     columns = {"columns": {"file": "file", "patient": "patient"}, "labels": {"columns": {"N": {"column": "nodule"}}}}
     check = pickle.loads(pickle.dumps(BurnedInText(stub)))
     table = TableSource(
-        input=tmp_path, mapping=TableMapping.model_validate({"table": "t.csv"} | columns), burned_in=check
+        input=tmp_path,
+        mapping=TableMapping.model_validate({"table": "t.csv"} | columns),
+        files=ImageFiles(folder=tmp_path, burned_in=check),
     )
     manifest = write_shards(table, str(tmp_path / "table"), WriterConfig(fractions={"train": 1.0}))
     assert manifest.samples == 1 and manifest.refused == {REASON: 1}
