@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,19 +23,21 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ci.bench import process
 from ci.bench.figure import REPOSITORY, Figure, alternate, ratio
 from core import collectives
 from core.models.text import bert_base, clip_text_b16
 from core.models.vision import vit_b16
 from core.tasks.clip import CLIP
 from shards.batch import Batch
-from shards.errors import ConfigError, RoentgenError
+from shards.errors import ConfigError
 
 DESCRIPTION = "training step of ViT-B/16 with a text tower on the CPU: against open_clip, and packed against padded"
 
@@ -234,17 +234,10 @@ def _open_clip_step(contestant: Contestant) -> Callable[[], float]:
     return step
 
 
-def _serve(contestant: Contestant) -> None:
-    """One step for every line read; its seconds and loss go back as JSON. Ends with the input."""
+def _made(contestant: Contestant) -> Callable[[], float]:
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a peer prints goes to the log, not between the answers
-    step = (_our_step if contestant.system == "ours" else _open_clip_step)(contestant)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        loss = step()
-        print(json.dumps({"seconds": time.perf_counter() - started, "loss": loss}), file=answers, flush=True)
+    return (_our_step if contestant.system == "ours" else _open_clip_step)(contestant)
 
 
 # ---- the benchmark ----
@@ -252,47 +245,12 @@ def _serve(contestant: Contestant) -> None:
 
 @contextmanager
 def _running(contestant: Contestant) -> Iterator[Callable[[], float]]:
-    """A process of `contestant`, warmed by one step; yields a function that gives images/s of one more step."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
-    python = PEERS_PYTHON if contestant.system == "open_clip" else sys.executable
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [python, "-m", "ci.bench.step", json.dumps(asdict(contestant))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-            cwd=REPOSITORY,
-        )
-        assert process.stdin is not None and process.stdout is not None
-        asked, answered = process.stdin, process.stdout
-
-        def measure() -> float:
-            try:
-                asked.write("step\n")
-                asked.flush()
-                answer = json.loads(answered.readline())
-            except (OSError, ValueError):
-                process.kill()
-                process.wait()
-                errors.seek(0)
-                lines = errors.read().strip().splitlines() or ["no message"]
-                raise RoentgenError(f"{contestant.name} with {contestant.text} text ended: {lines[-1]}") from None
-            if not answer["loss"] < float("inf"):
-                raise RoentgenError(f"{contestant.name}: loss {answer['loss']}; the timing would mean nothing")
-            return BATCH / float(answer["seconds"])
-
-        try:
-            measure()
-            yield measure
-        finally:
-            asked.close()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    """A process of `contestant`; yields a function that gives images/s of one more step."""
+    python = str(PEERS_PYTHON) if contestant.system == "open_clip" else sys.executable
+    command = [python, "-m", "ci.bench.step", json.dumps(asdict(contestant))]
+    name = f"{contestant.name} with {contestant.text} text"
+    with process.running(command, name, threads=THREADS) as measure:
+        yield lambda: BATCH / measure().seconds
 
 
 def _log(line: str) -> None:
@@ -389,4 +347,4 @@ def run(quick: bool) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    _serve(Contestant(**json.loads(sys.argv[1])))
+    process.serve(partial(_made, Contestant(**json.loads(sys.argv[1]))))
