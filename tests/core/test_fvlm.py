@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,18 @@ from torch import Tensor
 from configs import schema
 from configs.schema import TrainConfig
 from core import collectives
+from core.engine import Engine, EngineConfig
 from core.models.average import RunningMean
 from core.models.text import TextEncoder
 from core.models.volume import VolumeEncoder
+from core.optim import OptimConfig
 from core.tasks import Task
 from core.tasks.fvlm import FVLM, DistinctTexts, TextTower
 from core.tasks.supervised import Supervised
+from core.world import World
 from shards.batch import NOT_ANNOTATED, Batch
 from shards.errors import ConfigError
+from tests.core.runs import in_ranks
 from tests.distributed import run_distributed
 
 VISION = VolumeEncoder.Config(volume_size=(4, 8, 8), patch_size=(2, 4, 4), width=16, depth=2, heads=2, levels=(1, 2))
@@ -266,6 +272,51 @@ def test_ranks_add_up_to_one_process(option: str, world_size: int) -> None:
     for name, value in alone.items():
         total = np.sum([rank[name] for rank in ranks], axis=0)
         np.testing.assert_allclose(total, value, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(value).max()), err_msg=name)
+
+
+STAGES: dict[str, dict[str, Any]] = {
+    "zero 0": {"zero_stage": 0},
+    "zero 1, cached": {"zero_stage": 1, "micro_batch": 2},
+    "zero 2, ring": {"zero_stage": 2, "exchange": "ring"},
+    "zero 3": {"zero_stage": 3},
+}
+
+
+def trained(folder: str, world: World) -> dict[str, list[float]]:
+    """Losses of three steps and of one more after a restart, then the teacher's weights, for every way to compute."""
+    found = {}
+    each = 8 // world.world_size
+
+    def start(options: dict[str, Any]) -> tuple[FVLM, Engine]:
+        task = build(soft_ramp_steps=2)
+        config = EngineConfig(precision="fp32", **options)
+        return task, Engine(config, task, world, optim=OptimConfig(learning_rate=1e-3), total_steps=4, seed=0)
+
+    def moved(engine: Engine, step: int) -> float:
+        batch = rows_of(volume_batch(8, seed=step), world.rank * each, (world.rank + 1) * each)
+        return engine.train_step(batch, step=step).metrics["loss/total"]
+
+    for name, options in STAGES.items():
+        _, engine = start(options)
+        losses = [moved(engine, step) for step in range(3)]
+        assert not engine.save(Path(folder) / name.replace(" ", "-"))
+        task, engine = start(options)
+        engine.load(Path(folder) / name.replace(" ", "-"))
+        losses.append(moved(engine, 3))
+        assert task.teacher is not None and int(task.steps) == 4
+        weights = torch.cat([value.flatten() for value in task.teacher.weights().values()])
+        found[name] = [*losses, *weights[::50].tolist()]
+    return found
+
+
+@pytest.mark.slow
+def test_stages_schedules_and_a_restart_give_one_curve_and_one_teacher(tmp_path: Path) -> None:
+    ranks = in_ranks(2, partial(trained, str(tmp_path)))
+    reference = np.array(ranks[0]["zero 0"])
+    assert len(set(reference[:4])) == 4
+    for rank in ranks:
+        for name, values in rank.items():
+            np.testing.assert_allclose(values, reference, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 # ---- baselines and recipes ----
