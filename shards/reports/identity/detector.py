@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import shards.reports.identity.known_patient as known_patient
@@ -14,7 +14,7 @@ import shards.reports.identity.patterns as patterns
 import shards.reports.identity.places as places
 from shards.reports.identity.known_patient import KnownPatient
 from shards.reports.identity.plugin import Recogniser
-from shards.reports.identity.view import Identifier, view_of
+from shards.reports.identity.view import Identifier, View, view_of
 
 _CHUNK = 6_000  # characters; few reports are as long
 _SENTENCE_END = re.compile(r"[^\W\d_]{4}[.!?] ")
@@ -29,8 +29,9 @@ class Detector:
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`recognisers` run after the rules, in this order."""
+        """`learned` (`tagger.find`) may add to what rules found, and take from it; `recognisers` run last, in order."""
 
+        learned: Callable[[View, str], None] | None = field(default=None, compare=False)
         recognisers: tuple[Recogniser, ...] = field(default=(), compare=False)
 
     config: Config = field(default_factory=Config)
@@ -57,6 +58,8 @@ class Detector:
         found: list[Identifier] = []
         for start, view in parts:
             mentions.find(view, told)
+            if self.config.learned is not None:
+                self.config.learned(view, language)
             of_part = list(view.identifiers)
             for recogniser in self.config.recognisers:
                 of_part += recogniser(view.text, language)

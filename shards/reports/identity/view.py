@@ -15,7 +15,7 @@ Kind = Literal[
     "patient_name", "person_name", "birth_date", "date", "age_over_89", "phone", "mail", "url", "id",
     "social_security", "address", "zip", "city", "hospital",
 ]  # fmt: skip
-Layer = Literal["patient", "pattern", "gazetteer", "plugin"]
+Layer = Literal["patient", "pattern", "gazetteer", "tagger", "plugin"]
 
 _WORD = re.compile(r"([^\W\d_]+)")
 _WORD_ASCII = re.compile(r"([a-z]+)")  # the same in plain ASCII, in half the time

@@ -1,0 +1,365 @@
+"""A learned layer beside the rules, for French: one linear classifier over the words and numbers of a document.
+
+For every token t (a run of letters and digits) and label y the score is s[t, y] = sum over features f of
+w[h(f, t), y]: f joins up to three attributes of t and its neighbours (shape, flags of the word lists, what stands
+between, endings, common context words, place in the line), h hashes their values into the rows of w. Weights are
+int8 and sums int32, so every machine decides alike. Words that the lists know only as names are never attributes
+themselves. The weights are made by `python -m ci.data.identity_tagger`; their sources stand in lists/SOURCE.txt.
+
+With m[t] = max over y != "" of s[t, y] - s[t, ""]: a token is found where m reaches `found`, and where it reaches
+`joined` beside a token that is found, by this layer or by a rule. Of a number m is taken `digits` lower, since the
+rules read numbers well and tables are full of them. A lone word that a rule took for a name is let go where m is below
+`ordinary`: prose beyond doubt.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+import zlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+
+from shards.errors import ConfigError
+from shards.reports.identity.eponyms import eponym
+from shards.reports.identity.gazetteers import LISTS, Word, gazetteer
+from shards.reports.identity.view import Identifier, Kind, View
+from shards.reports.language import detect
+
+WEIGHTS = LISTS / "tagger.npz"
+KINDS: tuple[Kind, ...] = ("person_name", "date", "phone", "mail", "id", "address", "zip", "city", "hospital")
+ROWS_LOG2 = 16
+_TOKEN = re.compile(r"[^\W_]+")
+_SPACES = re.compile(r"[^\S\n]+")
+# A document of unknown language is read when it has this many different words of these.
+_FRENCH = frozenset(
+    (
+        "le", "les", "du", "des", "au", "aux", "et", "une", "est", "dans", "avec", "par", "pour", "sur",
+        "chez", "ce", "cette", "monsieur", "madame", "docteur",
+    )
+)  # fmt: skip
+_FRENCH_WORDS_MIN = 2
+_SAME_NAME = re.compile(r"[^\w\n,;:|()]{0,3}")
+_DOUBTFUL_KINDS = frozenset(("person_name",))
+_THRESHOLDS = ("found", "joined", "digits", "ordinary")
+_MAKE = "make them with `python -m ci.data.identity_tagger`"
+_NUMBER_SHAPES = 32
+_REACH = 5  # tokens on both sides that a feature may look at
+NAMES_ONLY = Word.FIRST | Word.LAST | Word.CITY_START
+_CUES = Word.TITLE | Word.ROLE | Word.KIN | Word.STREET | Word.HOSPITAL
+
+# Attributes of a token, rows of the matrix that `attributes` makes.
+WORD, SHAPE, FLAGS, GAP, ENDING, START, PLACE, FIELD, RUN, AGAIN, CUE = range(_ATTRIBUTES := 11)
+
+
+def _features() -> list[tuple[tuple[int, int], ...]]:
+    """Each feature as up to three (attribute, offset)."""
+    single = [(WORD, o) for o in range(-4, 5)]
+    single += [(SHAPE, o) for o in range(-4, 5)]
+    single += [(FLAGS, o) for o in range(-4, 5)]
+    single += [(GAP, o) for o in range(-2, 4)]
+    single += [
+        (ENDING, -1),
+        (ENDING, 0),
+        (ENDING, 1),
+        (START, 0),
+        (PLACE, 0),
+        (FIELD, 0),
+        (RUN, 0),
+        (AGAIN, 0),
+        (CUE, 0),
+    ]
+    joined = [
+        ((SHAPE, 0), (FLAGS, 0)), ((SHAPE, 0), (GAP, 0), (GAP, 1)), ((FLAGS, 0), (GAP, 0), (GAP, 1)),
+        ((FLAGS, -1), (FLAGS, 0)), ((FLAGS, 0), (FLAGS, 1)), ((FLAGS, -1), (FLAGS, 0), (FLAGS, 1)),
+        ((SHAPE, -1), (GAP, 0), (SHAPE, 0)), ((SHAPE, 0), (GAP, 1), (SHAPE, 1)), ((SHAPE, -1), (SHAPE, 0), (SHAPE, 1)),
+        ((SHAPE, -2), (SHAPE, -1), (SHAPE, 0)), ((SHAPE, 0), (SHAPE, 1), (SHAPE, 2)),
+        ((WORD, -1), (SHAPE, 0)), ((WORD, 1), (SHAPE, 0)), ((WORD, -1), (FLAGS, 0)), ((WORD, 1), (FLAGS, 0)),
+        ((WORD, -2), (WORD, -1), (SHAPE, 0)), ((WORD, 1), (WORD, 2), (SHAPE, 0)), ((WORD, -1), (GAP, 0), (SHAPE, 0)),
+        ((WORD, 0), (SHAPE, 0), (GAP, 1)), ((WORD, 0), (WORD, 1)), ((WORD, -1), (WORD, 0)), ((WORD, 0), (FLAGS, -1)),
+        ((FIELD, 0), (SHAPE, 0)), ((FIELD, 0), (FLAGS, 0)), ((RUN, 0), (SHAPE, 0)), ((RUN, 0), (GAP, 0)),
+        ((RUN, 0), (WORD, -1)),
+        ((PLACE, 0), (SHAPE, 0)), ((PLACE, 0), (FLAGS, 0)), ((PLACE, 0), (SHAPE, 0), (SHAPE, 1)),
+        ((ENDING, 0), (SHAPE, 0)), ((ENDING, 0), (FLAGS, 0)), ((START, 0), (SHAPE, 0)),
+        ((AGAIN, 0), (SHAPE, 0), (FLAGS, 0)),
+        ((CUE, 0), (SHAPE, 0)), ((CUE, 0), (FLAGS, 0)), ((SHAPE, -1), (FLAGS, 0), (SHAPE, 1)),
+        ((FLAGS, -2), (FLAGS, -1), (SHAPE, 0)),
+    ]  # fmt: skip
+    return [(one,) for one in single] + joined
+
+
+_FEATURES = _features()
+FORM = zlib.crc32(repr(_FEATURES).encode())  # weights made for other features are refused
+# For each part of a feature: which features have it, its attributes and its offsets.
+_PARTS = [
+    (has, np.array([_FEATURES[one][part] for one in has], dtype=np.int64))
+    for part, has in ((part, [i for i, one in enumerate(_FEATURES) if len(one) > part]) for part in range(3))
+]
+_SALT = np.arange(1, len(_FEATURES) + 1, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(0xFF51AFD7ED558CCD)
+
+
+def spans_of(text: str) -> list[tuple[int, int]]:
+    """Tokens of a document: runs of letters and digits."""
+    return [match.span() for match in _TOKEN.finditer(text)]
+
+
+def attributes(text: str, plain: str, spans: Sequence[tuple[int, int]], vocabulary: dict[str, int]) -> np.ndarray:
+    """[11, tokens] int64; `plain` is the plain form of `text`, `vocabulary` the context words and their numbers."""
+    flags_of = gazetteer().flags.get
+    written = [text[start:end] for start, end in spans]
+    words = [plain[start:end] for start, end in spans]
+    flags = [flags_of(word, 0) for word in words]
+    numbers = [vocabulary.get(word, 0) for word in words]
+    gaps = [text[before[1] : after[0]] for before, after in zip(((0, 0), *spans), spans, strict=False)]
+    shapes, endings, starts = zip(*map(_of_word, written, words), strict=True)
+    small = {one for one in written if one.islower()}
+    again = [1 + (word in small) if one != word else 0 for one, word in zip(written, words, strict=True)]
+    rows = [
+        numbers, shapes, flags, [_gap(gap) for gap in gaps], endings, starts, _places(gaps),
+        _fields(gaps, numbers), _runs(gaps, written), again, _cues(gaps, flags),
+    ]  # fmt: skip
+    return np.array(rows, dtype=np.int64).reshape(_ATTRIBUTES, len(spans))
+
+
+def hashed(found: np.ndarray) -> np.ndarray:
+    """[F, tokens] rows of the weights from [11, tokens] attributes; beyond the document attributes are -1."""
+    padded = np.pad(found, ((0, 0), (_REACH, _REACH)), constant_values=-1).astype(np.uint64)
+    at = np.arange(found.shape[1]) + _REACH
+    mixed = np.repeat(_SALT, found.shape[1], axis=1)
+    for has, parts in _PARTS:
+        mixed[has] ^= padded.take(parts[:, :1] * padded.shape[1] + parts[:, 1:] + at)
+        mixed *= _MIX
+        mixed ^= mixed >> np.uint64(31)
+    return (mixed >> np.uint64(64 - ROWS_LOG2)).astype(np.int64)
+
+
+# --- attributes ---
+
+
+@lru_cache(maxsize=1 << 15)  # most words of a report are of a few thousand
+def _of_word(written: str, word: str) -> tuple[int, int, int]:
+    """Shape, ending and start; numbers have neither ending nor start."""
+    shape = _shape(written)
+    if shape >= _NUMBER_SHAPES:
+        return shape, 0, 0
+    return shape, zlib.crc32(word[-3:].encode()), zlib.crc32(word[:3].encode())
+
+
+def _shape(written: str) -> int:
+    """Letters below 32 by case and length, digits and mixtures from 32."""
+    length = len(written)
+    if written.isalpha():
+        size = length if length < 4 else 4 if length < 6 else 5
+        if written.islower():
+            return size
+        if written.isupper():
+            return 6 + size
+        return 12 + size if written[0].isupper() and written[1:].islower() else 18 + size
+    if not written.isdigit():
+        digits = sum(character.isdigit() for character in written)
+        return 64 + 8 * written[0].isdigit() + 4 * (2 * digits > length) + min(3, length // 3)
+    if length == 4:
+        return 36 if written[:2] in ("19", "20") else 37
+    if length == 2:
+        return 38 + (written <= "12") + (written <= "31") + 3 * (written[0] == "0")
+    return 48 + min(length, 15) if length != 1 else 32 + (written == "0")
+
+
+def _gap(gap: str) -> int:
+    """A number for what stands between two tokens; how many spaces, and how long a line is drawn, is all one."""
+    if gap == " ":
+        return 1
+    return zlib.crc32(_SPACES.sub(" ", gap[:3] + gap[-2:] if len(gap) > 5 else gap).encode())
+
+
+def _places(gaps: Sequence[str]) -> list[int]:
+    """Where in its line each token stands: tokens before it up to 3, tokens after it up to 3."""
+    lines = [0]
+    for gap in gaps[1:]:
+        lines.append(lines[-1] + ("\n" in gap))
+    size: dict[int, int] = {}
+    before = []
+    for line in lines:
+        before.append(size.get(line, 0))
+        size[line] = before[-1] + 1
+    return [4 * min(3, at) + min(3, size[line] - 1 - at) for at, line in zip(before, lines, strict=True)]
+
+
+def _fields(gaps: Sequence[str], numbers: Sequence[int]) -> list[int]:
+    """The context word before the last colon of the line, with how far away the colon is; 0 without a colon."""
+    found, field, away = [], 0, 0
+    for index, gap in enumerate(gaps):
+        if ":" in gap and index:
+            field, away = 1 + numbers[index - 1], 0
+        elif "\n" in gap:
+            field = 0
+        found.append(4 * field + min(3, away) if field else 0)
+        away += 1
+    return found
+
+
+def _runs(gaps: Sequence[str], written: Sequence[str]) -> list[int]:
+    """Digits in the run of numbers around each number, and which of it the number is; 0 for words."""
+    found = [0] * len(gaps)
+    index = 0
+    while index < len(gaps):
+        if not written[index][0].isdigit():
+            index += 1
+            continue
+        stop = index + 1
+        while stop < len(gaps) and written[stop][0].isdigit() and len(gaps[stop]) < 4 and "\n" not in gaps[stop]:
+            stop += 1
+        digits = min(20, sum(len(one) for one in written[index:stop]))
+        found[index:stop] = [1 + 8 * digits + min(7, place) for place in range(stop - index)]
+        index = stop
+    return found
+
+
+def _cues(gaps: Sequence[str], flags: Sequence[int]) -> list[int]:
+    """The last title, role, relative, street or hospital in the line before each token, and how far back."""
+    found, cue, away = [], 0, 0
+    for gap, flag in zip(gaps, flags, strict=True):
+        if "\n" in gap:
+            cue = 0
+        away += 1
+        found.append(cue * 8 + min(7, away) if cue else 0)
+        if flag & _CUES:
+            cue, away = flag & _CUES, 0
+    return found
+
+
+# --- decisions ---
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tagger:
+    """`weights` [2**16, 10] int8; `vocabulary` the context words; thresholds in units of the weights."""
+
+    weights: np.ndarray
+    vocabulary: dict[str, int]
+    found: int
+    joined: int
+    digits: int
+    ordinary: int
+
+    def find(self, view: View, language: str) -> None:
+        """Add to what the rules found in a French document, and let go of what is prose; others are left alone."""
+        if not in_french(view, language):
+            return
+        spans = spans_of(view.text)
+        if not spans:
+            return
+        scores = self.scores(view.text, view.plain, spans)
+        margin = scores[:, 1:].max(axis=1) - scores[:, 0]
+        margin -= self.digits * np.array([text.isdigit() for text in (view.text[a:b] for a, b in spans)])
+        kinds = [KINDS[label] for label in scores[:, 1:].argmax(axis=1).tolist()]
+        self._let_go(view, spans, margin)
+        found = self._found(view, spans, margin, kinds)
+        index = 0
+        while index < len(found):
+            last = index
+            while last + 1 < len(found) and found[last + 1] == found[last] + 1 and (
+                kinds[found[last + 1]] == kinds[found[index]]
+                and _SAME_NAME.fullmatch(view.text, spans[found[last]][1], spans[found[last + 1]][0])
+            ):  # fmt: skip
+                last += 1
+            view.note(spans[found[index]][0], spans[found[last]][1], kinds[found[index]], "tagger")
+            index = last + 1
+
+    def scores(self, text: str, plain: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+        """[tokens, 10] int32."""
+        rows = hashed(attributes(text, plain, spans, self.vocabulary))
+        total: np.ndarray = self.weights.take(rows, axis=0).sum(axis=0, dtype=np.int32)
+        return total
+
+    def _found(
+        self, view: View, spans: Sequence[tuple[int, int]], margin: np.ndarray, kinds: Sequence[Kind]
+    ) -> list[int]:
+        """Tokens to add, in order: sure ones, and likely ones beside those or beside what a rule found."""
+        found = set(np.flatnonzero(margin >= self.found).tolist())
+        known = set(found)
+        covered: set[int] = set()
+        for one in view.identifiers:
+            tokens = _tokens_of(one, spans)
+            known.update(tokens)
+            covered |= {index for index in tokens if one.start <= spans[index][0] and spans[index][1] <= one.end}
+        likely = np.flatnonzero(margin >= self.joined).tolist()
+        for index, step in [(index, -1) for index in likely] + [(index, 1) for index in reversed(likely)]:
+            if index not in known and index + step in known:
+                first = min(index, index + step)
+                if "\n" not in view.text[spans[first][1] : spans[first + 1][0]]:
+                    known.add(index)
+                    found.add(index)
+        return sorted(
+            index for index in found - covered if kinds[index] != "person_name" or not _in_eponym(view, spans[index])
+        )
+
+    def _let_go(self, view: View, spans: Sequence[tuple[int, int]], margin: np.ndarray) -> None:
+        """Forget the rules' lone names that stand in ordinary prose."""
+        view.identifiers[:] = [
+            one
+            for one in view.identifiers
+            if one.kind not in _DOUBTFUL_KINDS
+            or one.layer != "gazetteer"
+            or len(tokens := _tokens_of(one, spans)) != 1
+            or margin[tokens[0]] >= self.ordinary
+        ]
+
+
+def _in_eponym(view: View, span: tuple[int, int]) -> bool:
+    """Whether the token's first word stands for a disease or a device."""
+    index = view.first_word_from(span[0])
+    return index < len(view.starts) and view.starts[index] < span[1] and eponym(view, index)
+
+
+def _tokens_of(one: Identifier, spans: Sequence[tuple[int, int]]) -> range:
+    """Indices of the tokens that the identifier touches."""
+    return range(bisect_right(spans, one.start, key=itemgetter(1)), bisect_left(spans, one.end, key=itemgetter(0)))
+
+
+def in_french(view: View, language: str) -> bool:
+    """Whether the document is French and this part of it not English, or of unknown language with French words."""
+    if language == "fr":
+        return detect(view.text) != "en"
+    return language == "unknown" and len(_FRENCH.intersection(view.words)) >= _FRENCH_WORDS_MIN
+
+
+def find(view: View, language: str) -> None:
+    """`Tagger.find` by the project's weights, which are read when the first French document comes."""
+    if in_french(view, language):
+        _project().find(view, language)
+
+
+@cache
+def _project() -> Tagger:
+    return load(WEIGHTS)
+
+
+def load(path: Path) -> Tagger:
+    """Weights and words of one file. Raises ConfigError where it is missing, damaged or made for other features."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            weights, numbers = arrays["weights"], [int(number) for number in arrays["numbers"]]
+            words = arrays["words"].tobytes().decode("ascii").split()
+    except (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(f"tagger weights {path}: {type(error).__name__}; {_MAKE}") from None
+    if weights.shape != (2**ROWS_LOG2, 1 + len(KINDS)) or weights.dtype != np.int8 or len(numbers) != 5:
+        raise ConfigError(f"tagger weights {path}: {weights.dtype} {weights.shape}, {len(numbers)} numbers; {_MAKE}")
+    if numbers[0] != FORM:
+        raise ConfigError(f"tagger weights {path}: made for features {numbers[0]}, these are {FORM}; {_MAKE}")
+    vocabulary = {word: number for number, word in enumerate(words, 1)}
+    return Tagger(weights=weights, vocabulary=vocabulary, **dict(zip(_THRESHOLDS, numbers[1:], strict=True)))
+
+
+def save(path: Path, made: Tagger) -> None:
+    """Write weights and words, the same bytes for the same content."""
+    words = np.frombuffer(" ".join(made.vocabulary).encode("ascii"), dtype=np.uint8)
+    numbers = np.array([FORM, *(getattr(made, name) for name in _THRESHOLDS)], dtype=np.int64)
+    np.savez_compressed(path, weights=made.weights, words=words, numbers=numbers)
