@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from core.engine import split
 from shards.batch import FIELDS, NOT_ANNOTATED, Batch, EncodedImage, EncodedVolume, Sample, StudyRecord, ViewRecord
+from shards.dataset import DataSet, Members, read_units
 from shards.decode_volume import Crop, VolumeDecoder, parts_to_read, place_crop
 from shards.errors import ConfigError
 from shards.ingest import Item, Loaded, Plan, hashed_key
@@ -232,6 +234,25 @@ def test_bad_volumes_are_void_with_their_cause(tmp_path: Path) -> None:
     causes = sorted(event["cause"] for event in events if event["event"] == "skip")
     assert "bytes where its header says" in " ".join(causes) and "label map" in " ".join(causes)
     assert "an image where the recipe reads volumes" in causes and any("the record's grid" in cause for cause in causes)
+
+
+def test_only_the_parts_of_a_crop_are_read(manifest: str) -> None:
+    with closing(DataSet(manifest, "train")) as data:
+        sizes = {}
+        for chunk, unit in enumerate(data.table.first_unit.tolist()):
+            shard, sample, _ = data.locate(chunk, unit)
+            table = data.members(shard)
+            sizes[chunk, unit] = {table.member[row]: int(table.size[row]) for row in table.rows(sample)}
+        for masks in (False, True):
+            for (chunk, unit), size in sizes.items():
+                before = data.bytes_read
+                found = read_units(
+                    data, chunk, [unit], lambda unit, views: [0], choose_parts=lambda *_: range(0, 1), masks=masks
+                )[unit]
+                assert isinstance(found, Members) and len(found.views[0].masks) == 2 * masks
+                names = ["json", "0-0.vol", *(["0-0.mask.0.vol", "0-0.mask.1.vol"] if masks else [])]
+                least = sum(size[name] for name in names)
+                assert least <= data.bytes_read - before <= least + 2048 * len(names)  # headers and padding between
 
 
 def test_no_whole_anatomy_is_told(tmp_path: Path) -> None:
