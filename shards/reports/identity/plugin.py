@@ -6,6 +6,7 @@ models see persons in "Fracture" and "Swan-Ganz".
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -105,9 +106,11 @@ def presidio_recogniser(models: Mapping[str, str], score_min: float = 0.5) -> Re
     from presidio_analyzer import AnalyzerEngine
     from presidio_analyzer.nlp_engine import NlpEngineProvider
 
+    logging.getLogger("presidio-analyzer").setLevel(logging.CRITICAL + 1)  # it tells how it decided, with the words
     rows = [{"lang_code": language, "model_name": name} for language, name in models.items()]
     engine = NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": rows}).create_engine()
     analyzer = AnalyzerEngine(nlp_engine=engine, supported_languages=list(models))
+    kinds = {one: sorted({*_PRESIDIO_KINDS} & {*analyzer.get_supported_entities(one)}) for one in models}
 
     def recognise(text: str, language: str) -> Sequence[Identifier]:
         return _identifiers(
@@ -115,7 +118,7 @@ def presidio_recogniser(models: Mapping[str, str], score_min: float = 0.5) -> Re
             (
                 (one.start, one.end, _PRESIDIO_KINDS[one.entity_type])
                 for spoken in (models if language == "unknown" else {language} & set(models))
-                for one in analyzer.analyze(text=text, language=spoken, entities=list(_PRESIDIO_KINDS))
+                for one in analyzer.analyze(text=text, language=spoken, entities=kinds[spoken])
                 if one.score >= score_min
             ),
         )
