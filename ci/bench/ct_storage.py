@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,10 @@ def _seconds(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
     return best, result
 
 
+def _encode_all(encode: Callable[[Stack], bytes], stacks: Sequence[Stack]) -> list[bytes]:
+    return [bytes(encode(stack)) for stack in stacks]
+
+
 def _measure(hu: np.ndarray, voxels: str, *, slow: bool) -> list[dict[str, Any]]:
     stored = (hu.astype(np.int32) + 32768).astype(np.uint16)
     stacks = [
@@ -171,9 +176,8 @@ def _measure(hu: np.ndarray, voxels: str, *, slow: bool) -> list[dict[str, Any]]
     assert np.array_equal(back, hu)
     rows = [row("ours", "shards.volume_codec", encode_s, decode_s, sum(len(part.data) for part in parts))]
     for codec, (encode, by, decode) in _codecs(slow).items():
-        encode_s, encoded = _seconds(lambda encode=encode: [bytes(encode(stack)) for stack in stacks], 1)
-        repeats = 1 if codec == "JPEG 2000" else 3
-        decode_s, decoded = _seconds(lambda decode=decode, encoded=encoded: decode(encoded), repeats)
+        encode_s, encoded = _seconds(partial(_encode_all, encode, stacks), 1)
+        decode_s, decoded = _seconds(partial(decode, encoded), 1 if codec == "JPEG 2000" else 3)
         same = all(np.array_equal(a.reshape(b.shape), b) for a, b in zip(decoded, stacks, strict=True))
         assert same, f"{codec} is not lossless"
         rows.append(row(codec, by, encode_s, decode_s, sum(map(len, encoded))))
