@@ -23,6 +23,8 @@ HU_MIN, HU_MAX = -32768, 32767  # what the stored 16 bits hold
 ASKEW_MAX_VOXELS = 0.1
 MARGIN_SLICES, MARGIN_PIXELS = 5, 20  # kept around the labelled anatomies
 LABEL_MAPS_MAX = 8
+VOXELS_MAX = 2_000 * 1_024 * 1_024
+VOXEL_MM = (0.01, 100.0)  # a header that says otherwise is damaged, or not in mm
 
 Array = np.ndarray
 Box = tuple[int, int, int, int, int, int]  # z0, y0, x0, z1, y1, x1, half-open
@@ -87,6 +89,8 @@ def turned(voxels: Array, affine: Array) -> tuple[Array, Grid]:
     lengths = np.linalg.norm(columns, axis=0)
     if not np.isfinite(affine).all() or (lengths <= 0).any() or abs(np.linalg.det(columns / lengths)) < 1e-3:
         raise VolumeRefusedError("affine without three axes")
+    if lengths.min() < VOXEL_MM[0] or lengths.max() > VOXEL_MM[1]:
+        raise VolumeRefusedError(f"voxels outside of {VOXEL_MM[0]} to {VOXEL_MM[1]} mm")
     of_world = _nearest_axes(columns / lengths)
     voxels = voxels.transpose(of_world[::-1])
     matrix, origin = columns[::-1, of_world[::-1]].copy(), np.asarray(affine, dtype=np.float64)[2::-1, 3].copy()
@@ -110,13 +114,18 @@ def _nearest_axes(cosines: Array) -> list[int]:
 
 
 def target_grid(grid: Grid, spacing_mm: Triple | None) -> Grid:
-    """The upright grid of `spacing_mm` (None: the grid's own) that covers what `grid` does, with the same middle."""
+    """The upright grid of `spacing_mm` (None: the grid's own) that covers what `grid` does, with the same middle.
+
+    Raises VolumeRefusedError for more than VOXELS_MAX voxels.
+    """
     spacing = np.asarray(grid.spacing_mm if spacing_mm is None else spacing_mm, dtype=np.float64)
     size = np.asarray(grid.shape, dtype=np.float64)
     extent = np.abs(grid.matrix) @ size  # mm between outer faces along z, y, x
     shape = np.maximum(1, np.floor(extent / spacing + 0.5 - 1e-6)).astype(int)
     middle = grid.origin + grid.matrix @ (size - 1) / 2
     depth, height, width = shape.tolist()
+    if depth * height * width > VOXELS_MAX:
+        raise VolumeRefusedError(f"more than {VOXELS_MAX} voxels after resampling")
     return Grid(
         shape=(depth, height, width), matrix=np.diag(spacing), origin=middle - spacing * (shape - 1) / 2
     )  # fmt: skip

@@ -367,3 +367,22 @@ def test_a_real_ct_and_its_label_map_are_exact(shared_data: Path) -> None:
     structures = VolumeReader(options=OWN).read(folder / "example_ct_sm.nii.gz", folder / "example_seg_fast")
     assert len({int(label) for one in structures.volume.label_maps for label in np.unique(one)}) > 10
     assert read_nifti(folder / "example_ct.nii.gz").grid.aligned
+
+
+def test_no_damage_of_a_header_gets_past_the_reasons(tmp_path: Path) -> None:
+    whole = save(tmp_path / "whole.nii", body((6, 5, 4))).read_bytes()
+    generator = np.random.default_rng(11)
+    path, reasons = tmp_path / "a.nii", Counter[str]()
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        for _ in range(120):
+            raw = bytearray(whole)
+            for place in generator.integers(0, 352, generator.integers(1, 6)):
+                raw[place] = generator.integers(256)
+            path.write_bytes(raw)
+            try:
+                VolumeReader(options=VolumeOptions(crop=False)).read(path)
+                reasons["volume"] += 1
+            except VolumeRefusedError as refused:
+                reasons[str(refused)] += 1
+    assert reasons["volume"] > 20 and len(reasons) > 3
