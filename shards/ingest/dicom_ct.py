@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from shards.errors import ConfigError
 from shards.ingest.class_map import ANATOMY_IDS
-from shards.ingest.dicom import RefusedError, element_of, number_of, numbers_of, stored_pixels, text_of
+from shards.ingest.dicom import FileDataset, RefusedError, element_of, number_of, numbers_of, stored_pixels, text_of
 from shards.ingest.hounsfield import Hounsfield, Rescale, hounsfield
 from shards.ingest.view_files import OpenedView, path_within
 from shards.ingest.volume import Array, turned
 from shards.ingest.volume_file import VolumeReader
 from shards.ingest.volume_members import volume_members
 from shards.reports.identity.header import BODY_PARTS
-
-if TYPE_CHECKING:
-    from pydicom.dataset import FileDataset
 
 COMPUTED_TOMOGRAPHY = ("CT",)
 SAME_PLACE_MM = 1e-3

@@ -80,7 +80,8 @@ def test_studies_of_a_patient_share_the_body() -> None:
 
 @pytest.mark.parametrize("normal", [0.8, 0.95])
 def test_the_asked_share_of_organs_is_normal(normal: float) -> None:
-    abnormal = [bool(scene_of(index, normal).of(organ)) for index in range(200) for organ in ORGANS]
+    scenes = [scene_of(index, normal) for index in range(200)]
+    abnormal = [bool(scene.of(organ)) for scene in scenes for organ in ORGANS]
     assert np.mean(abnormal) == pytest.approx(1 - normal, abs=0.03)
 
 
