@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -65,11 +65,11 @@ class PreparedReport:
     def from_line(cls, line: bytes, secret: bytes | None) -> PreparedReport:
         """Parse and check the seal. Raises DataError, which quotes nothing of the line."""
         try:
-            body = json.loads(line)
+            body = orjson.loads(line)
             seal = body.pop("seal")
             report = cls(**body)
             right = isinstance(seal, str) and hmac.compare_digest(seal, _seal(_dumps(body), secret))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise DataError("no prepared report; make it with launchers/prepare_reports.py") from None
         if not right:
             raise DataError(
@@ -80,7 +80,7 @@ class PreparedReport:
 
 
 def _dumps(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
 
 
 def _seal(body: bytes, secret: bytes | None) -> str:
@@ -164,7 +164,7 @@ def write_parquet(lines: Iterable[bytes], path: Path) -> None:
     with pq.ParquetWriter(path, schema, compression="zstd", store_schema=False) as writer:
         group: list[dict[str, str]] = []
         for line in lines:
-            body = json.loads(line)
+            body = orjson.loads(line)
             group.append(
                 {name: value if name in _TEXT_COLUMNS else _dumps(value).decode() for name, value in body.items()}
             )
@@ -181,7 +181,7 @@ def _lines_of_parquet(path: Path) -> Iterator[bytes]:
             for batch in file.iter_batches(batch_size=ROWS_A_GROUP):
                 for row in batch.to_pylist():
                     yield _dumps(
-                        {name: value if name in _TEXT_COLUMNS else json.loads(value) for name, value in row.items()}
+                        {name: value if name in _TEXT_COLUMNS else orjson.loads(value) for name, value in row.items()}
                     )
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise ConfigError(f"prepared reports {path}: no such table ({type(error).__name__}); write it anew") from None
