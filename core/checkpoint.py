@@ -602,14 +602,14 @@ def load_checkpoint_weights(task: Task, source: str) -> str:
 def load_towers(task: Task, init: InitConfig) -> str:
     """Load the towers' weights named by the recipe; returns what matched, '' if none are named."""
     reports = []
-    kinds: tuple[tuple[str | None, str, tuple[type, ...]], ...] = (
-        (init.vision, "vision", (VisionEncoder, VolumeEncoder)),
-        (init.text, "text", (TextEncoder,)),
-    )
-    for path, side, kind in kinds:
+    sides: dict[str, list[VisionEncoder | VolumeEncoder | TextEncoder]] = {
+        "vision": [module for module in task.modules() if isinstance(module, VisionEncoder | VolumeEncoder)],
+        "text": [module for module in task.modules() if isinstance(module, TextEncoder)],
+    }
+    for side, path in (("vision", init.vision), ("text", init.text)):
         if path is None:
             continue
-        towers = [module for module in task.modules() if isinstance(module, kind)]
+        towers = sides[side]
         if len(towers) != 1:
             raise ConfigError(f"{path}: this task has {len(towers)} {side} towers, not one")
         reports.append(load_weights(towers[0], path).summary())

@@ -161,6 +161,8 @@ def export(run: PastRun, output: Path) -> float:
         if isinstance(run.task, GaussianTask):
             raise ConfigError(f"task {name}: its Gaussian encoders cannot be exported yet; CLIP's and SigLIP's can")
         raise ConfigError(f"task {name} has no image and text encoder to export")
+    if not isinstance(towers.vision, VisionEncoder):
+        raise ConfigError(f"task {type(run.task).__name__}: encoders of volumes cannot be exported yet; images' can")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output}: exists and is not an empty folder; name a new one")
     try:
@@ -169,7 +171,7 @@ def export(run: PastRun, output: Path) -> float:
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be written ({error.strerror}); name another") from None
     try:
-        _write(run, towers, scratch)
+        _write(run, towers, towers.vision.config, scratch)
         difference = _largest_difference(run, load_exported(scratch, run.device))
         if not difference <= TOLERANCE:
             raise DataError(
@@ -184,14 +186,14 @@ def export(run: PastRun, output: Path) -> float:
     return difference
 
 
-def _write(run: PastRun, towers: TwoTowers, folder: Path) -> None:
+def _write(run: PastRun, towers: TwoTowers, vision: VisionEncoder.Config, folder: Path) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in towers.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     run.tokenizer.save(folder / TOKENIZER)
     config = ExportedConfig(
         format=FORMAT,
         version=VERSION,
-        vision=towers.vision.config,
+        vision=vision,
         text=towers.text.config,
         embed_dim=towers.text_projection.weight.shape[0],
         image=run.decode,

@@ -23,7 +23,7 @@ from core.tasks import Task
 from shards.dataset import DataSet
 from shards.decode import Decoder
 from shards.errors import ConfigError
-from shards.loader import as_mixture, find_tokenizer
+from shards.loader import as_mixture, find_tokenizer, reads_text
 from shards.store import Store, open_store
 from shards.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 
@@ -34,13 +34,23 @@ TOKENIZER = "tokenizer"  # folder of the run directory, there when the run train
 
 @dataclass(frozen=True, kw_only=True)
 class PastRun:
-    """A checkpoint's model, in fp32 and evaluation mode on `device`, with what fed it. `step`: steps it was trained."""
+    """A checkpoint's model, in fp32 and evaluation mode on `device`, with what fed it. `step`: steps it was trained.
+
+    `words`: its tokenizer, None where it was trained without text.
+    """
 
     config: TrainConfig
     task: Task
-    tokenizer: Tokenizer
+    words: Tokenizer | None
     step: int
     device: torch.device
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ConfigError where the run was trained without text."""
+        if self.words is None:
+            raise ConfigError(f"task {type(self.task).__name__} reads no text, so the run has no tokenizer")
+        return self.words
 
     @property
     def encoders(self) -> Encoders:
@@ -84,14 +94,14 @@ def open_run(run_dir: str, which: str = LATEST, device: torch.device | None = No
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="roentgen-run-")))
             which = _fetch_checkpoint(store, which, folder)
         weights = find_weights(folder, which.removeprefix("step-"))
-        tokenizer = read_tokenizer(store, config)
-        task = config.task.build(vocab_size=tokenizer.vocab_size, seed=config.seed)
+        words = read_tokenizer(store, config) if reads_text(schema.task_class(config.task).fields) else None
+        task = config.task.build(vocab_size=None if words is None else words.vocab_size, seed=config.seed)
         load_checkpoint_weights(task, str(weights))
         take_paths(config.engine)
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         task.to(device).eval().requires_grad_(False)
         step = int(weights.parent.name.removeprefix("step-"))
-        yield PastRun(config=config, task=task, tokenizer=tokenizer, step=step, device=device)
+        yield PastRun(config=config, task=task, words=words, step=step, device=device)
 
 
 def read_config(store: Store) -> TrainConfig:

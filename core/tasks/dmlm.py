@@ -139,7 +139,7 @@ class DMLM(Task):
         self._fuses_words, self._fuses_patches = weights.mlm > 0 or kl_fused, weights.mim > 0 or kl_fused
 
         self.towers = Encoders(config.vision, config.text, vocab_size=vocab_size)
-        vision, text = self.towers.vision.config, self.towers.text.config
+        vision, text = config.vision, self.towers.text.config
         self.image_in, self.text_in = Linear(vision.width, config.embed_dim), Linear(text.width, config.embed_dim)
         self.image_gaussian = GaussianEncoder(config.embedding, config.embed_dim)
         self.text_gaussian = GaussianEncoder(config.embedding, config.embed_dim)
