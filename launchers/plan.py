@@ -30,11 +30,13 @@ from core.metrics import PEAK_FLOPS
 from core.models import attention
 from shards.batch import Batch
 from shards.dataset import DataSet
+from shards.decode_volume import VolumeDecoder
 from shards.errors import ConfigError, RoentgenError
 from shards.order import lanes_of_rank
 
 GPU_GB = {"H200": 141, "H100": 80, "A100-80": 80, "A100-40": 40, "B200": 192, "L40S": 48, "L4": 24, "V100": 32}
 BUCKETS_BYTES = 2 * 50_000_000 * 4  # DeepSpeed's buckets to reduce and to gather, of fp32 (core.engine)
+ABNORMAL_SHARE = 0.1  # of the anatomies of a CT, assumed
 GB = 1e9
 
 
@@ -167,6 +169,7 @@ def synthetic_batch(config: TrainConfig, studies: int, words: int) -> Batch:
     number = torch.arange(studies)
     text = torch.randint(5, words, (studies, length), generator=generator)
     columns: dict[str, Tensor] = {
+        "labels": torch.zeros(studies, getattr(config.task, "labels", 0), dtype=torch.int8),
         "pixel_values": torch.randn(studies, 1, side, side, generator=generator),
         "input_ids": text,
         "attention_mask": torch.ones(studies, length, dtype=torch.bool),
@@ -177,12 +180,35 @@ def synthetic_batch(config: TrainConfig, studies: int, words: int) -> Batch:
         "patch_mask": (torch.arange(patches) < masked).expand(studies, -1),
     }
     keys = ("report_key", "finding_key", "patient_key", "draw_key", "sample_id", "set_index", "epoch")
+    if config.data.volume is not None:
+        columns |= _synthetic_volumes(config.data.volume, studies, text)
     known = columns | dict.fromkeys(keys, number)
     fields = schema.task_class(config.task).fields
     unknown = [name for name in fields if name not in known]
     if unknown:
         raise ConfigError(f"{config.recipe}: no synthetic {', '.join(unknown)} to count a study's cost with")
     return {name: known[name] for name in fields}
+
+
+def _synthetic_volumes(volume: VolumeDecoder.Config, studies: int, text: Tensor) -> dict[str, Tensor]:
+    """Crops with every anatomy whole; in each study `ABNORMAL_SHARE` of them have a text `[studies, L]` of their own.
+
+    All others share one, the template: a study encodes none of its own for them.
+    """
+    anatomies, length = len(volume.anatomies), text.shape[1]
+    abnormal = torch.arange(anatomies) < max(1, round(ABNORMAL_SHARE * anatomies))
+    key = abnormal * (1 + torch.arange(studies * anatomies).view(studies, anatomies))
+    ids = torch.where(abnormal[:, None], text[:, None] + torch.zeros(anatomies, 1, dtype=torch.int64), 5)
+    return {
+        "pixel_values": torch.zeros(studies, len(volume.windows_hu), *volume.size),
+        "anatomy_share": torch.full((studies, anatomies, volume.patches), 0.1),
+        "anatomy_intact": torch.ones(studies, anatomies, dtype=torch.bool),
+        "anatomy_input_ids": ids,
+        "anatomy_attention_mask": torch.ones(studies, anatomies, length, dtype=torch.bool),
+        "anatomy_text_key": torch.where(key == 0, -1, key),
+        "anatomy_key": key,
+        "anatomy_state": (key != 0).to(torch.int8),
+    }
 
 
 def plan(config: TrainConfig, site: Site, of: cost.Cost) -> list[Line]:

@@ -74,3 +74,13 @@ def test_what_does_not_fit_says_what_would(tmp_path: Path, monkeypatch: pytest.M
 def test_errors_name_the_option(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main([*TINY, *arguments]) != 0
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["ct:fvlm_tiny", "ct:supervised_tiny"])
+def test_a_study_of_a_volume_can_be_counted(recipe: str) -> None:
+    config = schema.load_recipe(recipe)
+    found = plan.counted(config)
+    tokens, vision = 6 * 8 * 8, config.task.vision
+    of_blocks = 2 * 12 * vision.width**2 * tokens * vision.depth  # multiply and add, all matrices of the blocks
+    assert of_blocks < found.flop < 2.5 * of_blocks
+    assert found.kept_bytes > 0 and found.trained > 500_000
