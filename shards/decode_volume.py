@@ -25,9 +25,7 @@ from shards.batch import ViewRecord
 from shards.decode import Decoded
 from shards.errors import ConfigError
 from shards.transforms.anatomy import Place, Sides, patch_grid, plain_name, shares
-from shards.volume_codec import PART_SLICES, Part, part_count
-
-AIR_HU = -1024  # what lies outside of a volume
+from shards.volume_codec import AIR_HU, PART_SLICES, Part, part_count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from shards.ingest.volume import AIR_HU, HU_MAX, HU_MIN, Array, VolumeRefusedError
+from shards.ingest.volume import Array, VolumeRefusedError
+from shards.volume_codec import AIR_HU, HU_MAX, HU_MIN
 
 # Where air, lungs and fat, water, soft tissue lie. A CT shows a share of both or is cropped within the body.
 _AIR_HU, _TISSUE_HU = (-1100, -800), (-150, 250)

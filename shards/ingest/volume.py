@@ -17,8 +17,6 @@ from scipy import ndimage
 
 from shards.ingest.image_file import ImageRefusedError
 
-AIR_HU = -1024
-HU_MIN, HU_MAX = -32768, 32767  # what the stored 16 bits hold
 # Of a voxel: a grid whose corners lie closer than this to the patient's axes counts as aligned.
 ASKEW_MAX_VOXELS = 0.1
 MARGIN_SLICES, MARGIN_PIXELS = 5, 20  # kept around the labelled anatomies

@@ -20,7 +20,6 @@ from shards.ingest.hounsfield import Hounsfield, Rescale, hounsfield
 from shards.ingest.nifti import is_nifti, read_nifti, without_ending
 from shards.ingest.view_files import Fact, OpenedView, View, path_within
 from shards.ingest.volume import (
-    AIR_HU,
     Array,
     Grid,
     Triple,
@@ -35,6 +34,7 @@ from shards.ingest.volume import (
     with_margin,
 )
 from shards.ingest.volume_members import volume_members
+from shards.volume_codec import AIR_HU
 
 CHEST_SPACING_MM: Triple = (3.0, 1.0, 1.0)
 

@@ -76,7 +76,7 @@ def shares(
         for one in maps:
             part = count[row][patches]
             np.maximum(part, _count_by_patch(one[voxels], wanted, patch), out=part)
-            touching[row] |= _touches(one, wanted, cut_faces)
+            touching[row] |= _touches(one, wanted, voxels, cut_faces)
     flat = count.reshape(len(ids), -1)
     present = np.asarray(flat.any(axis=1))
     share = np.asarray(flat / np.float32(patch[0] * patch[1] * patch[2]), dtype=np.float32)
@@ -97,11 +97,16 @@ def _count_by_patch(labels: np.ndarray, wanted: int, patch: Sides) -> np.ndarray
     return counts
 
 
-def _touches(labels: np.ndarray, wanted: int, cut_faces: Sequence[tuple[bool, bool]]) -> bool:
-    for axis, (before, after) in enumerate(cut_faces):
-        for cut, place in ((before, 0), (after, -1)):
-            if cut and bool((np.take(labels, place, axis=axis) == wanted).any()):
-                return True
+def _touches(
+    labels: np.ndarray, wanted: int, voxels: tuple[slice, ...], cut_faces: Sequence[tuple[bool, bool]]
+) -> bool:
+    """Does a label, which lies within `voxels`, touch a face of the crop that cuts the volume."""
+    for axis, (faces, side) in enumerate(zip(cut_faces, labels.shape, strict=True)):
+        for cut, place in zip(faces, (0, side - 1), strict=True):
+            if cut and voxels[axis].start <= place < voxels[axis].stop:
+                face = labels[(*voxels[:axis], place, *voxels[axis + 1 :])]
+                if bool((face == wanted).any()):
+                    return True
     return False
 
 

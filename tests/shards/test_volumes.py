@@ -313,6 +313,20 @@ def test_the_graph_gives_the_pixels_of_the_host() -> None:
     assert resized.share[0, [0, 2]].any(axis=1).all()  # the adrenal gland is one voxel wide
 
 
+def test_a_few_parts_of_two_thousand_slices() -> None:
+    hu = (np.arange(2000)[:, None, None] + np.zeros((1, 12, 16))).astype(np.int16)
+    view = ViewRecord(id="0", depth=2000, height=12, width=16)
+    config = replace(CONFIG, windows_hu=((0.0, 2000.0),), mean=0.0, std=1.0, anatomies=())
+    parts = [memoryview(part.data) for part in encode_volume(hu)]
+    read = parts_to_read(config, len(parts), None, 0)
+    start, _ = place_crop(config, view, read, None, 0)
+    assert len(read) <= 3 and start == (990, 0, 0)
+    crop = Crop(view=view, parts=parts[read.start : read.stop], first_part=read.start, start=start)
+    pixels, ok, _ = VolumeDecoder(config).submit([crop]).result()
+    assert ok.all()
+    np.testing.assert_allclose(pixels[0, 0, :, 3, 4], np.arange(990, 1010) / 2000, atol=1e-6)
+
+
 def test_shares_of_patches() -> None:
     labels = np.zeros((4, 4, 8), np.uint8)
     labels[0, :2, :4] = 5  # 8 of the 16 voxels of the first patch, at the first slice
