@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -14,16 +16,19 @@ import pytest
 import torch
 
 from core.engine import split
+from shards.adopt import adopt
 from shards.batch import FIELDS, NOT_ANNOTATED, Batch, EncodedImage, EncodedVolume, Sample, StudyRecord, ViewRecord
+from shards.collate import _read_parts
 from shards.dataset import DataSet, Members, read_units
 from shards.decode_volume import Crop, VolumeDecoder, parts_to_read, place_crop
-from shards.errors import ConfigError
+from shards.errors import BadSampleError, ConfigError
 from shards.ingest import Item, Loaded, Plan, hashed_key
 from shards.keyed import integers, text_key
 from shards.loader import Loader
+from shards.tokenizer import train_wordpiece
 from shards.transforms.anatomy import anatomy_texts, shares
 from shards.volume_codec import PART_SLICES, encode_labels, encode_volume, part_count
-from shards.writer import WriterConfig, write_shards
+from shards.writer import WriterConfig, sample_members, write_shards
 
 ANATOMIES = ("liver", "adrenal_gland", "heart")
 IDS = {"heart": 7, "liver": 1, "adrenal_gland": 3, "lung": 9}
@@ -253,6 +258,53 @@ def test_only_the_parts_of_a_crop_are_read(manifest: str) -> None:
                 names = ["json", "0-0.vol", *(["0-0.mask.0.vol", "0-0.mask.1.vol"] if masks else [])]
                 least = sum(size[name] for name in names)
                 assert least <= data.bytes_read - before <= least + 2048 * len(names)  # headers and padding between
+
+
+def test_tokens_of_each_anatomy(manifest: str) -> None:
+    texts = ["Small cyst.", "Normal heart.", *(f"{name} shows no significant abnormalities." for name in ANATOMIES)]
+    tokenizer = train_wordpiece(texts, 200)
+    data = Loader.Config(train=manifest, lanes=2, volume=CONFIG, text_length=9)
+    fields = ("anatomy_input_ids", "anatomy_attention_mask", "anatomy_text_key")
+    one = Loader(data, global_batch_size=4, seed=3, fields=fields, tokenizer=tokenizer)
+    (batch,) = batches(one, 0, 1)
+    assert "input_ids" not in batch and "anatomy_share" not in batch
+    ids, mask, key = (batch[name] for name in fields)
+    assert ids.shape == mask.shape == (4, 3, ids.shape[2]) and ids.shape[2] <= 9
+    expected, _ = tokenizer.encode(["Small cyst."], 9)
+    liver = key[:, 0] == text_key("Small cyst.")
+    assert liver.any()
+    for row in liver.nonzero().flatten().tolist():
+        assert ids[row, 0][mask[row, 0]].tolist() == expected[0].tolist()
+    for a, b in ((0, 1), (1, 2)):  # equal keys, equal tokens
+        same = key[:, None, a] == key[None, :, b]
+        assert torch.equal((ids[:, None, a] == ids[None, :, b]).all(-1), same)
+
+
+@pytest.mark.parametrize(
+    ("gone", "cause"),
+    [
+        ("0-1.vol", "a part of the volume is missing"),
+        ("0-2.vol", "2 parts of a volume of 40 slices, which need 3"),
+        ("0-0.mask.1.vol", "label map 1: a part is missing"),
+    ],
+)
+def test_missing_parts_are_named(tmp_path: Path, gone: str, cause: str) -> None:
+    sample = study("a", 2)
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        for member, data in sample_members(sample):
+            header = tarfile.TarInfo(f"a.{member}")
+            header.size = len(data)
+            if member != gone:
+                tar.addfile(header, io.BytesIO(data))
+    adopt({"train": [str(tmp_path / "one.tar")]}, str(tmp_path / "set"))
+    with closing(DataSet(str(tmp_path / "set" / "manifest.json"), "train")) as data:
+        found = read_units(data, 0, [0], lambda unit, views: range(views), masks=True)[0]
+    if isinstance(found, BadSampleError):
+        assert cause in found.cause
+    else:
+        view = found.record(adopted=True).views[0]
+        with pytest.raises(BadSampleError, match=cause):
+            _read_parts(view, found.views[0], view.mask_maps)
 
 
 def test_no_whole_anatomy_is_told(tmp_path: Path) -> None:
