@@ -120,7 +120,7 @@ def rules(sections: dict[str, str]) -> tuple[dict[str, str], dict[str, object]]:
 
 def test_rules_read_the_reports_as_they_were_meant() -> None:
     right = total = 0
-    for index in range(150):
+    for index in range(80):
         scene = scene_of(index, 0.6)
         report = write_report(scene.findings, lambda count, index=index: uniform(5, "words", index, draws=count))
         statuses, members = rules(report.sections)
