@@ -123,10 +123,10 @@ class Metrics:
 def contact_sheet(pixel_values: Tensor, *, columns: int = 8, most: int = 32) -> Tensor:
     """The first images of a batch side by side, each stretched to [0, 1]: [V, C, H, W] -> [C, rows H, columns W].
 
-    Of volumes [V, C, D, H, W] the middle slice of the first channel, front up.
+    Of volumes [V, C, D, H, W] the middle slice of the first channel, front up and the patient's right on the left.
     """
     if pixel_values.ndim == 5:
-        pixel_values = pixel_values[:, :1, pixel_values.shape[2] // 2].flip(-2)
+        pixel_values = pixel_values[:, :1, pixel_values.shape[2] // 2].flip(-2, -1)
     images = pixel_values[:most].detach().float().cpu()
     low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
     images = (images - low) / (high - low).clamp_min(1e-6)
