@@ -27,6 +27,7 @@ def real_slices() -> np.ndarray:
 def real_trunk() -> np.ndarray:
     """A whole trunk, 112 slices of 101 x 122 voxels of 3 mm: HU int16 [D, H, W]."""
     image = nib.load(_existing("example_ct.nii.gz"))
+    assert isinstance(image, nib.Nifti1Image)
     return np.ascontiguousarray(np.asanyarray(image.dataobj).transpose(2, 1, 0)).astype(np.int16)
 
 

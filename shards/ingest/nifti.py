@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
@@ -55,7 +56,9 @@ def read_nifti(path: Path) -> NiftiFile:
         _check_shape(image.shape)
         if image.get_data_dtype().kind not in "iuf":
             raise VolumeRefusedError("voxels are not plain numbers")
-        stored = np.asanyarray(image.dataobj.get_unscaled())
+        proxy = image.dataobj
+        assert isinstance(proxy, ArrayProxy)  # of a file; only images made in memory hold arrays
+        stored = np.asanyarray(proxy.get_unscaled())
     except VolumeRefusedError:
         raise
     except FileNotFoundError:
@@ -65,7 +68,7 @@ def read_nifti(path: Path) -> NiftiFile:
     except Exception:  # nibabel, gzip and mmap raise many kinds for broken files; all mean the same here
         raise VolumeRefusedError("truncated or damaged file") from None
     stored, grid = turned(stored.reshape(_spatial(image.shape)), affine)
-    slope, intercept = image.dataobj.slope, image.dataobj.inter
+    slope, intercept = proxy.slope, proxy.inter
     if not (np.isfinite(slope) and np.isfinite(intercept)) or slope == 0:
         slope, intercept = 1.0, 0.0
     return NiftiFile(stored=stored, grid=grid, rescale=(float(slope), float(intercept)))
