@@ -70,7 +70,7 @@ class Site:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         config = schema.apply_overrides(schema.load_recipe(arguments.recipe), arguments.overrides)
         site = _site(arguments, config)
@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     result = argparse.ArgumentParser(
         prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

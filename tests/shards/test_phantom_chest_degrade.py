@@ -21,7 +21,7 @@ from shards.writer import sample_members
 
 # As tests/shards/test_phantom_chest.py's: figures of different hashes must not be compared.
 DEGRADED_HASH = "7d26d0a27ad32844"
-# sha256 of all members of 32 studies as packed before this option existed, plus the empty members that records got since.
+# sha256 of all members of 32 studies as packed before this option existed, plus six empty members of newer records.
 CLEAN_BITS = {"easy": "7234ec4bd77f33a0", "standard": "ee589e8884f32612"}
 
 
