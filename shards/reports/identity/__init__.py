@@ -12,7 +12,7 @@ from shards.reports.identity.detector import Detector
 from shards.reports.identity.known_patient import KnownPatient
 from shards.reports.identity.surrogates import Replaced, Surrogates
 
-DEIDENTIFIER = "roentgen identity rules 2"
+DEIDENTIFIER = "roentgen identity rules 3"
 
 __all__ = ["DEIDENTIFIER", "Deidentified", "Detector", "KnownPatient", "Replaced", "Surrogates", "deidentify"]
 

@@ -28,6 +28,7 @@ _ADDRESS_TAIL = re.compile(
 )
 _STREET_NUMBER_FIRST = table("street_number_first")
 _STREET_NAME_AFTER = table("street_name_after")
+_SHORTENED_STREETS = frozenset(("ave", "bld", "blvd", "rte"))
 _STREET_WITH_CAPITAL = table("street_with_capital")
 _FLAT_WORDS = table("flat_words")
 _NUMBER_BEHIND_ONLY = table("number_behind_only")
@@ -90,6 +91,8 @@ _STREET_LINES = re.compile(
     r"(?:^|[\n,:;|)(]) ?((?:(?:flat|studio|unit|apt"
     r"|apartment) \d+[a-z]?[,\n ]{1,2})?(?:\d{1,6}[a-z]? )?[^\W\d_][^\n\0:|]{2,40}?)[, ]*\n?[, ]*$"
 )
+# A sentence's end, or a preposition that leads to the town: no line of an address.
+_PROSE = re.compile(r"(?:[a-z]{5}|\d)\. [^\W\d_]+ [^\W\d_]+ |(?<!\w)(?:at|in|from|to|near)$")
 _FIELD = re.compile(
     r"(?<!\w)(?:address|adresse|domicile|home address|residence)(?: du patient| patient)?[ ]?: ?(?=[^\W_])"
 )
@@ -180,9 +183,9 @@ def claim_line_above(view: View, start: int) -> None:
 
 def claim_lines_before_code(view: View, start: int) -> None:
     """The street lines above an English town and its code, if they begin with a number, a flat or a studio."""
-    match = _STREET_LINES.search(view.masked[max(0, start - 100) : start])
-    if match:
-        offset = max(0, start - 100)
+    offset = max(0, start - 100)
+    match = _STREET_LINES.search(view.masked[offset:start])
+    if match and not _PROSE.search(match[1]):
         view.claim(offset + match.start(1), offset + match.end(1), "address")
 
 
@@ -265,7 +268,7 @@ def _name_end(view: View, index: int, numbered: bool) -> int | None:
     capitals = view.in_capitals(index)
     while position < len(view.words) and position - index < _NAME_WORDS_MAX:
         gap = view.gap(position - 1)
-        abbreviated = gap in (". ", ".") and view.ends[position - 1] - view.starts[position - 1] < 6
+        abbreviated = gap in (". ", ".") and _is_shortened(view, position - 1)
         over_line = gap == "\n" and numbered and position == index + 1
         if not (gap in _JOINS or abbreviated or over_line or re.fullmatch(r" \d{1,2}(?:er)? ", gap)) or not view.free(
             position
@@ -292,6 +295,14 @@ def _name_end(view: View, index: int, numbered: bool) -> int | None:
             capital = True
         last, position = position, position + 1
     return last
+
+
+def _is_shortened(view: View, index: int) -> bool:
+    """Whether the full stop behind a street's word belongs to it ("bd. Foch", "Gal. Leclerc"), or ends a sentence."""
+    word, flag = view.words[index], view.flags[index]
+    if flag & Word.STREET or len(word) == 1:
+        return len(word) < 3 or word in _SHORTENED_STREETS
+    return len(word) < 6 and bool(flag & Word.TITLE or not view.flags[index + 1] & Word.COMMON)
 
 
 def _english_address(view: View, index: int) -> None:

@@ -62,7 +62,7 @@ _EXTENDS = re.compile(
     r"(?<!\w)(?:(?:fin|debut|mi|courant|early|late|mid|ete|printemps|automne|hiver|noel|paques|toussaint|rentree|summer"
     r"|winter|spring|fall|autumn)(?: (?:de|of))?[ \-]+"
     rf"|(?:{_WEEKDAYS}),? |(?:{_WEEKDAYS_SHORT})\.?,? "
-    r"|(?<![\d.,/])(?<!\d )[0-3]?\d(?:er|st|nd|rd|th)?(?:/[01]\d)? ?(?:au|et|and|to|,|&|-|–|/) ?)$"
+    r"|(?<![\d.,/])(?<!\d )[0-3]?\d(?:er|st|nd|rd|th)?(?:/[01]\d)? ?(?:(?:au|et|and|to|,|&|-|–|/) ?|(?:et|ou|au) le ))$"
 )
 _WEEKDAY_DAY = re.compile(rf"(?<!\w)(?:{_WEEKDAYS}) (?:[0-3]?\d)(?![\d:h]|[.,/]\d)")
 _FIELD = re.compile(r"(?:^|[|(,;¦\0]) ?$"), re.compile(r" ?(?:$|[|),;.¦\0])")

@@ -17,6 +17,7 @@ from shards.reports.identity.plugin import Recogniser
 from shards.reports.identity.view import Identifier, View, view_of
 
 _CHUNK = 6_000  # characters; few reports are as long
+_MARGIN = 200  # characters that a part reads beyond its bounds: what a bound cuts is seen whole, longer than a name
 _SENTENCE_END = re.compile(r"[^\W\d_]{4}[.!?] ")
 
 
@@ -42,9 +43,13 @@ class Detector:
         Long documents are read part by part, since the rules' cost grows with the square of length; names told in one
         part are found in all.
         """
-        parts = [(start, view_of(text[start:end])) for start, end in _parts(text)]
+        parts = [
+            (begin, start, end, view_of(text[begin:stop]))
+            for start, end in _parts(text)
+            for begin, stop in (_with_margin(text, start, end),)
+        ]
         told: set[str] = set()
-        for _, view in parts:
+        for *_, view in parts:
             if patient is not None:
                 known_patient.find(view, patient)
             patterns.find_addresses_of_mail(view)
@@ -52,11 +57,11 @@ class Detector:
             patterns.find(view)
             places.find_addressed(view)
             told |= names_by_cue.find(view)  # before cities: many towns are surnames
-        for _, view in parts:
+        for *_, view in parts:
             places.find_cities(view)
             told |= names_by_shape.find(view)
         found: list[Identifier] = []
-        for start, view in parts:
+        for begin, start, end, view in parts:
             mentions.find(view, told)
             if self.config.learned is not None:
                 self.config.learned(view, language)
@@ -65,10 +70,11 @@ class Detector:
                 of_part += recogniser(view.text, language)
             found += (
                 [
-                    Identifier(start=one.start + start, end=one.end + start, kind=one.kind, layer=one.layer)
+                    Identifier(start=one.start + begin, end=one.end + begin, kind=one.kind, layer=one.layer)
                     for one in of_part
+                    if one.start + begin < end and one.end + begin > start
                 ]
-                if start
+                if len(parts) > 1
                 else of_part
             )
         return union(found)
@@ -86,6 +92,13 @@ def _parts(text: str) -> Iterator[tuple[int, int]]:
             end = line + 1 if line > 0 else sentences[-1] if sentences else space + 1 if space > 0 else end
         yield start, end
         start = end
+
+
+def _with_margin(text: str, start: int, end: int) -> tuple[int, int]:
+    """The bounds of a part and some more on both sides, to where a word begins or ends."""
+    begin = text.find(" ", max(0, start - _MARGIN), start) + 1 if start else 0
+    stop = text.rfind(" ", end, end + _MARGIN) if end < len(text) else len(text)
+    return begin or max(0, start - _MARGIN), stop if stop > 0 else min(len(text), end + _MARGIN)
 
 
 def union(found: Sequence[Identifier]) -> tuple[Identifier, ...]:

@@ -27,6 +27,7 @@ _HOUSE = re.compile(
     r" (?:(?:d[eu]|des|la|les?) |(?:de )?l['’])?(?P<name>[A-ZÀ-Ý][a-zà-ÿ]+"
     r"(?:[ \-](?:(?:d[eu]|des|la|les?) )?[A-ZÀ-Ý][\w'’]+){0,3})"
 )
+_TOWN_BEHIND = re.compile(r" ?\(([A-ZÀ-Ý][a-zà-ÿ]+(?:[ \-'’][\w]+){0,4})\)")
 _ALONE_BEFORE, _ALONE_AFTER = re.compile(r"(?:^|\n|, )$"), re.compile(r" ?(?:[\n,.;)]|$)")
 _SHORT_KINDS = ("hop", "clin", "hosp", "lab")
 _SPECIALITY = re.compile(r"(?:logie|logique|logy|trie|rurgie|aires?|iques?|ions?|cine|gie|thesie|scopie)$")
@@ -52,6 +53,10 @@ def find(view: View) -> None:
             if not view.flags[view.first_word_from(match.start("name"))] & Word.COMMON or " " in match["name"]:
                 view.claim(match.start(), match.end(), "hospital", "gazetteer")
     _known_hospitals(view)
+    for one in list(view.identifiers):
+        match = _TOWN_BEHIND.match(view.text, one.end) if one.kind == "hospital" else None
+        if match and not view.flags[view.first_word_from(match.start(1))] & Word.COMMON:
+            view.claim(match.start(1), match.end(1), "city", "gazetteer")
 
 
 def _known_after(view: View, index: int) -> tuple[int, int] | None:

@@ -18,6 +18,7 @@ _WORDS_MAX = 7  # a name of more words is a sentence in capitals
 _WORDS_BEFORE_MAX = 3  # words of a name before the one that showed it
 LEADING_PARTICLES = table("leading_particles")
 _SHORT_FIRST_NAMES = table("short_first_names")
+DEGREES = table("degrees")
 _APOSTROPHES = ("'", "’")
 _JOINTS = frozenset((" ", "-", "'", "’", "  ", " -", "- ", " - "))
 _JOINTS_BEHIND_INITIAL = frozenset((".", ". ", ".-", ".\n", "\n", ". - "))
@@ -89,9 +90,13 @@ def claim_around(view: View, index: int, told: set[str] | None) -> None:
 def _next_in_list(view: View, last: int) -> int | None:
     """First word of what a comma, a slash, "et" or "and" joins to the name that ends at `last`."""
     following = last + 1
+    while following < len(view.words) and view.words[following] in DEGREES and view.shapes[following] == UPPER:
+        if view.gap(following - 1) not in (" ", ", "):
+            break
+        following += 1
     if following >= len(view.words):
         return None
-    gap = view.gap(last)
+    gap = view.gap(following - 1)
     if view.words[following] in ("et", "and") and gap == " " and following + 1 < len(view.words):
         gap, following = ",", following + 1
     if not _LIST_JOINT.fullmatch(gap) or view.flags[following] & (Word.TITLE | Word.ROLE | Word.STOP):
@@ -199,11 +204,12 @@ class _Reading:
             return False
         if self.last is None and not self.sure and view.words[self.position] not in LEADING_PARTICLES:
             return False
+        if view.shapes[after] == LOWER and view.flags[after] & Word.PARTICLE and after + 1 < len(view.words):
+            after += 1
         if view.shapes[after] in (TITLE_CASE, UPPER):
             return True
-        if view.flags[after] & Word.PARTICLE and after + 1 < len(view.words):
-            return view.shapes[after + 1] in (TITLE_CASE, UPPER)
-        return self.lower and bool(view.flags[after] & NAME) and not view.flags[after] & Word.COMMON
+        named = self.sure or view.flags[after] & NAME
+        return self.lower and bool(named) and not view.flags[after] & (Word.COMMON | Word.STOP)
 
     def _is_small_initial(self) -> bool:
         """ "r. poumonet": a letter with a dot, before a word that is no common one."""

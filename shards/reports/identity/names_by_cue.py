@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from shards.reports.identity.gazetteers import SHORT_TITLES, Word, table
-from shards.reports.identity.names import LEADING_PARTICLES, NAME, TITLES_MAX, claim_around, claim_from
+from shards.reports.identity.names import DEGREES, LEADING_PARTICLES, NAME, TITLES_MAX, claim_around, claim_from
 from shards.reports.identity.view import LOWER, TITLE_CASE, UPPER, Kind, View
 
 _PATIENT_TITLES = table("patient_titles")
@@ -25,6 +25,8 @@ _PERSON_BEHIND = {
 _DOUBTFUL_CAPITALS = table("titles_doubtful_in_capitals")
 _DOUBTFUL_TITLES = table("doubtful_titles")
 _BETWEEN_TITLES = table("between_titles")  # "Monsieur l'interne", "Mr le Docteur"
+_WROTE = table("wrote")
+_MAY_SIGN = Word.FIRST | Word.LAST | Word.USUAL_FIRST | Word.CITY_START
 _CUES = Word.TITLE | Word.ROLE | Word.KIN | Word.CALL | Word.AUTHOR | Word.BORN | Word.CLOSING
 _TITLE_GAP = re.compile(r"\.? {0,3}(?:\n ?)?|\.?\s?:\s?|\.,? ?")
 _BETWEEN_TITLES_GAP = re.compile(r"\.? ?")
@@ -41,6 +43,7 @@ _FIELD_GAP = re.compile(
 _QUALIFIED_GAP = re.compile(r"(?: (?:de |d'|du )?[^\W\d_]{3,14}){1,2} {0,2}: {0,3}")
 _BORN_GAP = re.compile(r"(?:\(e\))?[. :]{1,3}")
 _CLOSING_GAP = re.compile(r"[ ,.!]{0,3}\n\s{0,8}")
+_LOGIN = re.compile(r"[a-z]{3,20}[._\-]?[a-z]{0,20}\d{1,4}(?!\w)")
 _SIGNED_MAX = 4  # words of a signature's line
 
 
@@ -67,7 +70,7 @@ def _behind_cue(view: View, index: int, told: set[str]) -> None:
     elif flag & Word.CLOSING:
         _behind_closing(view, index, told)
     elif flag & Word.AUTHOR and (name := _behind_preposition(view, index)) is not None:
-        claim_from(view, name, "person_name", told, sure=False)
+        _claim_author(view, name, told, wrote=view.words[index] in _WROTE)
     elif flag & (Word.ROLE | Word.KIN):
         _behind_role(view, index, told)
 
@@ -163,8 +166,27 @@ def _behind_closing(view: View, index: int, told: set[str]) -> None:
         claim_from(view, following, "person_name", told, sure=False)
 
 
+def _claim_author(view: View, index: int, told: set[str], *, wrote: bool) -> None:
+    """The name that begins at word `index`, or the login: "by J Smith", "by NP Smith", "par jsmith12".
+
+    `wrote`: it is said who wrote or signed, so that a word in small letters is one, too.
+    """
+    login = _LOGIN.match(view.plain, view.starts[index])
+    if login is not None:
+        if not view.flags[index] & (Word.COMMON | Word.FINDING):
+            view.claim(login.start(), login.end(), "id")
+        return
+    bare = index
+    while view.words[bare] in LEADING_PARTICLES and bare + 1 < len(view.words) and view.gap(bare) in (" ", "'", "’"):
+        bare += 1
+    first_name = view.flags[bare] & Word.FIRST and view.shapes[bare] == TITLE_CASE
+    small = wrote and view.shapes[bare] == LOWER and not view.flags[bare] & ~_MAY_SIGN and len(view.words[bare]) > 3
+    if first_name or small or _is_unknown_name(view, bare):
+        claim_from(view, index, "person_name", told, sure=small, listed=bool(small))
+
+
 def _behind_preposition(view: View, index: int) -> int | None:
-    """The name in "Validé par LESCOP", "Signed electronically by J Smith", "Vu avec Lescop"."""
+    """The first word of whom "Validé par ...", "Signed electronically by ...", "Vu avec ..." names."""
     preposition = index + 2 if view.words[index + 1].endswith(("ment", "ly")) else index + 1
     name = preposition + 1
     if name >= len(view.words):
@@ -174,11 +196,8 @@ def _behind_preposition(view: View, index: int) -> int | None:
         return None
     if view.gap(index) != " " or view.gap(preposition) not in (" ", " : ", ": "):
         return None
-    bare = name
-    while view.words[bare] in LEADING_PARTICLES and bare + 1 < len(view.words) and view.gap(bare) in (" ", "'", "’"):
-        bare += 1
-    first_name = view.flags[bare] & Word.FIRST and view.shapes[bare] == TITLE_CASE
-    return name if first_name or _is_unknown_name(view, bare) else None
+    degree = view.words[name] in DEGREES and view.shapes[name] == UPPER and view.gap(name) == " "
+    return name + 1 if degree and name + 1 < len(view.words) else name
 
 
 def _is_unknown_name(view: View, index: int, *, or_eponym: bool = False) -> bool:

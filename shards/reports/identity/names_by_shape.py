@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from shards.reports.identity.eponyms import eponym
-from shards.reports.identity.gazetteers import Word, table
+from shards.reports.identity.gazetteers import Word, gazetteer, plain, table
 from shards.reports.identity.mentions import PERSON_VERBS
 from shards.reports.identity.names import NAME, TITLES_MAX, claim, claim_around, claim_list, joined_next, name_end
 from shards.reports.identity.view import INITIAL, LOWER, TITLE_CASE, UPPER, View
@@ -24,6 +24,8 @@ _LINE_CLOSES = re.compile(r"\s*(?:\n|$|[,(|]|\0)")
 _TABLE_CELL = re.compile(r"^[¦|]|[¦|] $")
 _CREDENTIALS = re.compile(r",? ?(?:M\.?D\.?|Ph\.? ?D\.?|R\.?N\.?|D\.?O\.?|FRCR|FACR|MBBS|MBChB|FRCPC)(?!\w)")
 _INITIAL_CLOSES = re.compile(r"\.?(?:[,;)/\n]|\Z)")
+_CAPITALS, _TITLE = r"([^\W\d_a-zß-ÿ]{3,})", r"([^\W\d_a-zß-ÿ][a-zß-ÿ]{2,})"
+_GLUED = re.compile(f"{_CAPITALS}{_TITLE}|{_TITLE}{_CAPITALS}")
 _NO_INITIAL = frozenset(("a", "i", "o", "y"))  # words of their own
 
 
@@ -50,6 +52,9 @@ def _by_shape(view: View, index: int, told: set[str]) -> None:
         if not eponym(view, index):
             _by_initial(view, index, told)
         return
+    if not flag and _is_glued(view, index):
+        claim(view, index, index, "person_name", told)
+        return
     if flag & Word.COMMON and not flag & Word.FIRST and not _unknown_follows(view, index):
         return
     if flag & Word.STOP or eponym(view, index) or _may_be_acronym(view, index):
@@ -68,6 +73,16 @@ def _by_shape(view: View, index: int, told: set[str]) -> None:
             claim_around(view, index, None)
         else:
             _surname_and_initial(view, index)
+
+
+def _is_glued(view: View, index: int) -> bool:
+    """ "DUPONTJean", "JeanDUPONT": a first name and a surname, told apart by their capitals."""
+    start, end = view.starts[index], view.ends[index]
+    match = None if view.text[start + 1 : end].islower() else _GLUED.fullmatch(view.text[start:end])
+    if match is None:
+        return False
+    parts = [gazetteer().flags.get(plain(part), 0) for part in match.groups() if part]
+    return any(flag & Word.FIRST for flag in parts) and not any(flag & Word.COMMON for flag in parts)
 
 
 def _unknown_follows(view: View, index: int) -> bool:
@@ -121,6 +136,8 @@ def _first_name(view: View, index: int) -> bool:
     flag = view.flags[index]
     if flag & (Word.FIRST | Word.COMMON) != Word.FIRST:
         return False
+    if index and view.gap(index - 1) == "-" and view.flags[index - 1] & (Word.EPONYM | Word.FIRST) == Word.EPONYM:
+        return False  # "Salter-Harris"
     beside = _named_next(view, index) or _next_has(view, index, Word.LAST) or _behind_surname(view, index)
     if flag & Word.EPONYM and not beside:
         return False

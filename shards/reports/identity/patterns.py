@@ -17,6 +17,8 @@ _MAIL = re.compile(
     r"(?<![\w.])(?:[\w+'\-]{1,30}[.\-_] )?[\w.+'&\-]{1,64}\s?(?:@|\[at\]|\(at\)|\[@\])\s?[\w\-]+(?:\.[\w\-]+)*"
     r"(?: ?[.,]? ?(?:fr|com|org|net|be|ch|ca|de|uk|eu|lu|edu|gov|info)(?![\w@]))?"
 )
+_LOGIN_WORDS = ("login", "user", "utilisateur", "connexion")
+_LOGIN = re.compile(r"(?<!\w)(?:login|user(?: ?name| ?id)?|utilisateur|connexion) ?[:=] ?(?P<id>[\w.\-]{2,39}\w)")
 _URL = re.compile(r"(?:https?://|ftp://|www\.)[^\s<>\"')\]\0]+")
 
 # Digits with single separators between them, on one line: a phone number, an id, a social-security number.
@@ -97,7 +99,8 @@ _DIGIT_ROW = re.compile(r"(?<![\w.,])\d(?: \d){6,}(?![\w]|[.,]\d| \d)|(?<![\w.,]
 
 _AGE = re.compile(  # a digit first: the engine then skips to one
     r"((?:9(?<![\d.,/]9)\d|1(?<![\d.,/]1)[0-2]\d))"
-    r"(?= ?[\- ]?(?:ans\b|an\b|annees\b|years?\b|yrs?\b|y/?o\b|yo\b|y\.o|j?aehrig))"
+    r"(?= ?[\- ]?(?:ans\b|an\b|annees\b|years?\b|yrs?\b|y/?o\b|yo\b|y\.o|j?aehrig"
+    r"|[mf] (?:with|w/|s/p|p/w|who|present|here|c/o)))(?<!tc[ \-]99)(?<!ium[ \-]99)"  # "91F with cough", no "Tc 99m"
 )
 _AGED = re.compile(
     r"(?:\bagee?d?(?: de)?|\bage ?[:=]|\baged) ?(9\d|1[0-2]\d)(?!\d| ?(?:mois|months|jours|days|semaines|weeks))"
@@ -105,10 +108,13 @@ _AGED = re.compile(
 
 
 def find_addresses_of_mail(view: View) -> None:
-    """Claim mail and web addresses: whatever else they hold is part of them."""
+    """Claim mail and web addresses and logins: whatever else they hold is part of them."""
     text = view.plain
     if "@" in text or "(at)" in text or "[at]" in text:
         _claim_all(view, _MAIL, "mail")
+    if any(word in text for word in _LOGIN_WORDS):
+        for match in _LOGIN.finditer(view.masked):
+            view.claim(match.start("id"), match.end("id"), "id")
     if "http" in text or "www." in text or "ftp:" in text:
         for match in _URL.finditer(view.masked):
             view.claim(match.start(), match.start() + len(match.group().rstrip(".,;:")), "url")

@@ -175,6 +175,8 @@ def _raised_letter(text: str, end: int, flags_behind: int) -> int:
 
 def _raised_shape(index: int, first: int, stop: int, flags: list[int], shapes: list[int]) -> int:
     """Shape of an uncommon word of a line in small letters, the words [first, stop)."""
+    if flags[index] & Word.PARTICLE:
+        return LOWER
     beside = [flags[other] for other in (index - 1, index + 1) if first <= other < stop]
     cued = any(one & _NAME_LEADS or (one & _ANY_NAME and not one & Word.COMMON) for one in beside)
     behind_initial = index > first and shapes[index - 1] == INITIAL
