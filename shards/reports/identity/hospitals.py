@@ -54,9 +54,9 @@ def find(view: View) -> None:
                 view.claim(match.start(), match.end(), "hospital", "gazetteer")
     _known_hospitals(view)
     for one in list(view.identifiers):
-        match = _TOWN_BEHIND.match(view.text, one.end) if one.kind == "hospital" else None
-        if match and not view.flags[view.first_word_from(match.start(1))] & Word.COMMON:
-            view.claim(match.start(1), match.end(1), "city", "gazetteer")
+        town = _TOWN_BEHIND.match(view.text, one.end) if one.kind == "hospital" else None
+        if town and not view.flags[view.first_word_from(town.start(1))] & Word.COMMON:
+            view.claim(town.start(1), town.end(1), "city", "gazetteer")
 
 
 def _known_after(view: View, index: int) -> tuple[int, int] | None:
