@@ -42,7 +42,7 @@ def deidentify(
     where the hospital has them, are looked for in the text. Without a patient every document is its own.
     """
     found = detector.find(document, language, patient)
-    key = patient.key if patient is not None else f"of document {_digest(document)}"  # enters a keyed hash, nothing else
+    key = patient.key if patient is not None else f"of document {_digest(document)}"
     text, spans = surrogates.replace(document, found, patient=key, language=language)
     return Deidentified(
         text=text, spans=spans, counts=Counter(one.kind for one in found), layers=Counter(one.layer for one in found)
@@ -50,5 +50,5 @@ def deidentify(
 
 
 def _digest(document: str) -> str:
-    """Stands for the document in the keys of its surrogates, each of which would hash the whole text otherwise."""
+    """Stands for the document in the keyed hash of each surrogate, which would read the whole text otherwise."""
     return hashlib.sha256(document.encode("utf-8", "surrogatepass")).hexdigest()
