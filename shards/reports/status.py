@@ -13,6 +13,12 @@ from shards.reports.lexicon.terms import HARD, Match, Tokens
 
 Status = Literal["present", "absent", "possible"]
 _CLAUSE_MARKS = HARD | {","}
+# Articles that begin what is said anew; "de" goes on with a French denial.
+_ARTICLES: Mapping[str, frozenset[str]] = {
+    article: kind
+    for kind in (frozenset(("a", "an", "un", "une")), frozenset(("the", "le", "la", "les", "l'")))
+    for article in kind
+}
 
 
 class Clause(NamedTuple):
@@ -42,6 +48,7 @@ class Marks(NamedTuple):
     joins: Mapping[int, int]  # first token of a joining word -> the token after it
     alternatives: tuple[int, ...]  # of these the ones of an open choice, "or"
     partings: tuple[int, ...]
+    articles: Mapping[int, frozenset[str]]  # comma, or "and" -> articles of the kind that follows it
     affirmed: frozenset[int]
     behind: frozenset[int]
     cuts: Mapping[int, int]  # token a clause ends at -> token the next one begins at
@@ -53,11 +60,14 @@ def marks(tokens: Tokens, matches: Sequence[Match]) -> Marks:
     verbs: list[int] = []
     commas: list[int] = []
     joins: dict[int, int] = {}
-    places: dict[str, list[int]] = {"alternative": [], "parting": [], "affirmed": [], "behind": [], "starts": []}
+    articles: dict[int, frozenset[str]] = {}
+    kinds = ("alternative", "parting", "affirmed", "behind", "starts")
+    places: dict[str, list[int]] = {kind: [] for kind in kinds}
     cuts: dict[int, int] = {}
     for i, word in [(i, word) for i, word in enumerate(tokens.stems) if word in _CLAUSE_MARKS]:
         if word == ",":
             commas.append(i)
+            _note_article(tokens, i, i, articles)
         else:
             cuts[i] = i + 1
     for first, last, term in matches:
@@ -68,12 +78,22 @@ def marks(tokens: Tokens, matches: Sequence[Match]) -> Marks:
                 joins[first] = last + 1
             elif mark == "boundary":
                 cuts[first] = last + 1
+            elif mark == "adding":
+                _note_article(tokens, first, last, articles)
             elif mark in places:
                 places[mark].append(first)
     return Marks(
-        frozenset(verbs), tuple(commas), joins, tuple(places["alternative"]), tuple(places["parting"]),
+        frozenset(verbs), tuple(commas), joins, tuple(places["alternative"]), tuple(places["parting"]), articles,
         frozenset(places["affirmed"]), frozenset(places["behind"]), cuts, frozenset(places["starts"]),
     )  # fmt: skip
+
+
+def _note_article(tokens: Tokens, first: int, last: int, articles: dict[int, frozenset[str]]) -> None:
+    """Notes the article that follows tokens [first, last]."""
+    if last + 1 < len(tokens.stems):
+        kind = _ARTICLES.get(tokens.between(last, last + 1).strip())
+        if kind is not None:
+            articles[first] = kind
 
 
 def clauses(tokens: Tokens, known: Marks) -> list[Clause]:
@@ -124,6 +144,18 @@ def _behind(first: int, clause: Clause, known: Marks, commas_end: bool) -> int:
     return clause.end
 
 
+def _before_article(tokens: Tokens, first: int, mentions: Sequence[int], end: int, known: Marks) -> int:
+    """Where the reach [first, end) of a cue ends when it has named a finding and the next one has an article that the
+    first had not ("no opacity, and a small effusion"; not "no sign of a tear and a fracture"). `mentions`: tokens in
+    the reach where findings begin."""
+    for place, kind in sorted(known.articles.items()):
+        if mentions[0] < place < min(end, mentions[-1]) and not _open_list(place, end, known):
+            gaps = (tokens.between(i - 1, i).strip() for i in range(max(first, 1), place))
+            if kind.isdisjoint(gaps):
+                return place
+    return end
+
+
 def _open_list(first: int, end: int, known: Marks) -> bool:
     """An "or" follows: the comma at `first` stands inside of a list."""
     return any(first < place < end for place in known.alternatives)
@@ -140,9 +172,11 @@ def reaches(
             if entry.kind == "before":
                 absent = entry.name == "absent"
                 end = _behind(cue_end, clause, known, commas_end=not absent)
-                if absent:
-                    partings = (i for i in known.partings if any(cue_end <= mention < i for mention in mentions))
-                    end = min(end, next(partings, end))
+                inside = [mention for mention in mentions if cue_end <= mention < end]
+                if absent and inside:
+                    end = min(end, next((i for i in known.partings if inside[0] < i), end))
+                if known.articles and len(inside) > 1:
+                    end = _before_article(tokens, cue_end, inside, end, known)
                 if end > cue_end and any(word.isalnum() for word in tokens.stems[cue_end:end]):
                     name = entry.name if entry.name != "attributed" else _attributed(clause, cue, found, known)
                     found.append(Reach(name, True, cue, cue_end, cue_end, end))  # type: ignore[arg-type]

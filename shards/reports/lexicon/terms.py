@@ -86,6 +86,11 @@ class Tokens(NamedTuple):
     stems: list[str]
     starts: list[int]
     ends: list[int]
+    text: str
+
+    def between(self, first: int, last: int) -> str:
+        """What stands between two tokens, articles and blanks among it."""
+        return self.text[self.ends[first] : self.starts[last]]
 
 
 class _Stems(dict[str, str]):
@@ -118,7 +123,8 @@ def tokenise(lowered: str, language: Language) -> Tokens:
     pieces = _TOKEN.split(lowered)  # what lies between tokens, and tokens, in turn
     bounds = list(accumulate(map(len, pieces)))
     stems = list(map(_STEMS[language].__getitem__, pieces[1::2]))
-    return Tokens(list(filter(None, stems)), list(compress(bounds[:-1:2], stems)), list(compress(bounds[1::2], stems)))
+    starts, ends = compress(bounds[:-1:2], stems), compress(bounds[1::2], stems)
+    return Tokens(list(filter(None, stems)), list(starts), list(ends), lowered)
 
 
 def lower(document: str) -> str:

@@ -42,6 +42,10 @@ SENTENCES: dict[str, list[tuple[str | None, ...]]] = {
         ("pneumonia", ABSENT),
         ("mass", ABSENT),
     ],
+    "Pas de fracture, et un petit épanchement articulaire.": [("fracture", ABSENT), ("joint_effusion", PRESENT)],
+    "Pas de fracture et d'épanchement articulaire.": [("fracture", ABSENT), ("joint_effusion", ABSENT)],
+    "Fracture à confirmer.": [("fracture", POSSIBLE)],
+    "Pas d'anomalie à l'exception d'une fracture.": [("abnormality", ABSENT), ("fracture", PRESENT)],
     "Absence de lésion évocatrice de métastase et de fracture.": [
         ("abnormality", ABSENT),
         ("metastasis", ABSENT),
