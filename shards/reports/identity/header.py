@@ -26,8 +26,8 @@ OLDEST_AGE_YEARS = 90.0  # higher ages point at persons
 _AGE_UNITS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 
 Passage = Literal["closed list", "number", "keyed hash", "picture", "check"]
-# Attribute -> how it passes. "picture": needed to decode or turn pixels, not kept as text. "check": read only to refuse
-# a file. Private elements, dates, comments, names, institutions and devices have no entry.
+# Attribute -> how it passes. "picture": needed to decode, order or turn pixels, not kept as text. "check": read only to
+# refuse a file, or to find what belongs to it. Private elements, dates, comments, names, institutions and devices have no entry.
 PASSES: dict[str, Passage] = {
     **dict.fromkeys(("PatientSex", "BodyPartExamined", "ImageLaterality", "Laterality", "ViewPosition"), "closed list"),
     **dict.fromkeys(("Modality", "LossyImageCompression"), "closed list"),
@@ -37,6 +37,8 @@ PASSES: dict[str, Passage] = {
     **dict.fromkeys(
         (
             "LUTData",
+            "ImageOrientationPatient",
+            "ImagePositionPatient",
             "LUTDescriptor",
             "ModalityLUTSequence",
             "PatientOrientation",
@@ -54,12 +56,15 @@ PASSES: dict[str, Passage] = {
     **dict.fromkeys(
         (
             "BurnedInAnnotation",
+            "ImageType",
             "InstanceNumber",
             "MediaStorageSOPClassUID",
             "NumberOfFrames",
             "PhotometricInterpretation",
             "PresentationIntentType",
+            "RescaleType",
             "SOPClassUID",
+            "SeriesInstanceUID",
             "SeriesNumber",
             "TransferSyntaxUID",
         ),

@@ -10,7 +10,7 @@ import pytest
 from shards.reports.identity.header import OLDEST_AGE_YEARS, PASSES, age_years_of, sex_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-READERS = {"_text", "_element", "_number", "_numbers"}
+READERS = {"text_of", "element_of", "number_of", "numbers_of"}
 
 
 def attributes(path: Path) -> set[str]:
@@ -31,7 +31,9 @@ def attributes(path: Path) -> set[str]:
 def test_only_named_attributes_are_read() -> None:
     asked = attributes(REPOSITORY / "shards/ingest/dicom.py")
     assert {"PatientID", "PatientAge", "Modality"} <= asked
-    assert asked <= set(PASSES)
+    of_series = attributes(REPOSITORY / "shards/ingest/dicom_ct.py")
+    assert {"ImagePositionPatient", "RescaleSlope"} <= of_series
+    assert asked | of_series <= set(PASSES)
 
 
 def test_names_dates_and_institutions_have_no_entry() -> None:
