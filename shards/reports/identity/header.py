@@ -27,7 +27,8 @@ _AGE_UNITS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 
 Passage = Literal["closed list", "number", "keyed hash", "picture", "check"]
 # Attribute -> how it passes. "picture": needed to decode, order or turn pixels, not kept as text. "check": read only to
-# refuse a file, or to find what belongs to it. Private elements, dates, comments, names, institutions and devices have no entry.
+# refuse a file, or to find what belongs to it. Private elements, dates, comments, names, institutions
+# and devices have no entry.
 PASSES: dict[str, Passage] = {
     **dict.fromkeys(("PatientSex", "BodyPartExamined", "ImageLaterality", "Laterality", "ViewPosition"), "closed list"),
     **dict.fromkeys(("Modality", "LossyImageCompression"), "closed list"),
