@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
 
     extraction = result.add_argument_group("extraction")
     extraction.add_argument(
-        "--labels", default="chexpert14", metavar="SET", help="chexpert14 or ct_rate18 (%(default)s)"
+        "--labels", default="chexpert14", metavar="SET", help="chexpert14, nih14 or ct_rate18 (%(default)s)"
     )
     extraction.add_argument("--llm", metavar="URL", help="API in the OpenAI protocol, e.g. http://127.0.0.1:8000/v1")
     extraction.add_argument("--model", default="", metavar="NAME", help="as the server calls it")
