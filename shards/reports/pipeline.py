@@ -29,8 +29,8 @@ from shards.reports.sections import SECTION_NAMES, sections
 from shards.reports.sentences import sentences
 from shards.reports.text import clean
 
-VERSION = 2
-RULES = f"rules {extract.SCHEMA_VERSION}"
+VERSION = 3  # raised with every change that gives other reports: parts of an older run are made anew
+RULES = f"rules {VERSION}"
 WHOLE = "report"  # name of a text that holds all sections, with or without headings
 
 Cell = str | bytes
