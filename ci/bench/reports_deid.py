@@ -228,10 +228,11 @@ def templates(*, odd: bool) -> list[Document]:
     """Blocks between blank lines, the odd or the even ones, with their tags."""
     text = (folder("fr_deid_templates") / "templates.txt").read_text("utf-8")
     chosen = [block for index, block in enumerate(text.split("\n\n")) if index % 2 == odd and block.strip()]
-    return [_tagged(block) for block in chosen]
+    return [tagged(block) for block in chosen]
 
 
-def _tagged(block: str) -> Document:
+def tagged(block: str) -> Document:
+    """The text and the tags of a block in which tags are written `[text](LABEL)`."""
     pieces: list[str] = []
     tags = []
     length = position = 0

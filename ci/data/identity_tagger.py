@@ -2,7 +2,8 @@
 
 `python -m ci.data.identity_tagger` writes tagger.npz, the same bytes from the same command on the same machine. It
 reads ../shared/data: the even blocks of fr_deid_templates and the layer 3 texts of E3C. Blocks are left out in folds;
-a part of the other half of the E3C texts tells what is found in prose. Needs torch.
+a part of the other half of the E3C texts, and the letters of identity_apart.txt, tell what is found in text that no
+weight was fitted on. Needs torch.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ from ci.bench.reports_deid import (
     with_noise,
     with_other_names,
 )  # fmt: skip
-from ci.data.identity_corpus import UNKNOWN, Pieces, document_of, made_up, pieces_of, pieces_of_prose, prose
+from ci.data.identity_corpus import (
+    UNKNOWN,
+    Pieces,
+    apart_letters,
+    document_of,
+    made_up,
+    pieces_of,
+    pieces_of_prose,
+    prose,
+)
 from shards.reports.identity.detector import Detector
 from shards.reports.identity.gazetteers import Word, gazetteer, plain
 from shards.reports.identity.tagger import (
@@ -54,9 +64,10 @@ LEFT_OUT = 0.15  # share of the features that one step does not see
 IGNORED = -100
 STEPS = 70  # of the integer weights in one logit
 # Margins in logits. FOUND is chosen from what main prints: as low as the wrong spans beside blocks and prose allow.
-FOUND = 1.5
-JOINED = -0.5
+FOUND = 2.0
+JOINED = -1.0
 DIGITS = 2.5
+COMMON = 3.0
 ORDINARY = -4.0
 TRIED = (0.5, 1.0, 1.5, 2.0, 3.0)
 _LABEL_OF = {
@@ -78,11 +89,15 @@ def main() -> int:
     save(WEIGHTS, made)
     used = int((made.weights != 0).sum())
     print(f"{WEIGHTS.name}: {WEIGHTS.stat().st_size} bytes, {len(words)} words, {used} weights", flush=True)
+    letters = apart_letters()
+    for found in TRIED:
+        beside = Detector(config=Detector.Config(learned=with_thresholds(made, found).find))
+        _print(f"letters apart, margin {found}", [count(one, beside.find(one.text, "fr")) for one in letters])
     folds = []
     for fold in range(FOLDS):
         inside = [one for index, one in enumerate(pieces) if index % FOLDS != fold]
         folds.append(train(joined_rows(common, _of_blocks(inside, fold, words)), words))
-    rules = Detector(config=Detector.Config())
+    rules = Detector(config=Detector.Config(learned=None))
     apart = [(text, len(rules.find(text, "fr"))) for text in prose(False)[::4]]
     for found in TRIED:
         _report(found, blocks, [with_thresholds(one, found) for one in folds], apart)
@@ -165,8 +180,8 @@ def train(rows: Rows, words: dict[str, int]) -> Tagger:
             loss.backward()
             optimiser.step()
     made = weights.weight.detach().numpy()[:left_out]
-    rounded = np.clip(np.round(made * STEPS), -127, 127).astype(np.int8)
-    return Tagger(weights=rounded, vocabulary=words, found=0, joined=0, digits=0, ordinary=0)
+    rounded = np.clip(np.round(made * STEPS), -127, 127).astype(np.int16)
+    return Tagger(weights=rounded, vocabulary=words, found=0, joined=0, digits=0, common=0, ordinary=0)
 
 
 def with_thresholds(made: Tagger, found: float) -> Tagger:
@@ -176,6 +191,7 @@ def with_thresholds(made: Tagger, found: float) -> Tagger:
         found=round(found * STEPS),
         joined=round((found - FOUND + JOINED) * STEPS),
         digits=round(DIGITS * STEPS),
+        common=round(COMMON * STEPS),
         ordinary=round(ORDINARY * STEPS),
     )
 
@@ -201,7 +217,7 @@ def _report(found: float, blocks: Sequence[Document], folds: Sequence[Tagger], a
             alone.append(count(document, view.identifiers))
         _print(f"alone, {name}", alone)
     both = [Detector(config=Detector.Config(learned=one.find)) for one in folds]
-    rules = Detector(config=Detector.Config())
+    rules = Detector(config=Detector.Config(learned=None))
     _print("rules", [count(one, rules.find(one.text, "fr")) for one in blocks])
     _print("both", [count(one, both[index % FOLDS].find(one.text, "fr")) for index, one in enumerate(blocks)])
     words = sum(len(text.split()) for text, _ in apart) / 1000

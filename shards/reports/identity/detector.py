@@ -12,6 +12,7 @@ import shards.reports.identity.names_by_cue as names_by_cue
 import shards.reports.identity.names_by_shape as names_by_shape
 import shards.reports.identity.patterns as patterns
 import shards.reports.identity.places as places
+import shards.reports.identity.tagger as tagger
 from shards.reports.identity.known_patient import KnownPatient
 from shards.reports.identity.plugin import Recogniser
 from shards.reports.identity.view import Identifier, View, view_of
@@ -30,9 +31,9 @@ class Detector:
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`learned` (`tagger.find`) may add to what rules found, and take from it; `recognisers` run last, in order."""
+        """`learned` may add to what rules found, and take from it; None is rules alone. `recognisers` run last."""
 
-        learned: Callable[[View, str], None] | None = field(default=None, compare=False)
+        learned: Callable[[View, str], None] | None = field(default=tagger.find, compare=False)
         recognisers: tuple[Recogniser, ...] = field(default=(), compare=False)
 
     config: Config = field(default_factory=Config)

@@ -3,17 +3,18 @@
 For every token t (a run of letters and digits) and label y the score is s[t, y] = sum over features f of
 w[h(f, t), y]: f joins up to three attributes of t and its neighbours (shape, flags of the word lists, what stands
 between, endings, common context words, place in the line), h hashes their values into the rows of w. Weights are
-int8 and sums int32, so every machine decides alike. Words that the lists know only as names are never attributes
+int8 and sums int16, so every machine decides alike. Words that the lists know only as names are never attributes
 themselves. The weights are made by `python -m ci.data.identity_tagger`; their sources stand in lists/SOURCE.txt.
 
 With m[t] = max over y != "" of s[t, y] - s[t, ""]: a token is found where m reaches `found`, and where it reaches
 `joined` beside a token that is found, by this layer or by a rule. Of a number m is taken `digits` lower, since the
-rules read numbers well and tables are full of them. A lone word that a rule took for a name is let go where m is below
-`ordinary`: prose beyond doubt.
+rules read numbers well and tables are full of them, of a common word or a single letter `common` lower. Up to three
+words that a rule took for a name are let go where m of all is below `ordinary`: prose beyond doubt.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zipfile
 import zlib
@@ -45,13 +46,19 @@ _FRENCH = frozenset(
     )
 )  # fmt: skip
 _FRENCH_WORDS_MIN = 2
-_SAME_NAME = re.compile(r"[^\w\n,;:|()]{0,3}")
-_DOUBTFUL_KINDS = frozenset(("person_name",))
-_THRESHOLDS = ("found", "joined", "digits", "ordinary")
+_SAME = re.compile(r"[^\w\n,;:|()]{0,3}")
+_SAME_NAME = re.compile(r"[ .'’\-]{0,2}")  # "A / B" are two persons
+_NARROW: dict[Kind, Kind] = {"patient_name": "person_name", "birth_date": "date", "social_security": "id"}
+_DOUBTFUL_TOKENS = 3
+_WORDY_KINDS = frozenset(("person_name", "city", "hospital", "address"))
+_DOSE = re.compile(r" {1,2}\d+(?:[.,]\d+)? ?(?:mg|g|[uµ]g|mcg|ml|m?ui)\b")
+_CITATION = re.compile(r"(?:[^\W\d_][\w'’\-]+\s[A-Z]{1,2}\.?,\s)+[^\n:;]{0,60}?\bet al\b")  # "Roy A, Lam B. et al."
+THRESHOLDS = ("found", "joined", "digits", "common", "ordinary")
 _MAKE = "make them with `python -m ci.data.identity_tagger`"
-_NUMBER_SHAPES = 32
+_NUMBER_SHAPES, _MIXED_SHAPES = 32, 64
 _REACH = 5  # tokens on both sides that a feature may look at
 NAMES_ONLY = Word.FIRST | Word.LAST | Word.CITY_START
+_COMMON = Word.COMMON | Word.FINDING | Word.EPONYM
 _CUES = Word.TITLE | Word.ROLE | Word.KIN | Word.STREET | Word.HOSPITAL
 
 # Attributes of a token, rows of the matrix that `attributes` makes.
@@ -96,12 +103,13 @@ def _features() -> list[tuple[tuple[int, int], ...]]:
 
 _FEATURES = _features()
 FORM = zlib.crc32(repr(_FEATURES).encode())  # weights made for other features are refused
-# For each part of a feature: which features have it, its attributes and its offsets.
+_ORDER = sorted(range(len(_FEATURES)), key=lambda one: -len(_FEATURES[one]))  # those of more parts first
+# For each part of a feature: attributes and offsets, [k, 2], of the k features that have it.
 _PARTS = [
-    (has, np.array([_FEATURES[one][part] for one in has], dtype=np.int64))
-    for part, has in ((part, [i for i, one in enumerate(_FEATURES) if len(one) > part]) for part in range(3))
+    np.array([_FEATURES[one][part] for one in _ORDER if len(_FEATURES[one]) > part], dtype=np.int64)
+    for part in range(3)
 ]
-_SALT = np.arange(1, len(_FEATURES) + 1, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+_SALT = (np.array(_ORDER, dtype=np.uint64)[:, None] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xFF51AFD7ED558CCD)
 
 
@@ -133,8 +141,8 @@ def hashed(found: np.ndarray) -> np.ndarray:
     padded = np.pad(found, ((0, 0), (_REACH, _REACH)), constant_values=-1).astype(np.uint64)
     at = np.arange(found.shape[1]) + _REACH
     mixed = np.repeat(_SALT, found.shape[1], axis=1)
-    for has, parts in _PARTS:
-        mixed[has] ^= padded.take(parts[:, :1] * padded.shape[1] + parts[:, 1:] + at)
+    for parts in _PARTS:
+        mixed[: len(parts)] ^= padded.take(parts[:, :1] * padded.shape[1] + parts[:, 1:] + at)
         mixed *= _MIX
         mixed ^= mixed >> np.uint64(31)
     return (mixed >> np.uint64(64 - ROWS_LOG2)).astype(np.int64)
@@ -181,15 +189,15 @@ def _gap(gap: str) -> int:
 
 def _places(gaps: Sequence[str]) -> list[int]:
     """Where in its line each token stands: tokens before it up to 3, tokens after it up to 3."""
-    lines = [0]
-    for gap in gaps[1:]:
-        lines.append(lines[-1] + ("\n" in gap))
-    size: dict[int, int] = {}
-    before = []
-    for line in lines:
-        before.append(size.get(line, 0))
-        size[line] = before[-1] + 1
-    return [4 * min(3, at) + min(3, size[line] - 1 - at) for at, line in zip(before, lines, strict=True)]
+    found: list[int] = []
+    for stop in (*(index for index, gap in enumerate(gaps) if index and "\n" in gap), len(gaps)):
+        found += _line(stop - len(found))
+    return found
+
+
+@lru_cache(maxsize=256)
+def _line(size: int) -> tuple[int, ...]:
+    return tuple(4 * min(3, at) + min(3, size - 1 - at) for at in range(size))
 
 
 def _fields(gaps: Sequence[str], numbers: Sequence[int]) -> list[int]:
@@ -240,13 +248,14 @@ def _cues(gaps: Sequence[str], flags: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tagger:
-    """`weights` [2**16, 10] int8; `vocabulary` the context words; thresholds in units of the weights."""
+    """`weights` [2**16, 10] int16 of what int8 holds; `vocabulary` the context words; thresholds in their units."""
 
     weights: np.ndarray
     vocabulary: dict[str, int]
     found: int
     joined: int
     digits: int
+    common: int
     ordinary: int
 
     def find(self, view: View, language: str) -> None:
@@ -254,30 +263,33 @@ class Tagger:
         if not in_french(view, language):
             return
         spans = spans_of(view.text)
-        if not spans:
-            return
-        scores = self.scores(view.text, view.plain, spans)
-        margin = scores[:, 1:].max(axis=1) - scores[:, 0]
-        margin -= self.digits * np.array([text.isdigit() for text in (view.text[a:b] for a, b in spans)])
-        kinds = [KINDS[label] for label in scores[:, 1:].argmax(axis=1).tolist()]
-        self._let_go(view, spans, margin)
-        found = self._found(view, spans, margin, kinds)
-        index = 0
-        while index < len(found):
-            last = index
-            while last + 1 < len(found) and found[last + 1] == found[last] + 1 and (
-                kinds[found[last + 1]] == kinds[found[index]]
-                and _SAME_NAME.fullmatch(view.text, spans[found[last]][1], spans[found[last + 1]][0])
-            ):  # fmt: skip
-                last += 1
-            view.note(spans[found[index]][0], spans[found[last]][1], kinds[found[index]], "tagger")
-            index = last + 1
+        if spans:
+            found = attributes(view.text, view.plain, spans, self.vocabulary)
+            self.decide(view, spans, self.scores(found), self._doubts(found))
 
-    def scores(self, text: str, plain: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-        """[tokens, 10] int32."""
-        rows = hashed(attributes(text, plain, spans, self.vocabulary))
-        total: np.ndarray = self.weights.take(rows, axis=0).sum(axis=0, dtype=np.int32)
-        return total
+    def decide(self, view: View, spans: Sequence[tuple[int, int]], scores: np.ndarray, doubts: np.ndarray) -> None:
+        """Let go and add by [tokens, 10] scores and [tokens] doubts; a find takes in a rule's of its kind beside it."""
+        margin = scores[:, 1:].max(axis=1) - scores[:, 0]
+        self._let_go(view, spans, margin)
+        kinds = [KINDS[label] for label in scores[:, 1:].argmax(axis=1).tolist()]
+        margin = margin - doubts
+        by_rules = tuple(view.identifiers)
+        for first, last in _runs_of_one_kind(view.text, spans, self._found(view, spans, margin, kinds), kinds):
+            kind = kinds[first]
+            start, end = _with_neighbours(view.text, spans[first][0], spans[last][1], kind, by_rules)
+            view.note(start, end, kind, "tagger")
+
+    def scores(self, found: np.ndarray) -> np.ndarray:
+        """[tokens, 10] int32 from [11, tokens] attributes."""
+        total: np.ndarray = self.weights.take(hashed(found), axis=0).sum(axis=0, dtype=np.int16)  # 100 times 127 fits
+        return total.astype(np.int32)
+
+    def _doubts(self, found: np.ndarray) -> np.ndarray:
+        """[tokens] how much lower each margin is taken, from [11, tokens] attributes."""
+        shapes, flags = found[SHAPE], found[FLAGS]
+        numbers = (shapes >= _NUMBER_SHAPES) & (shapes < _MIXED_SHAPES)
+        plain_words = (flags & _COMMON != 0) | ((shapes < _NUMBER_SHAPES) & (shapes % 6 == 1))  # 1: a single letter
+        return np.where(numbers, self.digits, np.where(plain_words, self.common, 0))
 
     def _found(
         self, view: View, spans: Sequence[tuple[int, int]], margin: np.ndarray, kinds: Sequence[Kind]
@@ -297,24 +309,67 @@ class Tagger:
                 if "\n" not in view.text[spans[first][1] : spans[first + 1][0]]:
                     known.add(index)
                     found.add(index)
+        cited = _cited(view.text)
         return sorted(
-            index for index in found - covered if kinds[index] != "person_name" or not _in_eponym(view, spans[index])
+            index
+            for index in found - covered
+            if kinds[index] not in _WORDY_KINDS or not _is_of_medicine(view, spans[index], cited)
         )
 
     def _let_go(self, view: View, spans: Sequence[tuple[int, int]], margin: np.ndarray) -> None:
-        """Forget the rules' lone names that stand in ordinary prose."""
+        """Forget the rules' short names all of whose words stand in ordinary prose."""
         view.identifiers[:] = [
             one
             for one in view.identifiers
-            if one.kind not in _DOUBTFUL_KINDS
+            if one.kind != "person_name"
             or one.layer != "gazetteer"
-            or len(tokens := _tokens_of(one, spans)) != 1
-            or margin[tokens[0]] >= self.ordinary
+            or not 0 < len(tokens := _tokens_of(one, spans)) <= _DOUBTFUL_TOKENS
+            or margin[tokens.start : tokens.stop].max() >= self.ordinary
         ]
 
 
-def _in_eponym(view: View, span: tuple[int, int]) -> bool:
-    """Whether the token's first word stands for a disease or a device."""
+def _runs_of_one_kind(
+    text: str, spans: Sequence[tuple[int, int]], found: Sequence[int], kinds: Sequence[Kind]
+) -> list[tuple[int, int]]:
+    """First and last token of each identifier among the tokens found."""
+    runs: list[tuple[int, int]] = []
+    for index in found:
+        before = index - 1
+        goes_on = bool(runs) and runs[-1][1] == before and kinds[before] == kinds[index]
+        if goes_on and _is_one(text, spans[before][1], spans[index][0], kinds[index]):
+            runs[-1] = (runs[-1][0], index)
+        else:
+            runs.append((index, index))
+    return runs
+
+
+def _with_neighbours(text: str, start: int, end: int, kind: Kind, by_rules: Sequence[Identifier]) -> tuple[int, int]:
+    """Bounds that take in the rules' parts of the same identifier right before and behind."""
+    first, last = start, end
+    for one in by_rules:
+        if _NARROW.get(one.kind, one.kind) != kind:
+            continue
+        if one.end <= start and _is_one(text, one.end, start, kind):
+            first = one.start
+        elif end <= one.start and _is_one(text, end, one.start, kind):
+            last = one.end
+    return first, last
+
+
+def _is_one(text: str, end: int, start: int, kind: Kind) -> bool:
+    """Whether two parts of this kind, one up to `end` and one from `start`, are one identifier."""
+    return (_SAME_NAME if kind == "person_name" else _SAME).fullmatch(text, end, start) is not None
+
+
+def _cited(text: str) -> list[tuple[int, int]]:
+    """Lists of authors of publications."""
+    return [match.span() for match in _CITATION.finditer(text)] if "et al" in text else []
+
+
+def _is_of_medicine(view: View, span: tuple[int, int], cited: Sequence[tuple[int, int]]) -> bool:
+    """Whether the token's first word stands for a disease or a device, a drug before its dose, or a cited author."""
+    if _DOSE.match(view.plain, span[1]) or any(start <= span[0] < end for start, end in cited):
+        return True
     index = view.first_word_from(span[0])
     return index < len(view.starts) and view.starts[index] < span[1] and eponym(view, index)
 
@@ -342,6 +397,14 @@ def _project() -> Tagger:
     return load(WEIGHTS)
 
 
+def digest(path: Path) -> str:
+    """Twelve digits that name the weights of one file. Raises ConfigError where it is missing."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise ConfigError(f"tagger weights {path}: {type(error).__name__}; {_MAKE}") from None
+
+
 def load(path: Path) -> Tagger:
     """Weights and words of one file. Raises ConfigError where it is missing, damaged or made for other features."""
     try:
@@ -350,16 +413,22 @@ def load(path: Path) -> Tagger:
             words = arrays["words"].tobytes().decode("ascii").split()
     except (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"tagger weights {path}: {type(error).__name__}; {_MAKE}") from None
-    if weights.shape != (2**ROWS_LOG2, 1 + len(KINDS)) or weights.dtype != np.int8 or len(numbers) != 5:
+    if (
+        weights.shape != (2**ROWS_LOG2, 1 + len(KINDS))
+        or weights.dtype != np.int8
+        or len(numbers) != 1 + len(THRESHOLDS)
+    ):
         raise ConfigError(f"tagger weights {path}: {weights.dtype} {weights.shape}, {len(numbers)} numbers; {_MAKE}")
     if numbers[0] != FORM:
         raise ConfigError(f"tagger weights {path}: made for features {numbers[0]}, these are {FORM}; {_MAKE}")
     vocabulary = {word: number for number, word in enumerate(words, 1)}
-    return Tagger(weights=weights, vocabulary=vocabulary, **dict(zip(_THRESHOLDS, numbers[1:], strict=True)))
+    return Tagger(
+        weights=weights.astype(np.int16), vocabulary=vocabulary, **dict(zip(THRESHOLDS, numbers[1:], strict=True))
+    )
 
 
 def save(path: Path, made: Tagger) -> None:
     """Write weights and words, the same bytes for the same content."""
     words = np.frombuffer(" ".join(made.vocabulary).encode("ascii"), dtype=np.uint8)
-    numbers = np.array([FORM, *(getattr(made, name) for name in _THRESHOLDS)], dtype=np.int64)
-    np.savez_compressed(path, weights=made.weights, words=words, numbers=numbers)
+    numbers = np.array([FORM, *(getattr(made, name) for name in THRESHOLDS)], dtype=np.int64)
+    np.savez_compressed(path, weights=made.weights.astype(np.int8), words=words, numbers=numbers)

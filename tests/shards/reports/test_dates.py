@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from shards.reports.identity import Detector
 from shards.reports.identity.dates import find
 from shards.reports.identity.view import view_of
+from tests.shards.reports.rules import RULES
 
 DATED = [  # the date between ^ and ^
     "Contrôle en ^S12 2020^, puis ^semaine 14 de 2020^.",
@@ -85,4 +85,4 @@ def test_work_grows_with_the_length(piece: str) -> None:
 @pytest.mark.parametrize("piece", ["L1-", "12/", "rue ", "1", " ", "deux "])
 def test_repetitions_end(piece: str) -> None:
     """The suite's timeout is the judge."""
-    assert isinstance(Detector().find(piece * 8000), tuple)
+    assert isinstance(RULES.find(piece * 8000), tuple)

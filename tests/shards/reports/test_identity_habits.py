@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shards.reports.identity import Detector
-
-DETECTOR = Detector()
+from tests.shards.reports.rules import RULES
 
 HIDDEN = {
     "cc: A. Nguyen MD; B.K. Patel, DO; Okonkwo": "A. Nguyen;B.K. Patel;Okonkwo",
@@ -33,17 +31,17 @@ Validé par échographie. Reviewed with contrast. Adressée par covid19.
 
 @pytest.mark.parametrize(("text", "hidden"), HIDDEN.items())
 def test_habits_of_letters(text: str, hidden: str) -> None:
-    assert [text[one.start : one.end] for one in DETECTOR.find(text)] == hidden.split(";")
+    assert [text[one.start : one.end] for one in RULES.find(text)] == hidden.split(";")
 
 
 @pytest.mark.parametrize("text", KEPT.strip().splitlines())
 def test_prose_is_kept(text: str) -> None:
-    assert [text[one.start : one.end] for one in DETECTOR.find(text)] == []
+    assert [text[one.start : one.end] for one in RULES.find(text)] == []
 
 
 def test_no_name_is_cut_where_a_long_document_is() -> None:
     name = "Anne-Sophie DE LA FONTAINE"
     for more in range(40):  # characters by which the name moves over the first cut, at 6,000
         before = "toux " * 1_190 + "x" * more + " Mme "
-        spans = [(one.start, one.end) for one in DETECTOR.find(f"{before}{name} {'toux ' * 1_200}", "fr")]
+        spans = [(one.start, one.end) for one in RULES.find(f"{before}{name} {'toux ' * 1_200}", "fr")]
         assert spans == [(len(before), len(before) + len(name))]

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from shards.reports.identity import Detector, KnownPatient
+from shards.reports.identity import KnownPatient
 from shards.reports.identity.gazetteers import plain
+from tests.shards.reports.rules import RULES
 
-DETECTOR = Detector()
 PATIENT = KnownPatient(
     key="1", first_names=("Maëlys",), last_names=("Quintrell",), birth_date=datetime.date(1981, 2, 3), ids=("A-778812",)
 )
@@ -18,7 +18,7 @@ PATIENT = KnownPatient(
 
 def hidden(text: str, patient: KnownPatient | None = None, language: str = "fr") -> str:
     """The text with every found identifier as a star, neighbours as one."""
-    for one in reversed(DETECTOR.find(text, language, patient)):
+    for one in reversed(RULES.find(text, language, patient)):
         text = text[: one.start] + "*" + text[one.end :]
     return re.sub(r"\*[* ,]*\*", "*", text)
 

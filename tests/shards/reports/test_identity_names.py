@@ -6,14 +6,12 @@ import re
 
 import pytest
 
-from shards.reports.identity import Detector
-
-DETECTOR = Detector()
+from tests.shards.reports.rules import RULES
 
 
 def missed(text: str, names: str, language: str) -> list[str]:
     """The names, parted by ";", that are not wholly found at any place of the text."""
-    covered = {place for one in DETECTOR.find(text, language) for place in range(one.start, one.end)}
+    covered = {place for one in RULES.find(text, language) for place in range(one.start, one.end)}
     return [
         name
         for name in names.split(";")
@@ -114,4 +112,4 @@ def test_forms_of_names(form: str, language: str) -> None:
     ],
 )
 def test_what_looks_like_a_form_of_a_name_is_kept(text: str) -> None:
-    assert DETECTOR.find(text, "fr") == ()
+    assert RULES.find(text, "fr") == ()

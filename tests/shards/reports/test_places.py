@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from shards.reports.identity import Detector
+from tests.shards.reports.rules import RULES
 
-DETECTOR = Detector()
 HIDDEN = """
 Domicilié ^12 bis, rue des Lilas^, ^25000^ ^Besançon^.
 Adresse : ^3 ter av. du Général de Gaulle^ ^69003^ ^LYON^
@@ -69,7 +68,7 @@ KEPT = [
 def test_places_and_numbers_are_found(marked: str) -> None:
     pieces = marked.replace("/^", "\n^").split("^")
     text = "".join(pieces)
-    covered = {p for one in DETECTOR.find(text, "fr") for p in range(one.start, one.end)}
+    covered = {p for one in RULES.find(text, "fr") for p in range(one.start, one.end)}
     position = 0
     for index, piece in enumerate(pieces):
         wanted = [p for p in range(position, position + len(piece)) if text[p].isalnum()]
@@ -79,7 +78,7 @@ def test_places_and_numbers_are_found(marked: str) -> None:
 
 @pytest.mark.parametrize("text", KEPT)
 def test_words_of_reports_are_no_places(text: str) -> None:
-    assert [text[one.start : one.end] for one in DETECTOR.find(text, "fr")] == []
+    assert [text[one.start : one.end] for one in RULES.find(text, "fr")] == []
 
 
 def test_work_of_all_rules_grows_with_the_length() -> None:
@@ -94,7 +93,7 @@ def test_work_of_all_rules_grows_with_the_length() -> None:
 
         sys.setprofile(counted)
         try:
-            DETECTOR.find(line * lines, "fr")
+            RULES.find(line * lines, "fr")
         finally:
             sys.setprofile(None)
         calls.append(count)

@@ -14,6 +14,7 @@ import shards.reports.identity.tagger as tagger
 from shards.errors import ConfigError
 from shards.reports.identity.detector import Detector
 from shards.reports.identity.view import Identifier, view_of
+from tests.shards.reports.rules import RULES
 
 PROSE = (
     "L'échographie abdominale retrouve une masse hypoéchogène du foie droit, sans dilatation des voies biliaires.",
@@ -54,13 +55,45 @@ def covered(text: str, found: tuple[Identifier, ...], words: str) -> bool:
     ],
 )
 def test_names_that_no_list_knows(text: str, identifiers: str) -> None:
-    detector = Detector(config=Detector.Config(learned=tagger.find))
-    assert covered(text, detector.find(text, "fr"), identifiers)
+    assert covered(text, Detector().find(text, "fr"), identifiers)
+
+
+def test_the_default_detector_has_the_tagger() -> None:
+    text = "patiente : malvine trégastou née le 3 mai 1961, adressée par le docteur orsanne"
+    assert covered(text, Detector().find(text, "fr"), "malvine trégastou orsanne")
+    assert not covered(text, RULES.find(text, "fr"), "malvine trégastou orsanne")
+
+
+def test_parts_of_one_identifier_are_one_span() -> None:
+    text = "patiente : Malvine Trégastou née le 3 mai 1961"
+    start = text.index("Malvine")
+    view = view_of(text)
+    view.note(start, start + len("Malvine"), "patient_name", "gazetteer")
+    spans = tagger.spans_of(text)
+    scores = np.zeros((len(spans), 1 + len(tagger.KINDS)), dtype=np.int32)
+    scores[:, 0] = 500
+    scores[2, 1 + tagger.KINDS.index("person_name")] = 1000
+    tagger.load(tagger.WEIGHTS).decide(view, spans, scores, np.zeros(len(spans), dtype=np.int32))
+    assert [text[one.start : one.end] for one in view.identifiers] == ["Malvine", "Malvine Trégastou"]
 
 
 def test_prose_of_medicine_is_kept() -> None:
     for text in PROSE:
         assert found_alone(text) == ()
+
+
+@pytest.mark.parametrize(
+    "text", ["Selon Trebaud K, Ozwell P., Quintrec B et al.", "Reçoit Zelbutimab 45 mg et Xarnolib 2,5 g."]
+)
+def test_cited_authors_and_drugs_before_a_dose_are_kept(text: str) -> None:
+    spans = tagger.spans_of(text)
+    scores = np.zeros((len(spans), 1 + len(tagger.KINDS)), dtype=np.int32)
+    scores[:, 0] = 500
+    for index, (start, _) in enumerate(spans):
+        scores[index, 1] = 1000 * text[start].isupper() * (text[start : start + 5] not in ("Selon", "Reçoi"))
+    view = view_of(text)
+    tagger.load(tagger.WEIGHTS).decide(view, spans, scores, np.zeros(len(spans), dtype=np.int32))
+    assert not view.identifiers
 
 
 def test_other_languages_are_left_to_the_rules() -> None:
@@ -78,9 +111,9 @@ def test_one_doubtful_word_of_a_rule_is_let_go_and_a_longer_find_is_not() -> Non
     text = PROSE[0]
     start = text.index("foie")
     lone = Identifier(start=start, end=start + 4, kind="person_name", layer="gazetteer")
-    two = Identifier(start=start, end=start + 10, kind="person_name", layer="gazetteer")
+    long = Identifier(start=0, end=start + 10, kind="person_name", layer="gazetteer")
     known = Identifier(start=start, end=start + 4, kind="patient_name", layer="patient")
-    for one, kept in ((lone, []), (two, [two]), (known, [known])):
+    for one, kept in ((lone, []), (long, [long]), (known, [known])):
         view = view_of(text)
         view.identifiers.append(one)
         tagger.find(view, "fr")
@@ -106,7 +139,7 @@ def test_weights_come_back_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     again = tagger.load(tmp_path / "one.npz")
     assert np.array_equal(again.weights, made.weights) and again.vocabulary == made.vocabulary
-    assert (again.found, again.joined, again.ordinary) == (made.found, made.joined, made.ordinary)
+    assert all(getattr(again, name) == getattr(made, name) for name in tagger.THRESHOLDS)
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "flipped", "other shape", "other features"])
