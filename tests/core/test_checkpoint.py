@@ -63,7 +63,9 @@ def test_killed_run_resumes_bit_identical_everywhere(
     test_killed_run_resumes_bit_identical(tmp_path, ranks, zero_stage, precision)
 
 
-@pytest.mark.parametrize(("zero_stage", "before", "after"), [(0, 1, 2), (2, 2, 1), (3, 2, 1)])
+@pytest.mark.parametrize(
+    ("zero_stage", "before", "after"), [(0, 1, 2), pytest.param(2, 2, 1, marks=pytest.mark.slow), (3, 2, 1)]
+)
 def test_resume_on_another_number_of_ranks(tmp_path: Path, zero_stage: int, before: int, after: int) -> None:
     options = Options(run_dir=str(tmp_path / "unbroken"), zero_stage=zero_stage, steps=4)
     assert run(before, options) == [0] * before

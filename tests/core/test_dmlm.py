@@ -340,6 +340,7 @@ def test_settings_out_of_range_are_refused(override: str, message: str) -> None:
 # ---- a run ----
 
 
+@pytest.mark.slow
 def test_stop_and_resume_is_the_unbroken_run(tmp_path: Path) -> None:
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     settings: dict[str, Any] = {"recipe": "dmlm", "steps": 4, "micro_batch": 4, "precision": "bf16"}

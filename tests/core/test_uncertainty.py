@@ -474,6 +474,7 @@ def test_corrupted_images_and_masked_words_are_followed() -> None:
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_measures() -> None:
     one = _everything(0, 1)
     assert len(one) > 20

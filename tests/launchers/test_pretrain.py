@@ -133,7 +133,10 @@ def test_sigterm_to_anyone_saves_and_stops_all(tmp_path: Path, running: subproce
     assert steps_in(tmp_path)[-1] == stopped["step"]
 
 
-@pytest.mark.parametrize(("split", "named"), [("validation", "missing"), ("exam", "split 'exam'")])
+@pytest.mark.parametrize(
+    ("split", "named"),
+    [("validation", "missing"), pytest.param("exam", "split 'exam'", marks=pytest.mark.slow)],
+)
 def test_held_out_data_that_is_not_there_shows_before_training(
     tmp_path: Path, manifest: Path, split: str, named: str
 ) -> None:
