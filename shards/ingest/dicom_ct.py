@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from shards.errors import ConfigError
 from shards.ingest.class_map import ANATOMY_IDS
 from shards.ingest.dicom import FileDataset, RefusedError, element_of, number_of, numbers_of, stored_pixels, text_of
 from shards.ingest.hounsfield import Hounsfield, Rescale, hounsfield
 from shards.ingest.view_files import OpenedView, path_within
 from shards.ingest.volume import Array, turned
-from shards.ingest.volume_file import VolumeReader
+from shards.ingest.volume_file import MaskedVolumes
 from shards.ingest.volume_members import volume_members
 from shards.reports.identity.header import BODY_PARTS
 
@@ -42,24 +40,8 @@ class _Slice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CtSeries:
+class CtSeries(MaskedVolumes):
     """Reads series as volumes. In `mask_folder` a label map `<SeriesInstanceUID>.nii.gz`, or a folder of that name."""
-
-    reader: VolumeReader = field(default_factory=VolumeReader)
-    mask_folder: Path | None = None
-
-    def __post_init__(self) -> None:
-        self.reader.options.check()
-        if self.mask_folder is not None and not self.mask_folder.is_dir():
-            raise ConfigError(f"--masks {self.mask_folder}: no such folder")
-
-    @property
-    def masks(self) -> dict[str, int]:
-        return dict(ANATOMY_IDS) if self.mask_folder is not None else {}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.reader.settings | {"masks": self.mask_folder is not None}
 
     def check(self, dataset: FileDataset) -> None:
         kinds = element_of(dataset, "ImageType") or ()
@@ -78,8 +60,7 @@ class CtSeries:
         voxels, grid = turned(np.stack(stored).transpose(2, 1, 0), affine)
         series = text_of(datasets[0], "SeriesInstanceUID")
         masks = self._masks_of(series)
-        if masks is None and self.mask_folder is not None:
-            notes.append("volume without a mask")
+        notes += self.missing(masks)
         read = self.reader.bring(_hounsfield(voxels, slices, affine), grid, masks)
         body_part = text_of(datasets[0], "BodyPartExamined").upper()
         members = volume_members(

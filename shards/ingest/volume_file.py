@@ -205,13 +205,11 @@ def _resampled_hu(hu: Array, grid: Grid, target: Grid) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VolumeFiles:
-    """Volumes under a folder. In `mask_folder` a label map or a folder of structures has its volume's relative path."""
+class MaskedVolumes:
+    """How volumes are read, and where masks of anatomies lie beside them, if any do."""
 
-    folder: Path
-    mask_folder: Path | None = None
     reader: VolumeReader = field(default_factory=VolumeReader)
-    body_part: str | None = None
+    mask_folder: Path | None = None
 
     def __post_init__(self) -> None:
         self.reader.options.check()
@@ -226,8 +224,20 @@ class VolumeFiles:
     def settings(self) -> dict[str, Any]:
         return self.reader.settings | {"masks": self.mask_folder is not None}
 
+    def missing(self, masks: Path | None) -> tuple[str, ...]:
+        """The note on a volume without masks, where others have some: it is taken all the same."""
+        return ("volume without a mask",) if masks is None and self.mask_folder is not None else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeFiles(MaskedVolumes):
+    """Volumes under a folder. In `mask_folder` a label map or a folder of structures has its volume's relative path."""
+
+    folder: Path
+    body_part: str | None = None
+
     def open(self, view: View, view_id: str) -> OpenedView:
-        """A volume and its masks. One without masks, where others have some, is taken and noted."""
+        """A volume and its masks."""
         path = path_within(self.folder, view.file)
         numbers = dict(view.numbers)
         stated = None
@@ -235,9 +245,7 @@ class VolumeFiles:
             stated = numbers["rescale_slope"], numbers["rescale_intercept"]
         masks = self._masks_of(view.file)
         read = self.reader.read(path, masks, stated=stated, spacing_mm=_stated_spacing(numbers))
-        notes = read.notes
-        if masks is None and self.mask_folder is not None:
-            notes += ("volume without a mask",)
+        notes = (*read.notes, *self.missing(masks))
         members = volume_members(view_id, read.volume, ANATOMY_IDS, body_part=view.body_part or self.body_part)
         return OpenedView(
             record=members.view, image=members.image, masks=members.masks, provenance=read.provenance, notes=notes
