@@ -79,7 +79,7 @@ class Decoding:
     """A batch in the decoder; `present` [n] are the images that were given to it, of `study_index` [V]."""
 
     prepared: Prepared
-    pending: PendingBatch | VolumeBatch
+    pending: PendingBatch
     present: np.ndarray
     study_index: np.ndarray
 

@@ -59,17 +59,15 @@ class Decoded(NamedTuple):
 
 
 class PendingBatch:
-    """A batch on its way through the decoder; `result` waits for it. Holds the bytes until DALI has copied them."""
+    """Images or volumes on their way through a decoder; `result` waits for them."""
 
-    def __init__(self, encoded: Sequence[bytes | memoryview], pixel_values: Tensor) -> None:
-        self.encoded = [np.frombuffer(image, dtype=np.uint8) for image in encoded]
-        self.arguments: dict[str, np.ndarray] = {}  # [V, ...] each
+    def __init__(self, pixel_values: Tensor) -> None:
         self.pixel_values = pixel_values
-        self.causes: list[str | None] = [None] * len(encoded)
+        self.causes: list[str | None] = [None] * len(pixel_values)
         self.runs: list[Future[None]] = []
 
     def refuse(self, row: int, cause: str) -> None:
-        """Image `row` is bad; its pixels become zero."""
+        """Row `row` is bad; its pixels become zero."""
         self.causes[row] = cause
         self.pixel_values[row] = 0.0
 
@@ -84,6 +82,15 @@ class PendingBatch:
             run.result()
         ok = np.array([cause is None for cause in self.causes], dtype=bool)
         return Decoded(self.pixel_values, ok, self.causes)
+
+
+class ImageBatch(PendingBatch):
+    """Holds the bytes until DALI has copied them."""
+
+    def __init__(self, encoded: Sequence[bytes | memoryview], pixel_values: Tensor) -> None:
+        super().__init__(pixel_values)
+        self.encoded = [np.frombuffer(image, dtype=np.uint8) for image in encoded]
+        self.arguments: dict[str, np.ndarray] = {}  # [V, ...] each
 
 
 class _Instance(NamedTuple):
@@ -160,7 +167,7 @@ class Decoder:
 
     def submit(
         self, encoded: Sequence[bytes | memoryview], parameters: ViewParameters, window: np.ndarray, bits: np.ndarray
-    ) -> PendingBatch:
+    ) -> ImageBatch:
         """Start decoding; arguments as for `decode`. The bytes must not change before the result is taken."""
         views, size = len(encoded), self.config.image_size
         assert len(parameters) == views and np.shape(window) == (views, 2) and np.shape(bits) == (views,)
@@ -168,7 +175,7 @@ class Decoder:
         shape = (views, 1, size, size)
         # NumPy asks the system for large pages: with torch's small ones, touching them anew costs 0.2 ms an image.
         room = torch.empty(shape, device=device) if self._mixed else torch.from_numpy(np.empty(shape, np.float32))
-        batch = PendingBatch(encoded, room)
+        batch = ImageBatch(encoded, room)
         groups = self._plan(batch, parameters, np.asarray(window, dtype=np.float64), np.asarray(bits))
         for operations, rows in groups.items():
             runs = max(math.ceil(len(rows) / self._run_size), min(self._workers, len(rows)))
@@ -179,7 +186,7 @@ class Decoder:
         return batch
 
     def _plan(
-        self, batch: PendingBatch, parameters: ViewParameters, window: np.ndarray, bits: np.ndarray
+        self, batch: ImageBatch, parameters: ViewParameters, window: np.ndarray, bits: np.ndarray
     ) -> dict[_Operations | None, list[int]]:
         """Check headers, compute the arguments of every row and sort the rows by the instance that they need."""
         views, size = len(batch.encoded), float(self.config.image_size)
@@ -272,7 +279,7 @@ class Decoder:
             return "window of no width"
         return None
 
-    def _decode_rows(self, batch: PendingBatch, operations: _Operations | None, rows: np.ndarray) -> None:
+    def _decode_rows(self, batch: ImageBatch, operations: _Operations | None, rows: np.ndarray) -> None:
         """Decode rows of a batch in this worker; after an error again in halves, until the bad image stands alone.
 
         DALI raises for the whole run and leaves the pipeline unusable (DALI #3913), so each error costs a rebuild; the
@@ -286,7 +293,7 @@ class Decoder:
         for half in np.array_split(rows, 2):
             self._decode_rows(batch, operations, half)
 
-    def _run(self, batch: PendingBatch, operations: _Operations | None, rows: np.ndarray) -> bool:
+    def _run(self, batch: ImageBatch, operations: _Operations | None, rows: np.ndarray) -> bool:
         """One run of a pipeline; False after an error of DALI, with the pipeline gone when this returns."""
         instance = self._instance(operations)
         values: dict[str, Any] = {
@@ -311,7 +318,7 @@ class Decoder:
             instance.pipeline.release_outputs()
         return True
 
-    def _finish_on_host(self, batch: PendingBatch, row: int, image: np.ndarray) -> None:
+    def _finish_on_host(self, batch: ImageBatch, row: int, image: np.ndarray) -> None:
         """Stored levels [rows, columns, 1] uint8 -> the normalised pixels of `row`: what the graph does elsewhere."""
         size, mean, std = self.config.image_size, self.config.mean, self.config.std
         gain, shift, gamma, region, target, anchor = (

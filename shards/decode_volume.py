@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shards import keyed
 from shards.batch import ViewRecord
-from shards.decode import Decoded
+from shards.decode import PendingBatch
 from shards.errors import ConfigError
 from shards.transforms.anatomy import Place, Sides, patch_grid, plain_name, shares
 from shards.volume_codec import AIR_HU, PART_SLICES, Part, part_count
@@ -45,32 +45,18 @@ class Crop:
     flip: tuple[bool, bool, bool] = (False, False, False)
 
 
-class VolumeBatch:
+class VolumeBatch(PendingBatch):
     """Crops on their way through the decoder; `result` waits for them.
 
     After it `share` [V, A, T] float32, `present` and `whole` [V, A] bool are filled, zero where no maps were given.
     """
 
     def __init__(self, pixel_values: Tensor, anatomies: int, patches: int) -> None:
+        super().__init__(pixel_values)
         views = len(pixel_values)
-        self.pixel_values = pixel_values
         self.share = np.zeros((views, anatomies, patches), np.float32)
         self.present = np.zeros((views, anatomies), bool)
         self.whole = np.zeros((views, anatomies), bool)
-        self.causes: list[str | None] = [None] * views
-        self.runs: list[Future[None]] = []
-
-    def cancel(self) -> None:
-        """Give up what has not begun; `result` must not be asked for any more."""
-        for run in self.runs:
-            run.cancel()
-
-    def result(self) -> Decoded:
-        """Wait for the pixels; a bad volume is zero and has its cause."""
-        for run in self.runs:
-            run.result()
-        ok = np.array([cause is None for cause in self.causes], dtype=bool)
-        return Decoded(self.pixel_values, ok, self.causes)
 
 
 class VolumeDecoder:
@@ -147,8 +133,7 @@ class VolumeDecoder:
         try:
             hu, maps = self._cut_out(crop)
         except ValueError as error:
-            batch.causes[row] = str(error)
-            batch.pixel_values[row] = 0.0
+            batch.refuse(row, str(error))
             return
         if self._in_graph:
             maps = self._run_graph(batch.pixel_values[row], hu, maps)

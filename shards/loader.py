@@ -27,7 +27,7 @@ from shards.chunk_cache import ChunkCache
 from shards.collate import Collator, Decoding, Place
 from shards.dataset import ChooseParts, DataSet, Event, Found, Members, read_units
 from shards.decode import Decoder, PendingBatch
-from shards.decode_volume import VolumeBatch, VolumeDecoder, parts_to_read
+from shards.decode_volume import VolumeDecoder, parts_to_read
 from shards.errors import BadSampleError, ConfigError, DataError
 from shards.order import Order, Slots, lanes_of_rank
 from shards.reports import structured
@@ -268,7 +268,7 @@ class LoaderRun(Iterator[Batch]):
         # The read that brings each unit; units of a piece that were used before the start or read for it.
         self._reads: dict[UnitName, Future[dict[int, Found]]] = {}
         self._taken: dict[PieceName, set[int]] = {}
-        self._submitted: deque[PendingBatch | VolumeBatch] = deque()  # what is in the decoder, in the order of steps
+        self._submitted: deque[PendingBatch] = deque()  # what is in the decoder, in the order of steps
         self._threads = [
             threading.Thread(target=self._guard, args=(target, sink), daemon=True, name=name)
             for target, sink, name in (

@@ -29,7 +29,6 @@ _HOUSE = re.compile(
 )
 _TOWN_BEHIND = re.compile(r" ?\(([A-ZÀ-Ý][a-zà-ÿ]+(?:[ \-'’][\w]+){0,4})\)")
 _ALONE_BEFORE, _ALONE_AFTER = re.compile(r"(?:^|\n|, )$"), re.compile(r" ?(?:[\n,.;)]|$)")
-_SHORT_KINDS = ("hop", "clin", "hosp", "lab")
 _SPECIALITY = re.compile(r"(?:logie|logique|logy|trie|rurgie|aires?|iques?|ions?|cine|gie|thesie|scopie)$")
 _MAX_WORDS = 6
 
