@@ -96,6 +96,7 @@ _PROSE = re.compile(r"(?:[a-z]{5}|\d)\. [^\W\d_]+ [^\W\d_]+ |(?<!\w)(?:at|in|fro
 _FIELD = re.compile(
     r"(?<!\w)(?:address|adresse|domicile|home address|residence)(?: du patient| patient)?[ ]?: ?(?=[^\W_])"
 )
+_FIELD_WORDS = frozenset(("address", "adresse", "domicile", "residence"))
 _FIELD_END = re.compile(r"\n|\0|[|;]|\b(?:tel|phone|fax|email|mail|mobile|dob|mrn)\b|[a-z)] {2,}|\. [A-Z]")
 _MILITARY = re.compile(
     r"(?<!\w)(?:PSC|Unit|USNS|USS|USCGC|USNV) [\w ,]{1,30}\n?(?:FPO|DPO|APO) A[AEP] \d{5}(?!\d)|(?<!\w)P\.?O\.? Box \d+"
@@ -107,7 +108,7 @@ _JOINS = (" ", "-", "'", "’", "  ")
 
 def find(view: View) -> None:
     """Claim street addresses; before dates, which many streets are named after."""
-    for index in view.marked:
+    for index in view.marked if view.seen & Word.STREET else ():
         if not view.flags[index] & Word.STREET or not view.free(index):
             continue
         word = view.words[index]
@@ -115,16 +116,16 @@ def find(view: View) -> None:
             continue
         if word in _STREET_NUMBER_FIRST:
             _english_address(view, index)
-    if view.longest_number:
+    if view.numbers:
         _short_streets(view)
     if not _LIVED_IN_WORDS.isdisjoint(view.words):
         _lived_in(view)
-    if view.longest_number:
+    if view.numbers:
         _fields_and_boxes(view)
 
 
 def _short_streets(view: View) -> None:
-    for match in _SHORT_STREET.finditer(view.masked):
+    for match in view.at_numbers(_SHORT_STREET):
         index = view.first_word_from(match.end())
         last = _name_end(view, index - 1, numbered=True)
         if last is None:
@@ -145,7 +146,7 @@ def _short_streets(view: View) -> None:
 
 def _fields_and_boxes(view: View) -> None:
     """What stands behind "Address:", German streets, military post, post-office boxes."""
-    if any(word in view.plain for word in ("adress", "address", "domicile", "residence")):
+    if not _FIELD_WORDS.isdisjoint(view.words):
         for match in _FIELD.finditer(view.masked):
             _field(view, match.end())
     for patterns, words in ((_GERMANIC, _GERMANIC_PARTS), (_MILITARY, _MILITARY_PARTS)):

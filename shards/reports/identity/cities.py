@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from shards.reports.identity.addresses import claim_line_above, claim_lines_before_code, touches_address
 from shards.reports.identity.eponyms import eponym
@@ -57,14 +58,23 @@ def find_codes(view: View) -> None:
             if touches_address(view, match.start(1)) and "\0" not in view.masked[match.start() : match.end()]:
                 view.claim(match.start(1), match.end(1), "city")
                 view.claim(match.start(2), match.end(2), "zip")
-    if view.longest_number:
-        for match in _UK_CODE.finditer(view.text):
+    if view.numbers:
+        for match in _uk_codes(view):
             if view.masked[match.start()] != "\0" and not _STAGE.fullmatch(match.group()):
                 view.claim(match.start(), match.end(), "zip")
                 claim_lines_before_code(view, _city_before(view, match.start()))
     if view.longest_number >= 3:
-        for match in _CODE.finditer(view.masked):
+        for match in view.at_numbers(_CODE, 4):
             _code(view, match)
+
+
+def _uk_codes(view: View) -> Iterator[re.Match[str]]:
+    """British and Canadian codes: one or two letters before a number, in the capitals of the text."""
+    for number in tuple(view.numbers):
+        for place in range(max(0, number - 2), number + 1):
+            match = _UK_CODE.match(view.text, place)
+            if match is not None:
+                yield match
 
 
 def _code(view: View, match: re.Match[str]) -> None:
@@ -247,7 +257,7 @@ def city_match(view: View, index: int, any_case: bool = False) -> int | None:
 
 
 def _claim_cities(view: View) -> None:
-    for index in view.marked:
+    for index in view.marked if view.seen & Word.DEMONYM else ():
         if view.flags[index] & Word.DEMONYM and view.shapes[index] == LOWER:
             view.claim(view.starts[index], view.ends[index], "city", "gazetteer")
     for index in view.small_names:
@@ -262,8 +272,10 @@ def _claim_cities(view: View) -> None:
             last = city_match(view, index, any_case=True)
             if last is not None and _CITY_VERBS.search(before):
                 view.claim(view.starts[index], view.ends[last], "city", "gazetteer")
+    with_cedex = "cedex" in view.plain
     for index in view.capitalised:
-        if view.shapes[index] != INITIAL and view.free(index):
+        told = view.flags[index] & Word.CITY_START or view.words[index - 1] in _CITY_VERB_ENDS or with_cedex
+        if told and view.shapes[index] != INITIAL and view.free(index):
             last = _named_city(view, index)
             if last is not None:
                 view.claim(view.starts[index], _cedex(view, view.ends[last]), "city", "gazetteer")
@@ -343,9 +355,9 @@ def find_cities(view: View) -> None:
     _claim_cities(view)
     if view.longest_number < 2:
         return
-    for match in _CODE_CUE.finditer(view.masked):
+    for match in view.at_numbers(_CODE_CUE, 20):
         view.claim(match.start(1), match.end(1), "zip")
-    towns = {one.end for one in view.identifiers if one.kind == "city"}
-    for match in _CODE_BEHIND.finditer(view.masked) if towns else ():
-        if match.start() in towns:
-            view.claim(match.start(1), match.end(1), "zip")
+    for town in sorted({one.end for one in view.identifiers if one.kind == "city"}):
+        behind = _CODE_BEHIND.match(view.masked, town)
+        if behind is not None:
+            view.claim(behind.start(1), behind.end(1), "zip")

@@ -115,8 +115,9 @@ class Found:
 
 def find(view: View) -> list[Found]:
     """Every date of the document; spans may touch but do not overlap."""
-    spans, weak = _numeric(view) if view.longest_number else ([], [])
-    spans += _in_words(view)
+    spans, weak = _numeric(view) if view.numbers else ([], [])
+    if view.seen & (Word.MONTH | Word.NUMBER):
+        spans += _in_words(view)
     if weak:
         spans += _certain_of(view, weak, spans)
     return _joined(view, spans) if spans else []
@@ -128,7 +129,7 @@ def _numeric(view: View) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     spans: list[tuple[int, int]] = []
     weak: list[tuple[int, int]] = []
     read_up_to = 0
-    for run in _DIGIT_RUN.finditer(text):
+    for run in view.at_numbers(_DIGIT_RUN):
         if run.end() - run.start() == 2 and _short_year(text, run.start(), run.end()):
             spans.append(run.span())
         match = NUMERIC.match(text, run.start()) if run.start() >= read_up_to else None
@@ -148,13 +149,14 @@ def _numeric(view: View) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
             kind == "short" and _UNIT_AFTER.match(text, end)
         ):
             spans.append((start, end))
-    if any(view.flags[index] & Word.WEEKDAY for index in view.marked):
-        spans += [match.span() for match in _WEEKDAY_DAY.finditer(text)]
-    if _month_beside_digits(view):
-        spans += [match.span() for match in _GLUED.finditer(text)]
+    if view.seen & Word.WEEKDAY:
+        spans += [match.span() for match in view.at_numbers(_WEEKDAY_DAY, 12)]
+    if view.seen & Word.MONTH or "1er" in text:
+        spans += [match.span() for match in view.at_numbers(_GLUED, 12)]
     if view.longest_number >= 4:
-        spans += [match.span() for pattern in (_LETTERS_AROUND, _WEEK) for match in pattern.finditer(text)]
-        spans += [m.span() for m in _MISSPELT.finditer(text) if m[2] not in MONTHS and _near_month(m[2])]
+        spans += [match.span() for match in view.at_numbers(_LETTERS_AROUND)]
+        spans += [match.span() for match in view.at_numbers(_WEEK, 12)]
+        spans += [m.span() for m in view.at_numbers(_MISSPELT) if m[2] not in MONTHS and _near_month(m[2])]
     return spans, weak
 
 
@@ -170,18 +172,6 @@ def _short_year(text: str, start: int, end: int) -> bool:
     if cue["apostrophe"]:
         return not (text[end : end + 1].isalnum() or text[end : end + 1] == "_")
     return _ENDS.match(text, end) is not None
-
-
-def _month_beside_digits(view: View) -> bool:
-    """Whether a month's name touches digits, perhaps over a dash: no glued date without."""
-    text = view.masked
-    if "1er" in text:
-        return True
-    return any(
-        any(character.isdigit() for character in text[view.starts[i] - 2 : view.starts[i]] + text[view.ends[i] :][:2])
-        for i in view.marked
-        if view.flags[i] & Word.MONTH
-    )
 
 
 def _certain_of(view: View, weak: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -35,7 +35,7 @@ _MAX_WORDS = 6
 
 def find(view: View) -> None:
     """Claim every hospital that has a name."""
-    for index in view.marked:
+    for index in view.marked if view.seen & Word.HOSPITAL else ():
         if not view.flags[index] & Word.HOSPITAL or not view.free(index):
             continue
         word = view.words[index]

@@ -7,6 +7,7 @@ the same, since a typing error does not make it safe. Whatever has seven digits 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import shards.reports.identity.dates as dates
 from shards.reports.identity.gazetteers import Word
@@ -17,15 +18,16 @@ _MAIL = re.compile(
     r"(?<![\w.])(?:[\w+'\-]{1,30}[.\-_] )?[\w.+'&\-]{1,64}\s?(?:@|\[at\]|\(at\)|\[@\])\s?[\w\-]+(?:\.[\w\-]+)*"
     r"(?: ?[.,]? ?(?:fr|com|org|net|be|ch|ca|de|uk|eu|lu|edu|gov|info)(?![\w@]))?"
 )
-_LOGIN_WORDS = ("login", "user", "utilisateur", "connexion")
+_LOGIN_WORDS = frozenset(("login", "user", "username", "userid", "utilisateur", "connexion"))
 _LOGIN = re.compile(r"(?<!\w)(?:login|user(?: ?name| ?id)?|utilisateur|connexion) ?[:=] ?(?P<id>[\w.\-]{2,39}\w)")
 _URL = re.compile(r"(?:https?://|ftp://|www\.)[^\s<>\"')\]\0]+")
 
 # Digits with single separators between them, on one line: a phone number, an id, a social-security number.
 _CLUSTER = re.compile(
-    r"(?<![\w.,])(?:[+(]{1,3} ?)?\d(?:(?: ?[.\-/()_] ?|[ ]| ?\(0\) ?|\) ?[.\-] ?)?\d){3,}(?:\s?(?:x|ext\.?"
-    r"|poste)\s?\d{1,6})?(?!\w)"
+    r"(?<![\w.,])\d(?:(?: ?[.\-/()_] ?|[ ]| ?\(0\) ?|\) ?[.\-] ?)?\d){3,}(?:\s?(?:x|ext\.?|poste)\s?\d{1,6})?(?!\w)"
 )
+_CLUSTER_OPENS = re.compile(r"(?<![\w.,])[+(]{1,3} ?\Z")
+_CLUSTER_OPENS_WIDTH = 4  # characters
 _PHONE_CUE = re.compile(
     r"(?:\btel\b|\btelephone|\bphone|\bfax|\bmobile|\bportable\b|\bgsm\b|\bcell\b|\bjoignables?|\bbip\b|\bposte\b|\bpager"
     r"|\bdect\b|\bcontact\b|\bappel(?:er|ez)?\b|\brappeler|\bcall(?:ed|back)?\b|\bext\b|\bnumero suivant"
@@ -40,6 +42,7 @@ _SECOND_PHONE = re.compile(
 )
 _LEGAL_BEFORE = re.compile(r"\b(?:loi|decret|arrete|directive|ordonnance|law|act)s? ?(?:n[°o] ?)?$")
 _LETTERED_PHONE = re.compile(r"(?<!\d)(?:[a-z]?\d\d[ .]){3,}[a-z]?\d\d(?!\d)")
+_LETTERED_PHONE_NUMBERS_MIN = 4
 _ID_CUE = re.compile(
     r"(?<![\w])(?:ipp|iep|nip|nda|ins|mrn|ndossier|accession|acc|dossier|matricule|finess|rpps|adeli|nhs|inami|identifi\w*|"
     r"immatriculation|securite sociale|ssn|social security|niss|avs|ahv|nir|sin|patient id|patient|record|chart"
@@ -107,15 +110,20 @@ _AGED = re.compile(
 )
 
 
+_OLD_WORDS = frozenset(("ninety", "nineteen", "vingt", "vingts", "nonante", "cent", "cents", "hundred"))
+_OLD_STEMS = ("nonagen", "centenar")
+
+
 def find_addresses_of_mail(view: View) -> None:
     """Claim mail and web addresses and logins: whatever else they hold is part of them."""
     text = view.plain
     if "@" in text or "(at)" in text or "[at]" in text:
-        _claim_all(view, _MAIL, "mail")
-    if any(word in text for word in _LOGIN_WORDS):
+        for match in _MAIL.finditer(view.masked):
+            view.claim(match.start(), match.end(), "mail")
+    if not _LOGIN_WORDS.isdisjoint(view.words):
         for match in _LOGIN.finditer(view.masked):
             view.claim(match.start("id"), match.end("id"), "id")
-    if "http" in text or "www." in text or "ftp:" in text:
+    if "://" in text or "www." in text:
         for match in _URL.finditer(view.masked):
             view.claim(match.start(), match.start() + len(match.group().rstrip(".,;:")), "url")
 
@@ -131,36 +139,40 @@ def find(view: View) -> None:
         _phones_and_ids(view)
 
 
-def _claim_all(view: View, pattern: re.Pattern[str], kind: Kind) -> None:
-    for match in pattern.finditer(view.masked):
-        view.claim(match.start(), match.end(), kind)
-
-
 def _social_security(view: View) -> None:
-    for pattern in (_AVS, _US_SSN, _UK_NI, _RAMQ, _GERMAN_INSURANCE):
-        _claim_all(view, pattern, "social_security")
-    for match in _NATIONAL_CUE.finditer(view.masked):
+    for pattern, before in ((_AVS, 0), (_US_SSN, 0), (_UK_NI, 3), (_RAMQ, 5), (_GERMAN_INSURANCE, 0)):
+        for match in view.at_numbers(pattern, before):
+            view.claim(match.start(), match.end(), "social_security")
+    for match in view.at_numbers(_NATIONAL_CUE, 60):
         view.claim(match.start("id"), match.end("id"), "social_security")
-    for match in _BELGIAN.finditer(view.masked):
+    for match in view.at_numbers(_BELGIAN):
         written = match.group()
         if belgian_valid(written) or re.fullmatch(r"\d\d\.\d\d\.\d\d-\d{3}\.\d\d", written):
             view.claim(match.start(), match.end(), "social_security")
-    for match in _SIN.finditer(view.masked):
+    for match in view.at_numbers(_SIN):
         if luhn_valid(match.group()) or "-" in match.group():
             view.claim(match.start(), match.end(), "social_security")
-    for match in _DIGIT_ROW.finditer(view.masked):
+    for match in view.at_numbers(_DIGIT_ROW):
         count = sum(character.isdigit() for character in match.group())
         if dates.NUMERIC.fullmatch(match.group()):
             continue  # a date whose digits stand apart
         if len(set(match.group())) > 3:
             view.claim(match.start(), match.end(), "social_security" if count >= 12 else "id")
-    for match in _NIR.finditer(view.masked):
+    for match in view.at_numbers(_NIR):
         if nir_valid(match.group()) or sum(c.isdigit() for c in match.group()) in (13, 15):
             view.claim(match.start(), match.end(), "social_security")
-    for match in _CLUSTER.finditer(view.masked):
-        written = match.group()
+    for start, end, written in _clusters(view):
         if written[0] in "12" and set(written) <= set("0123456789 ") and 13 <= sum(map(str.isdigit, written)) <= 16:
-            view.claim(match.start(), match.end(), "social_security")
+            view.claim(start, end, "social_security")
+
+
+def _clusters(view: View) -> Iterator[tuple[int, int, str]]:
+    """Rows of digits with what opens them: "+33 ...", "(0) ..."."""
+    for match in view.at_numbers(_CLUSTER):
+        text, (start, end) = match.string, match.span()
+        opens = _CLUSTER_OPENS.search(text, max(0, start - _CLUSTER_OPENS_WIDTH), start)
+        start = opens.start() if opens else start
+        yield start, end, text[start:end]
 
 
 def nir_valid(written: str) -> bool:
@@ -186,19 +198,17 @@ def luhn_valid(written: str) -> bool:
 
 def _ages(view: View) -> None:
     if view.longest_number >= 2:
-        for pattern in (_AGE, _AGED) if "age" in view.plain else (_AGE,):
-            for match in pattern.finditer(view.masked):
+        for pattern, before in ((_AGE, 0), (_AGED, 12)):
+            for match in view.at_numbers(pattern, before):
                 if OLDEST_AGE_YEARS < int(match[1]) < 130:
                     view.claim(match.start(1), match.end(1), "age_over_89")
-    if not (
-        "ninet" in view.plain
-        or "nonante" in view.plain
-        or "vingt" in view.plain
-        or "nonag" in view.plain
-        or "cent" in view.plain
-        or "hundred" in view.plain
+    if (view.seen & Word.NUMBER and not _OLD_WORDS.isdisjoint(view.words)) or any(
+        stem in view.plain for stem in _OLD_STEMS
     ):
-        return
+        _ages_in_words(view)
+
+
+def _ages_in_words(view: View) -> None:
     for index, word in enumerate(view.words):
         if word in ("ninety", "nonante", "quatre", "cent", "hundred", "one") and (
             index == 0 or not view.flags[index - 1] & Word.NUMBER
@@ -214,12 +224,12 @@ def _ages(view: View) -> None:
             value = dates.value_of(view.words[index:stop])
             if unit in ("ans", "year", "years", "yo") and OLDEST_AGE_YEARS < value < 130:
                 view.claim(view.starts[index], view.ends[stop - 1], "age_over_89")
-        elif word.startswith(("nonagen", "centenar")):
+        elif word.startswith(_OLD_STEMS):
             view.claim(view.starts[index], view.ends[index], "age_over_89")
 
 
 def _phones_and_ids(view: View) -> None:
-    for match in _ID_CUE.finditer(view.masked):
+    for match in view.at_numbers(_ID_CUE, 100):
         if _LEGAL_BEFORE.search(view.masked, max(0, match.start() - 16), match.start()):
             continue
         weak = match.group().startswith(_WEAK_CUES)
@@ -230,26 +240,25 @@ def _phones_and_ids(view: View) -> None:
             end = match.start("id") + len(written)
             tail = _ID_TAIL.match(view.masked, end)
             view.claim(match.start("id"), tail.end() if tail else end, "id")
-    for match in _MISREAD_PHONE.finditer(view.masked):
+    for match in view.at_numbers(_MISREAD_PHONE, 8):
         written = match.group()
         if re.search("[a-z,:]", written) and sum(character.isdigit() for character in written) >= 7:
             view.claim(match.start(), match.end(), "phone")
-    for match in _CLUSTER.finditer(view.masked):
-        start, end = match.span()
-        written = match.group()
+    for start, end, written in _clusters(view):
         kind = _cluster_kind(view, start, written)
         if kind is not None and not (kind == "id" and _QUANTITY.match(view.masked, end)):
             view.claim(start, end, kind)
-    for match in _FRENCH_PHONE.finditer(view.masked):
+    for match in view.at_numbers(_FRENCH_PHONE):
         view.claim(match.start(), match.end(), "phone")
-    phones = {one.end for one in view.identifiers if one.kind == "phone"}
-    for match in _SECOND_PHONE.finditer(view.masked) if phones else ():
-        if match.start() in phones:
-            view.claim(match.start(1), match.end(1), "phone")
-    for match in _LETTERED_PHONE.finditer(view.masked):
-        view.claim(match.start(), match.end(), "phone")
-    for pattern in (_LONG_DIGITS, _DASHED_ID, _MIXED_ID):
-        for match in pattern.finditer(view.masked):
+    for phone in sorted({one.end for one in view.identifiers if one.kind == "phone"}):
+        second = _SECOND_PHONE.match(view.masked, phone)
+        if second is not None:
+            view.claim(second.start(1), second.end(1), "phone")
+    if len(view.numbers) >= _LETTERED_PHONE_NUMBERS_MIN:
+        for match in _LETTERED_PHONE.finditer(view.masked):
+            view.claim(match.start(), match.end(), "phone")
+    for pattern, before in ((_LONG_DIGITS, 0), (_DASHED_ID, 100), (_MIXED_ID, 100)):
+        for match in view.at_numbers(pattern, before):
             count = sum(character.isdigit() for character in match.group())
             letters = sum(character.isalpha() for character in match.group())
             if _COUNTRY_CODE.match(view.masked, match.start()):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, compress, count, repeat
-from operator import itemgetter, ne
+from functools import cache, reduce
+from itertools import accumulate, chain, compress, count, repeat
+from operator import itemgetter, ne, or_
 from typing import Literal
 
 from shards.reports.identity.gazetteers import Word, gazetteer, plain
@@ -35,7 +37,6 @@ _VIETNAMESE = re.compile(
     r"[\u0102\u0103\u0128\u0129\u0168\u0169\u01a0\u01a1\u01af\u01b0\u1ea0-\u1ef9]|\b[Ll]ê\b|\bLÊ\b"
 )
 _DIGIT_RUN = re.compile(r"\d+")
-_DIGIT_RUN_ASCII = re.compile(r"[0-9]+")
 _CLOSE, _DENSE = 4, 6  # characters between digits; digits that make a phone number possible
 _TRIGGERS = (
     Word.TITLE | Word.ROLE | Word.KIN | Word.MONTH | Word.NUMBER | Word.STREET | Word.HOSPITAL | Word.DEMONYM
@@ -60,7 +61,8 @@ class Identifier:
 class View:
     """Words of one document. Lists run over words; `plain` has the length of `text`, so offsets serve both.
 
-    `masked` is `plain` with what earlier rules claimed blanked out; `claim` keeps it so.
+    `masked` is `plain` with what earlier rules claimed blanked out; `claim` keeps it so. Most documents lack most of
+    what rules look for, so `seen`, `numbers` and the lists of words tell which of them need not be tried.
     """
 
     text: str
@@ -72,8 +74,10 @@ class View:
     shapes: list[int]
     masked: str
     marked: list[int]  # words that start a rule: titles, roles, months, numbers, streets, hospitals
+    seen: int  # flags of all marked words together
     capitalised: list[int]  # words that begin with a capital
     small_names: list[int]  # words in lower case that are names and no common words
+    numbers: list[int]  # where runs of digits begin in `masked`, those that are claimed among them
     longest_number: int  # digits in the longest run; patterns that need more are not tried
     dense: bool  # whether six digits stand close together anywhere, as in phone numbers and ids
     identifiers: list[Identifier] = field(default_factory=list)
@@ -95,8 +99,28 @@ class View:
         """Note one identifier and hide nothing: other rules may find a longer one around it."""
         self.identifiers.append(Identifier(start=start, end=end, kind=kind, layer=layer))
 
+    def at_numbers(self, pattern: re.Pattern[str], before: int = 0) -> Iterator[re.Match[str]]:
+        """Matches in `masked` of a pattern that begins with a run of digits, or with a word at most `before` characters
+        ahead of its first digit: in order, without overlap.
+
+        They are what `pattern.finditer(masked)` finds, which tries every character of a text with few numbers.
+        """
+        text, read_up_to = self.masked, 0
+        for number in tuple(self.numbers):
+            first = max(read_up_to, number - before)
+            words = self.starts[bisect_left(self.starts, first) : bisect_left(self.starts, number)] if before else ()
+            for place in (*words, number) if read_up_to <= number else ():
+                match = pattern.match(text, place)
+                if match is not None:
+                    yield match
+                    read_up_to = match.end()
+                    break
+            read_up_to = max(read_up_to, number)
+
     def claim(self, start: int, end: int, kind: Kind, layer: Layer = "pattern") -> None:
         """Note one identifier and hide it from the rules that follow."""
+        if self.masked[end - 1 : end + 1].isdecimal() and end < len(self.masked):
+            insort(self.numbers, end)  # what is left of a number begins there
         self.masked = self.masked[:start] + "\0" * (end - start) + self.masked[end:]
         self.identifiers.append(Identifier(start=start, end=end, kind=kind, layer=layer))
 
@@ -138,17 +162,34 @@ def view_of(text: str) -> View:
         shapes[index] = _shape(text[starts[index] : ends[index]])
     if text == plain_text or not text.isupper():
         _raise_lower_lines(text, starts, ends, flags, shapes)
-    longest_number, dense = _numbers(plain_text)
+    runs = _digit_runs(pieces[::2], chain((0,), ends))
+    dense = _is_dense(runs)
     masked = _MISREAD.sub(lambda match: match.group().translate(_DIGITS), plain_text) if dense else plain_text
+    triggers, names = _listed_words()
+    marked = [index for index in compress(count(), map(triggers.__contains__, words)) if flags[index] & _TRIGGERS]
     return View(
         text=text, plain=plain_text, masked=masked, starts=starts, ends=ends, words=words, flags=flags, shapes=shapes,
-        marked=[index for index, flag in enumerate(flags) if flag & _TRIGGERS],
+        marked=marked, seen=reduce(or_, map(flags.__getitem__, marked), 0),
         small_names=[
-            index for index, flag in enumerate(flags) if flag & _NAMES and not flag & Word.COMMON and not shapes[index]
+            index for index in compress(count(), map(names.__contains__, words))
+            if flags[index] & _NAMES and not shapes[index]
         ],
-        longest_number=longest_number, dense=dense,
-        capitalised=[index for index, shape in enumerate(shapes) if shape],
+        numbers=[start for start, _ in runs] if masked == plain_text else [
+            run.start() for run in _DIGIT_RUN.finditer(masked)
+        ],
+        longest_number=max((end - start for start, end in runs), default=0), dense=dense,
+        capitalised=list(compress(count(), shapes)),
     )  # fmt: skip
+
+
+@cache
+def _listed_words() -> tuple[frozenset[str], frozenset[str]]:
+    """Words of the lists that start a rule, and those that are names and no common words."""
+    flags = gazetteer().flags.items()
+    return (
+        frozenset(word for word, flag in flags if flag & _TRIGGERS),
+        frozenset(word for word, flag in flags if flag & _NAMES and not flag & Word.COMMON),
+    )
 
 
 def _raise_lower_lines(text: str, starts: list[int], ends: list[int], flags: list[int], shapes: list[int]) -> None:
@@ -184,16 +225,27 @@ def _raised_shape(index: int, first: int, stop: int, flags: list[int], shapes: l
     return TITLE_CASE if known or cued or behind_initial else LOWER
 
 
-def _numbers(text: str) -> tuple[int, bool]:
-    """Digits in the longest run, and whether six stand close together, a letter or two between them allowed."""
-    longest = count = last = 0
-    dense = False
-    for match in (_DIGIT_RUN_ASCII if text.isascii() else _DIGIT_RUN).finditer(text):
-        start, end = match.span()
-        count = count + end - start if start - last <= _CLOSE and count else end - start
-        dense = dense or count >= _DENSE
-        longest, last = max(longest, end - start), end
-    return longest, dense
+def _digit_runs(gaps: Sequence[str], starts: Iterable[int]) -> list[tuple[int, int]]:
+    """Where runs of digits begin and end, from what stands between the words; most gaps are a blank."""
+    numbered = {gap for gap in set(gaps) if _DIGIT_RUN.search(gap)}
+    if not numbered:
+        return []
+    return [
+        (start + run.start(), start + run.end())
+        for start, gap in zip(starts, gaps, strict=True) if gap in numbered
+        for run in _DIGIT_RUN.finditer(gap)
+    ]  # fmt: skip
+
+
+def _is_dense(runs: Sequence[tuple[int, int]]) -> bool:
+    """Whether six digits stand close together, a letter or two between them allowed."""
+    count = last = 0
+    for start, end in runs:
+        count = end - start + (count if start - last <= _CLOSE else 0)
+        if count >= _DENSE:
+            return True
+        last = end
+    return False
 
 
 def _shape(written: str) -> int:
