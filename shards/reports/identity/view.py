@@ -103,19 +103,23 @@ class View:
         """Matches in `masked` of a pattern that begins with a run of digits, or with a word at most `before` characters
         ahead of its first digit: in order, without overlap.
 
-        They are what `pattern.finditer(masked)` finds, which tries every character of a text with few numbers.
+        They are what `pattern.finditer(masked)` finds with a digit in it; that tries every character of the text.
         """
         text, read_up_to = self.masked, 0
+        words: Sequence[int] = ()
         for number in tuple(self.numbers):
-            first = max(read_up_to, number - before)
-            words = self.starts[bisect_left(self.starts, first) : bisect_left(self.starts, number)] if before else ()
-            for place in (*words, number) if read_up_to <= number else ():
+            if number < read_up_to:
+                continue
+            if before:
+                first = max(read_up_to, number - before)
+                words = self.starts[bisect_left(self.starts, first) : bisect_left(self.starts, number)]
+            read_up_to = number
+            for place in (*words, number):
                 match = pattern.match(text, place)
-                if match is not None:
+                if match is not None and match.end() > number:
                     yield match
                     read_up_to = match.end()
                     break
-            read_up_to = max(read_up_to, number)
 
     def claim(self, start: int, end: int, kind: Kind, layer: Layer = "pattern") -> None:
         """Note one identifier and hide it from the rules that follow."""
