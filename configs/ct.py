@@ -65,11 +65,12 @@ def supervised_b() -> TrainConfig:
 
 def fvlm_tiny() -> TrainConfig:
     """fVLM with towers of about a million weights on phantoms of 48 x 64 x 64 voxels: learns on two CPU cores."""
-    vision = replace(vit_tiny_volume(), channels=2)
+    windows_hu = ((-1000.0, -600.0), (-150.0, 250.0), (200.0, 1000.0))  # lung, soft tissue, bone and calcification
+    vision = replace(vit_tiny_volume(), channels=len(windows_hu), stem=(32, 64), depth=1, levels=(1,))
     volume = VolumeDecoder.Config(
         size=vision.volume_size,
-        patch_size=vision.patch_size,
-        windows_hu=((-1000.0, 400.0), (-150.0, 250.0)),
+        patch_size=vision.fine_size,
+        windows_hu=windows_hu,
         anatomies=PHANTOM_ORGANS,
     )
     return TrainConfig(

@@ -155,7 +155,7 @@ class TrainConfig:
             raise ConfigError("the task encodes volumes, but data.volume is not set; the recipes of configs/ct.py do")
         pairs = [
             ("vision.volume_size", vision.volume_size, "size", volume.size),
-            ("vision.patch_size", vision.patch_size, "patch_size", volume.patch_size),
+            ("vision.fine_size", vision.fine_size, "patch_size", volume.patch_size),
             ("vision.channels", vision.channels, "windows_hu", len(volume.windows_hu)),
         ]
         if hasattr(self.task, "anatomies"):

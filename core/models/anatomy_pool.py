@@ -7,7 +7,11 @@ One query asks thousands of tokens, so neither keys nor values of tokens are eve
 key weights first, q . (W x) = (W^T q) . x, and tokens are averaged before they meet the value weights. A bias of keys
 would cancel in the softmax. With four levels and four anatomies this is a fiftieth of the products of keys and values.
 
-Letters: V = volumes, A = anatomies, T = patches, L = levels, D = width, H = heads, K = D / H, E = embedding.
+Where the encoder has a stem, the mean of its map over the anatomy's own voxels is added, through a projection of each
+anatomy's own: a patch mixes a small organ with its neighbours, the stem's map much less.
+
+Letters: V = volumes, A = anatomies, T = patches, L = levels, D = width, H = heads, K = D / H, E = embedding,
+C = channels and F = places of the stem's map.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.models.transformer import LayerNorm, Linear
+from core.models.volume import VolumeOutput
 from shards.errors import ConfigError
 
 
@@ -37,7 +43,10 @@ class AnatomyPool(nn.Module):
         normalised: bool = True
         weighting: Literal["flag", "share"] = "flag"
 
-    def __init__(self, config: AnatomyPool.Config, *, anatomies: int, levels: int, width: int, embed_dim: int) -> None:
+    def __init__(
+        self, config: AnatomyPool.Config, *, anatomies: int, levels: int, width: int, embed_dim: int, stem: int = 0
+    ) -> None:
+        """`stem`: channels of the encoder's stem, 0 without one."""
         super().__init__()
         if width % config.heads:
             raise ConfigError(f"pool.heads={config.heads} does not divide the encoder's width {width}; change one")
@@ -52,15 +61,26 @@ class AnatomyPool(nn.Module):
         self.value_bias = nn.Parameter(torch.zeros(width))
         self.out = Linear(width, width)
         self.projection = nn.Parameter(torch.zeros(anatomies, embed_dim, width))
+        self.stem_norm = LayerNorm(stem, eps=1e-6) if stem else None
+        self.stem_projection = nn.Parameter(torch.zeros(anatomies, embed_dim, stem)) if stem else None
 
     def first_std(self, name: str) -> float:
         """Standard deviation of the first values of a parameter of this module itself."""
         if name in ("query_tokens", "value_bias"):
             return 0.0
+        if name == "stem_projection":
+            assert self.stem_projection is not None
+            return float(self.stem_projection.shape[2] ** -0.5)
         return 0.02 if name == "level_tokens" else self.width**-0.5
 
-    def forward(self, levels: Sequence[Tensor], anatomy_share: Tensor) -> Tensor:
-        """`levels` of `[V, T, D]`, `anatomy_share [V, A, T]` -> `[V, A, E]` fp32, 0 for an anatomy without a patch."""
+    def forward(self, seen: VolumeOutput, anatomy_share: Tensor) -> Tensor:
+        """`anatomy_share [V, A, T]`, or `[V, A, F]` with a stem -> `[V, A, E]` fp32, 0 for an anatomy without any."""
+        if seen.fine is None:
+            return self._of_tokens(seen.levels, anatomy_share)
+        share_of_patches = mean_of_patches(anatomy_share, seen)
+        return self._of_tokens(seen.levels, share_of_patches) + self._of_stem(seen.fine, anatomy_share)
+
+    def _of_tokens(self, levels: Sequence[Tensor], anatomy_share: Tensor) -> Tensor:
         volumes, anatomies, patches = anatomy_share.shape
         if anatomies != len(self.query_tokens) or levels[0].shape[:2] != (volumes, patches):
             raise ConfigError(
@@ -89,6 +109,16 @@ class AnatomyPool(nn.Module):
             embeds = torch.einsum("vad,aed->vae", mixed, self.projection.float())
         return embeds * present[:, :, None]
 
+    def _of_stem(self, fine: Tensor, anatomy_share: Tensor) -> Tensor:
+        """Projected mean of the map `[V, C, z, y, x]` over each anatomy, `[V, A, E]`; 0 for one without a voxel."""
+        assert self.stem_norm is not None and self.stem_projection is not None
+        whole = anatomy_share.sum(dim=2, keepdim=True)
+        weight = (anatomy_share / whole.clamp(min=1e-6)).to(fine.dtype)
+        with torch.autocast(fine.device.type, enabled=False):
+            mean = self.stem_norm((weight @ fine.flatten(2).transpose(1, 2)).float())  # [V, A, C]
+            embeds = torch.einsum("vac,aec->vae", mean, self.stem_projection.float())
+        return embeds * (whole > 0)
+
     def _tokens(self, levels: Sequence[Tensor]) -> Tensor:
         if self.level_tokens is None:
             return torch.cat(list(levels), dim=1)
@@ -102,3 +132,16 @@ class AnatomyPool(nn.Module):
         keys = self.key_weight.float().view(heads, -1, self.width)  # [H, K, D]
         scale = (self.width // heads) ** -0.5
         return torch.einsum("ahk,hkd->ahd", queries * scale, keys).flatten(0, 1)
+
+
+def mean_of_patches(anatomy_share: Tensor, seen: VolumeOutput) -> Tensor:
+    """Shares of the places of the stem's map `[V, A, F]` -> of the patches `[V, A, T]`. ConfigError if they differ."""
+    assert seen.fine is not None
+    fine = seen.fine.shape[2:]
+    if anatomy_share.shape[2] != fine.numel():
+        raise ConfigError(
+            f"anatomy_share {tuple(anatomy_share.shape)} does not fit the stem's map of {tuple(fine)}; "
+            "the data's patch size must be the voxels that a value of the map stands for"
+        )
+    grid = anatomy_share.unflatten(2, fine)
+    return F.avg_pool3d(grid, [side // patches for side, patches in zip(fine, seen.grid, strict=True)]).flatten(2)

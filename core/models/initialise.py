@@ -68,7 +68,7 @@ def draw_weights(module: nn.Module, seed: int) -> None:
 def _draw(part: nn.Module, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
     if isinstance(part, LogitScale | LogitBias | LayerScale):
         parameter.fill_(part.initial)
-    elif isinstance(part, nn.LayerNorm):
+    elif isinstance(part, nn.LayerNorm | nn.GroupNorm):
         parameter.fill_(1.0 if name == "weight" else 0.0)
     elif name == "bias":
         parameter.fill_(part.first_bias if isinstance(part, Linear) else 0.0)
@@ -77,8 +77,8 @@ def _draw(part: nn.Module, name: str, parameter: nn.Parameter, generator: torch.
         parameter.copy_(values / math.sqrt(part.fan_in) if part.std is None else values * part.std)
     elif isinstance(part, AnatomyPool):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * part.first_std(name))
-    elif isinstance(part, nn.Linear | Projection):
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1]))
+    elif isinstance(part, nn.Linear | nn.Conv3d | Projection):
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel()))
     else:
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
@@ -281,6 +281,11 @@ class _Load:
         self.tensors[name] = new
         self.reshaped.append(f"{name}: {why}, {old} -> {tuple(new.shape)}")
 
+    def leave_out(self, name: str) -> None:
+        """Not used after all."""
+        self.unexpected.extend(self.origin.get(name, [name]))
+        del self.tensors[name]
+
 
 def load_weights(
     encoder: VisionEncoder | VolumeEncoder | TextEncoder, path: str | Path, *, prefix: str = ""
@@ -323,8 +328,7 @@ def load_weights(
     else:
         _fit_text(encoder, load)
     for name in sorted(set(load.tensors) - set(wanted)):
-        load.unexpected.extend(load.origin[name])
-        del load.tensors[name]
+        load.leave_out(name)
     misfits = [
         f"{name} {tuple(tensor.shape)} in the file, {tuple(wanted[name].shape)} here"
         for name, tensor in sorted(load.tensors.items())
@@ -409,12 +413,15 @@ def _inflate(encoder: VolumeEncoder, load: _Load) -> None:
     """2D patch weights and positions to 3D; a file of our own volume encoder is left as it is.
 
     A kernel is resized to the patch's rows and columns, shared out over its slices and channels, so that a patch of one
-    grey answers as it did. Positions are resized across and alike in all slices: depth is learned.
+    grey answers as it did. An encoder with a stem keeps the patch weights that it has: they take the stem's map.
+    Positions are resized across and alike in all slices: depth is learned.
     """
     config, tensors = encoder.config, load.tensors
     depth, height, width = config.patch_size
     kernel = tensors.get("patch.weight")
-    if kernel is not None and kernel.ndim == 4:  # [D, C, P, P]
+    if kernel is not None and kernel.ndim == 4 and config.stem:
+        load.leave_out("patch.weight")
+    elif kernel is not None and kernel.ndim == 4:  # [D, C, P, P]
         grey = kernel.sum(1, keepdim=True)
         resized = F.interpolate(grey, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
         resized = resized * (grey.shape[2] * grey.shape[3] / (height * width)) / (depth * config.channels)

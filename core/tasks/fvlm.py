@@ -66,6 +66,7 @@ class AnatomyTowers(nn.Module):
             levels=len(config.vision.levels),
             width=config.vision.width,
             embed_dim=config.embed_dim,
+            stem=config.vision.stem[-1] if config.vision.stem else 0,
         )
         self.text = TextTower(config.text, config.embed_dim)
         self.image_gaussian = self.text_gaussian = None
@@ -76,7 +77,7 @@ class AnatomyTowers(nn.Module):
 
     def images(self, batch: Batch) -> dict[str, Tensor]:
         """`image_embeds [b, A, E]` of unit norm, or `image_mean` and `image_logvar`; 0 for an anatomy not intact."""
-        pooled = self.pool(self.vision(batch["pixel_values"]).levels, batch["anatomy_share"])  # [V, A, E]
+        pooled = self.pool(self.vision(batch["pixel_values"]), batch["anatomy_share"])  # [V, A, E]
 
         def of_studies(x: Tensor) -> Tensor:
             return mean_over_present_views(x, batch["anatomy_intact"], batch["study_index"], len(batch["valid"]))

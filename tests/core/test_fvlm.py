@@ -348,7 +348,7 @@ def synthetic(config: TrainConfig, studies: int) -> Batch:
     batch = {"pixel_values": pixels, "study_index": torch.arange(studies), "valid": torch.ones(studies).bool()}
     length = 12
     if isinstance(task, FVLM.Config):
-        anatomies, patches = len(task.anatomies), int(np.prod(task.vision.grid))
+        anatomies, patches = len(task.anatomies), config.data.volume.patches
         key = torch.randint(0, 2, (studies, anatomies), generator=generator)
         key = key * (1 + torch.arange(studies * anatomies).view(studies, anatomies))
         batch |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from core.models.anatomy_pool import AnatomyPool
 from core.models.attention import DenseLayout
 from core.models.initialise import draw_weights, load_weights
 from core.models.vision import VisionEncoder
-from core.models.volume import VolumeEncoder, resize_positions, vit_b_volume, vit_tiny_volume
+from core.models.volume import VolumeEncoder, VolumeOutput, resize_positions, vit_b_volume, vit_tiny_volume
 from shards.errors import ConfigError
 
 SMALL = VolumeEncoder.Config(
@@ -52,6 +53,26 @@ def test_patches_are_the_convolution_in_rows_of_z_y_x() -> None:
     kernel = encoder.patch.weight.view(16, 3, 4, 4, 8)
     expected = F.conv3d(x, kernel, encoder.patch.bias, stride=(4, 4, 8)).flatten(2).transpose(1, 2)
     torch.testing.assert_close(encoder.patch(encoder.patches(x)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_stem_halves_every_side_before_patches_are_cut_and_moves_with_its_input() -> None:
+    config = replace(SMALL, stem=(4, 6), channels=2)
+    encoder, x = build(config), volumes(1, 2, 8, 8, 32)
+    found = encoder(x)
+    assert found.fine is not None and found.fine.shape == (1, 6, 2, 2, 8) and config.fine_size == (4, 4, 4)
+    assert found.grid == (2, 2, 4) and found.levels[0].shape == (1, 16, 16)
+    one = torch.zeros(1, 2, 8, 8, 32)
+    one[..., 9] = 1
+    further = one.roll(8, dims=4)  # two values of the map
+    assert encoder.stem is not None
+    before, after = (encoder.stem(volume)[0, :, 1, 1] for volume in (one, further))
+    torch.testing.assert_close(before[:, 1:5], after[:, 3:7])
+    assert not torch.allclose(before, after)
+    sum(level.square().sum() for level in found.levels).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+    for bad in ((4, 6, 8), (0,)):
+        with pytest.raises(ConfigError, match="convolutions halve patch_size"):
+            replace(SMALL, stem=bad)
 
 
 def test_positions_of_another_grid_are_interpolated() -> None:
@@ -121,6 +142,11 @@ def test_weights_of_a_2d_mae_are_inflated(tmp_path: Path) -> None:
     positions = encoder.positions.view(2, 4, 16)
     assert torch.equal(positions[0], positions[1]) and "alike in all slices" in " ".join(report.reshaped)
 
+    with_stem = build(replace(SMALL, stem=(4,)))
+    drawn = with_stem.patch.weight.clone()
+    assert "patch_embed.proj.weight" in load_weights(with_stem, tmp_path / "mae.safetensors").unexpected
+    assert torch.equal(with_stem.patch.weight, drawn)
+
     save_file({name: value.clone() for name, value in encoder.state_dict().items()}, tmp_path / "own.safetensors")
     again = build(replace(SMALL, channels=2))
     assert not load_weights(again, tmp_path / "own.safetensors").reshaped
@@ -132,14 +158,9 @@ def test_weights_of_a_2d_mae_are_inflated(tmp_path: Path) -> None:
 WIDTH, EMBED = 8, 6
 
 
-def pool_of(**changed: object) -> AnatomyPool:
-    pool = AnatomyPool(
-        AnatomyPool.Config(heads=2, **changed),
-        anatomies=3,
-        levels=2,
-        width=WIDTH,
-        embed_dim=EMBED,  # type: ignore[arg-type]
-    )
+def pool_of(*, stem: int = 0, **changed: object) -> AnatomyPool:
+    config = AnatomyPool.Config(heads=2, **changed)  # type: ignore[arg-type]
+    pool = AnatomyPool(config, anatomies=3, levels=2, width=WIDTH, embed_dim=EMBED, stem=stem)
     draw_weights(pool, seed=1)
     return pool
 
@@ -152,6 +173,11 @@ def levels_and_share() -> tuple[list[Tensor], Tensor]:
     share[0, 1] = 0
     share[:, 2] = 0
     return levels, share
+
+
+def seen(levels: list[Tensor], fine: Tensor | None = None) -> VolumeOutput:
+    """Tokens of a grid of 1 x 2 x 5 patches."""
+    return VolumeOutput(levels=levels, grid=(1, 2, 5), fine=fine)
 
 
 def pair_by_pair(pool: AnatomyPool, levels: list[Tensor], share: Tensor) -> Tensor:
@@ -182,7 +208,7 @@ def test_all_pairs_at_once_equal_a_loop_over_pairs(weighting: str, normalised: b
     with torch.no_grad():
         pool.query_tokens.normal_(generator=torch.Generator().manual_seed(7))
     levels = [level.requires_grad_() for level in levels]
-    wanted, found = pair_by_pair(pool, levels, share), pool(levels, share)
+    wanted, found = pair_by_pair(pool, levels, share), pool(seen(levels), share)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(8))
     inputs = [*levels, *pool.parameters()]
@@ -196,24 +222,46 @@ def test_an_anatomy_starts_as_the_mean_of_its_projected_tokens() -> None:
     own = share[1, 0] > 0
     value = torch.cat([level[1, own] for level in levels]) @ pool.value_weight.T + pool.value_bias
     expected = pool.projection[0] @ pool.out(value.mean(0, keepdim=True))[0]
-    torch.testing.assert_close(pool(levels, share)[1, 0], expected)
+    torch.testing.assert_close(pool(seen(levels), share)[1, 0], expected)
 
 
 def test_an_anatomy_that_is_nowhere_is_zero_and_moves_nothing() -> None:
     pool = pool_of()
     levels, share = levels_and_share()
-    found = pool([level.requires_grad_() for level in levels], share)
+    found = pool(seen([level.requires_grad_() for level in levels]), share)
     assert not found[:, 2].any() and not found[0, 1].any() and found[1, 1].any()
     found.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in pool.parameters())
     assert not pool.projection.grad[2].any() and not pool.query_tokens.grad[2].any()  # type: ignore[index]
-    everywhere_empty = pool(levels, torch.zeros_like(share))
+    everywhere_empty = pool(seen(levels), torch.zeros_like(share))
     assert not everywhere_empty.any() and everywhere_empty.requires_grad
+
+
+def test_with_a_stem_the_mean_of_its_map_over_the_anatomy_is_added() -> None:
+    levels, _ = levels_and_share()
+    generator = torch.Generator().manual_seed(3)
+    fine = torch.randn(2, 4, 2, 4, 10, generator=generator)  # 2 x 2 x 2 places a patch
+    share = torch.rand(2, 3, 80, generator=generator) * (torch.rand(2, 3, 80, generator=generator) < 0.3)
+    share[0, 1] = 0
+    with_stem, plain = pool_of(stem=4), pool_of()
+    plain.load_state_dict({name: value for name, value in with_stem.state_dict().items() if "stem" not in name})
+    found = with_stem(seen(levels, fine), share)
+    coarse = torch.zeros(2, 3, 10)
+    for z, y, x in itertools.product(range(2), range(4), range(10)):
+        coarse[:, :, y // 2 * 5 + x // 2] += share.view(2, 3, 2, 4, 10)[:, :, z, y, x] / 8
+    assert not found[0, 1].any()
+    for volume, anatomy in ((0, 0), (0, 2), (1, 0), (1, 1), (1, 2)):
+        weight = share[volume, anatomy] / share[volume, anatomy].sum()
+        mean = F.layer_norm(fine[volume].flatten(1) @ weight, (4,), eps=1e-6)
+        expected = plain(seen(levels), coarse)[volume, anatomy] + with_stem.stem_projection[anatomy] @ mean
+        torch.testing.assert_close(found[volume, anatomy], expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"anatomy_share \(2, 3, 79\) does not fit the stem's map of \(2, 4, 10\)"):
+        with_stem(seen(levels, fine), share[:, :, :79])
 
 
 def test_masks_of_another_grid_are_refused() -> None:
     levels, share = levels_and_share()
     with pytest.raises(ConfigError, match=r"anatomy_share \(2, 3, 9\) does not fit 3 anatomies and 10 patches"):
-        pool_of()(levels, share[:, :, :9])
+        pool_of()(seen(levels), share[:, :, :9])
     with pytest.raises(ConfigError, match=r"pool\.heads=3 does not divide"):
         AnatomyPool(AnatomyPool.Config(heads=3), anatomies=3, levels=2, width=WIDTH, embed_dim=EMBED)
