@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from core import collectives
 from core.models import attention
-from core.optim import OptimConfig, schedule_factor
+from core.optim import OptimConfig, schedule_factor, turn_of
 from core.optim import build as build_optimizer
 from core.tasks import Encoded, Exchange, LossOutput, Task
 from core.world import World
@@ -324,8 +324,8 @@ class Engine:
         options = deepspeed_options(config, world, load_universal=load_universal)
         task.to(world.device)
         # The optimizer's class matters to DeepSpeed, its groups to us; both are fixed before ZeRO takes the tensors.
-        optimizer = build_optimizer(task, optim)
-        own = ("weight_decay", "multiplier")
+        optimizer = build_optimizer(task, optim, task.turns)
+        own = ("weight_decay", "multiplier", "turn")
         self._group_settings = [{name: group[name] for name in own} for group in optimizer.param_groups]
         with _quiet():
             self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
@@ -356,10 +356,14 @@ class Engine:
         self._engine.train()
         torch.manual_seed(_seed_of(self._seed, step, self.world.rank))
         factor = schedule_factor(self._optim, step, self._total_steps)
+        turns = self.task.turns
+        self.task.turn = step % len(turns) if turns else 0
         for group in self._optimizer.param_groups:
             group["lr"] = self._optim.learning_rate * group["multiplier"] * factor
+            group["rests"] = group["turn"] not in (None, self.task.turn)
         parts = self._micro_batches(batch)
-        output = self._direct(batch) if len(parts) == 1 else self._cached(parts)
+        with self._others_resting():
+            output = self._direct(batch) if len(parts) == 1 else self._cached(parts)
         totals = self._add_up({"loss": output.loss, **output.metrics}, sums or {})
         metrics = {name: totals[f"task/{name}"] for name in output.metrics}
         metrics["loss/total"] = totals["task/loss"]
@@ -373,6 +377,22 @@ class Engine:
         metrics["optim/grad_norm"] = norm
         metrics["optim/lr"] = self._optim.learning_rate * factor
         return StepOutput(metrics=metrics, sums={name: totals[f"sum/{name}"] for name in sums or {}})
+
+    @contextlib.contextmanager
+    def _others_resting(self) -> Iterator[None]:
+        """Parameters whose turn it is not ask for no gradient: ZeRO-3 would take that of an earlier step for theirs."""
+        named = self.task.named_parameters()
+        others = [
+            parameter for name, parameter in named if turn_of(name, self.task.turns) not in (None, self.task.turn)
+        ]
+        resting = [parameter for parameter in others if parameter.requires_grad]
+        for parameter in resting:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in resting:
+                parameter.requires_grad_(True)
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         rows = self.config.micro_batch

@@ -6,6 +6,7 @@ The learning rate is a pure function of the step, set before every step: there i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -75,8 +76,15 @@ def _multiplier(name: str, multipliers: dict[str, float]) -> float:
     return 1.0
 
 
-def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups of equal decay and learning-rate multiplier, in the order of first appearance (the same on every rank).
+def turn_of(name: str, turns: Sequence[str]) -> int | None:
+    """Which of the modules that learn in turn a parameter belongs to; None if it learns at every step."""
+    return next((turn for turn, module in enumerate(turns) if name.startswith(f"{module}.")), None)
+
+
+def parameter_groups(module: nn.Module, config: OptimConfig, turns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Groups of equal decay, learning-rate multiplier and turn, in the order of first appearance.
+
+    That order is the same on every rank. `turns`: names of modules that learn in turn (core.tasks).
 
     Raises:
         ConfigError: nothing to train, or a multiplier that matches no parameter.
@@ -87,20 +95,39 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     for pattern in config.multipliers:
         if not any(_multiplier(name, {pattern: 0.0}) == 0.0 for name, _ in named):
             raise ConfigError(f"optim.multipliers: {pattern!r} matches no trainable parameter, such as {named[0][0]!r}")
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, int | None], list[nn.Parameter]] = {}
     for name, parameter in named:
-        groups.setdefault((decays(name, parameter), _multiplier(name, config.multipliers)), []).append(parameter)
+        kind = (decays(name, parameter), _multiplier(name, config.multipliers), turn_of(name, turns))
+        groups.setdefault(kind, []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": config.weight_decay if decay else 0.0,
             "lr": config.learning_rate * multiplier,
             "multiplier": multiplier,
+            "turn": turn,
+            "rests": False,
         }
-        for (decay, multiplier), parameters in groups.items()
+        for (decay, multiplier, turn), parameters in groups.items()
     ]
 
 
-def build(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+class AdamWInTurns(torch.optim.AdamW):
+    """AdamW that passes over groups which rest: their weights, moments and count of steps stay as they are.
+
+    A gradient of zero would not do: weights would decay, and moments fade.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["rests"]]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+def build(module: nn.Module, config: OptimConfig, turns: Sequence[str] = ()) -> torch.optim.Optimizer:
     """AdamW in one pass over memory (`fused`), which torch offers on CPU too."""
-    return torch.optim.AdamW(parameter_groups(module, config), betas=config.betas, eps=config.epsilon, fused=True)
+    kind = AdamWInTurns if turns else torch.optim.AdamW
+    return kind(parameter_groups(module, config, turns), betas=config.betas, eps=config.epsilon, fused=True)

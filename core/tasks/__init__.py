@@ -62,6 +62,9 @@ class Task(nn.Module, ABC):
     """One pre-training objective. The engine calls `encode`, gathers, calls `objective`; nothing else knows a loss."""
 
     fields: ClassVar[tuple[str, ...]]  # of shards.batch.FIELDS that encode() reads
+    # Names of modules that learn in turn: at each step one of them, with all that is in none; () if nothing rests.
+    turns: tuple[str, ...] = ()
+    turn: int = 0  # which of `turns` learns at this step; set by the engine
 
     @abstractmethod
     def encode(self, batch: Batch) -> Encoded:

@@ -5,8 +5,9 @@ patients, so normal ones are positives of each other; abnormal ones that say ali
 from the similarity of their texts under a running mean of the text encoder (`teacher`, after RADAR), or from what a
 second model, trained beside this one, makes of the batch (`peer`, the paper's co-teaching).
 
-What the released code does otherwise, and why ours does not, stands in fvlm.md 8. Both models of a pair see the same
-batch at every step, where the paper's take turns; they start from different weights.
+What the released code does otherwise, and why ours does not, stands in fvlm.md 8. The two models of a pair start from
+different weights and take turns: each learns from every other batch, so that no draw of a crop is seen by both, and is
+asked without gradient at the steps between. The first, `towers`, is the one that is evaluated and exported.
 
 Letters: b = studies, V = volumes, A = anatomies, T = patches, L = tokens, E = embedding, n = distinct texts.
 """
@@ -119,7 +120,7 @@ class FVLM(Task):
         equal texts; `study`, none: the correction of normals taken out, for comparison.
         `soft`: where soft targets of abnormal ones come from. `soft_weight`: of them, reached linearly within
         `soft_ramp_steps`; 1 is RADAR's of a teacher, 0.5 the paper's of a peer. `teacher_decay`: of the running mean, a
-        step.
+        step. With a peer each model learns from half of the steps.
         `similarity`: of unit embeddings, or minus the squared Wasserstein distance of Gaussians, made by `gaussian`.
         """
 
@@ -155,6 +156,10 @@ class FVLM(Task):
                     "gaussian.kind='attention' has no tokens to attend to in a pooled anatomy; use linear"
                 )
 
+        def to_embed(self) -> FVLM.Config:
+            """Of a task that only embeds: without teacher or peer."""
+            return replace(self, soft="none")
+
         def build(self, *, vocab_size: int | None = None, seed: int = 0) -> FVLM:
             """The task with weights drawn from `seed`; `vocab_size` is the tokenizer's."""
             return FVLM(self, vocab_size=vocab_size, seed=seed)
@@ -165,7 +170,9 @@ class FVLM(Task):
             config = replace(config, text=replace(config.text, vocab_size=vocab_size))
         self.config = config
         self.towers = AnatomyTowers(config)
-        self.peer = AnatomyTowers(config) if config.soft == "peer" else None
+        self.peer = None
+        if config.soft == "peer":
+            self.peer, self.turns = AnatomyTowers(config), ("towers", "peer")
         draw_weights(self, seed)
         self.teacher = RunningMean(self.towers.text, config.teacher_decay) if config.soft == "teacher" else None
         # Optimizer steps taken: the ramp's clock, saved with the task.
@@ -207,10 +214,12 @@ class FVLM(Task):
             "anatomy_key": batch["anatomy_key"],
             "anatomy_text_key": batch["anatomy_text_key"],
         }
-        for prefix, towers in (("", self.towers), ("peer_", self.peer)):
-            if towers is not None:
-                found = towers.images(batch) | texts.spread(towers.texts(texts.input_ids, texts.attention_mask))
-                gather |= {f"{prefix}{name}": values for name, values in found.items()}
+        learner, peer = self._pair()
+        gather |= learner.images(batch) | texts.spread(learner.texts(texts.input_ids, texts.attention_mask))
+        if peer is not None:
+            with torch.no_grad():
+                found = peer.images(batch) | texts.spread(peer.texts(texts.input_ids, texts.attention_mask))
+            gather |= {f"peer_{name}": values for name, values in found.items()}
         if self.teacher is not None:
             taught = unit_norm(self.teacher(texts.input_ids, texts.attention_mask))
             gather |= texts.spread({"teacher_embeds": taught})
@@ -222,24 +231,35 @@ class FVLM(Task):
         # An anatomy that is normal in the whole batch has nothing to tell apart.
         taught_here = collectives.sum_over_ranks(abnormal.sum(dim=0)) > 0  # [A]
         member = own["anatomy_present"] & taught_here
-        own = {**own, "member": member, "key": self._keys(own)}
-        shares = self._contrast(self.towers, replace(gathered, own=own), "", self._soft(own, abnormal, "peer_"))
-        loss = shares.loss
-        scale = self.towers.logit_scale()
+        learner, peer = self._pair()
+        shares = contrast.grouped_info_nce(
+            replace(gathered, own={**own, "member": member, "key": self._keys(own)}),
+            scale=learner.logit_scale(),
+            similarity=self.config.similarity,
+            row="image",
+            column="text",
+            key="key",
+            member="member",
+            soft=self._soft(own, abnormal, peer),
+            precision=self.config.precision,
+        )
         metrics = {
             "loss/image_to_text": shares.row_to_column,
             "loss/text_to_image": shares.column_to_row,
-            "optim/towers_logit_scale": share_of_constant(scale, gathered),
+            "optim/towers_logit_scale": share_of_constant(self.towers.logit_scale(), gathered),
             "anatomy/pairs": member.sum().float(),
             "anatomy/abnormal": abnormal.sum().float(),
             "anatomy/contrasts": share_of_constant(taught_here.sum().float(), gathered),
         }
         if self.peer is not None:
-            of_peer = self._contrast(self.peer, replace(gathered, own=own), "peer_", self._soft(own, abnormal, ""))
-            loss = loss + of_peer.loss
-            metrics["loss/peer"] = of_peer.loss.detach()
             metrics["optim/peer_logit_scale"] = share_of_constant(self.peer.logit_scale(), gathered)
-        return LossOutput(loss=loss, metrics=metrics)
+        return LossOutput(loss=shares.loss, metrics=metrics)
+
+    def _pair(self) -> tuple[AnatomyTowers, AnatomyTowers | None]:
+        """The model that learns at this step, or is evaluated, and the one that it learns from."""
+        if self.peer is not None and self.training and self.turns[self.turn] == "peer":
+            return self.peer, self.towers
+        return self.towers, self.peer
 
     def after_step(self, whole: Callable[[nn.Parameter], Tensor]) -> None:
         steps = self.steps
@@ -259,23 +279,8 @@ class FVLM(Task):
         rows = torch.arange(first, first + studies, device=own["anatomy_key"].device)
         return rows[:, None].expand(-1, anatomies)
 
-    def _contrast(
-        self, towers: AnatomyTowers, gathered: Gathered, prefix: str, soft: SoftTargets | None
-    ) -> contrast.InfoNCE:
-        return contrast.grouped_info_nce(
-            gathered,
-            scale=towers.logit_scale(),
-            similarity=self.config.similarity,
-            row=f"{prefix}image",
-            column=f"{prefix}text",
-            key="key",
-            member="member",
-            soft=soft,
-            precision=self.config.precision,
-        )
-
-    def _soft(self, own: dict[str, Tensor], abnormal: Tensor, other: str) -> SoftTargets | None:
-        """Of the abnormal ones `[b, A]`; `other`: prefix of the model that a peer learns from."""
+    def _soft(self, own: dict[str, Tensor], abnormal: Tensor, peer: AnatomyTowers | None) -> SoftTargets | None:
+        """Of the abnormal ones `[b, A]`; `peer`: the model that the learner learns from."""
         config, steps = self.config, self.steps
         assert isinstance(steps, Tensor)
         if config.soft == "none":
@@ -287,13 +292,12 @@ class FVLM(Task):
             return SoftTargets(
                 rows=texts, columns=texts, scale=self.towers.logit_scale(), taught=abnormal, weight=weight, how="added"
             )
-        peer = self.peer if other else self.towers
         assert peer is not None
         part = "embeds" if config.similarity == "cosine" else "mean"
         return SoftTargets(
-            rows=own[f"{other}image_{part}"],
-            columns=own[f"{other}text_{part}"],
-            scale=peer.logit_scale(),
+            rows=own[f"peer_image_{part}"],
+            columns=own[f"peer_text_{part}"],
+            scale=peer.logit_scale().detach(),
             taught=abnormal,
             weight=weight,
             how="mixed",

@@ -128,7 +128,7 @@ def run_case(world: World, case: Case) -> dict[str, Any]:
     }
 
 
-def sgd(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def sgd(module: nn.Module, config: OptimConfig, turns: tuple[str, ...]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameter_groups(module, config), lr=config.learning_rate)
 
 
