@@ -329,11 +329,17 @@ def to_json(config: Any) -> dict[str, Any]:
     """Plain JSON values; the task carries its module's name as `kind`."""
     tree: dict[str, Any] = {}
     for part in dataclasses.fields(config):
-        value = _plain(getattr(config, part.name))
+        value = getattr(config, part.name)
         if part.name == "task" and isinstance(config, TrainConfig):
-            value = {"kind": _kind_of(config.task), **value}
-        tree[part.name] = value
+            tree[part.name] = task_to_json(value)
+        else:
+            tree[part.name] = _plain(value)
     return tree
+
+
+def task_to_json(task: Any) -> dict[str, Any]:
+    """The `Config` of a task as plain JSON values, with its module's name as `kind`."""
+    return {"kind": _kind_of(task), **to_json(task)}
 
 
 def _plain(value: Any) -> Any:
@@ -375,13 +381,17 @@ def _task_of_kind(kind: str) -> type[Task]:
 
 def from_json(tree: Mapping[str, Any]) -> TrainConfig:
     """The configuration that `to_json` wrote. Unknown or missing keys and wrong types are ConfigErrors."""
-    tree = dict(tree)
-    task = dict(tree.pop("task", {}))
+    task = task_from_json(tree.get("task", {}))
+    return typing.cast(TrainConfig, _build(TrainConfig, {**tree, "task": task}, ""))
+
+
+def task_from_json(tree: Mapping[str, Any]) -> Any:
+    """The `Config` of a task that `task_to_json` wrote; ConfigErrors as of `from_json`."""
+    task = dict(tree)
     kind = task.pop("kind", None)
     if not isinstance(kind, str):
         raise ConfigError("task.kind is missing; it names a module of core/tasks, such as clip")
-    built_task = _build(_task_of_kind(kind).__dict__["Config"], task, "task")
-    return typing.cast(TrainConfig, _build(TrainConfig, {**tree, "task": built_task}, ""))
+    return _build(_task_of_kind(kind).__dict__["Config"], task, "task")
 
 
 def _build(kind: type, tree: Mapping[str, Any], path: str) -> Any:

@@ -5,6 +5,11 @@ encoder = load_exported("exported/clip")
 images = encoder.embed_images(encoder.read_images(["a.png", "b.jpg"]))   # [2, E], unit length
 texts = encoder.embed_texts(["Small left pneumothorax.", "No pleural effusion."])   # [2, E]
 similarity = images @ texts.T
+
+Of CT volumes: encoder.embed_images(**encoder.read_volumes([hu])), and of fVLM
+anatomies, present = encoder.embed_anatomies(**encoder.read_volumes([hu], [labels], ids))   # [1, A, E], [1, A]
+
+Letters: V = images or volumes, n = studies or texts, C = channels, A = anatomies, T = patches, E = shared embedding.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +33,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from configs import schema
 from core.evaluation.embed import GaussianTask
-from core.models.text import TextEncoder
-from core.models.towers import TwoTowers
-from core.models.vision import VisionEncoder
+from core.models.gaussian import Gaussian
+from core.tasks import Task
 from launchers.past_run import PastRun, open_run
 from shards import keyed
-from shards.batch import Batch
+from shards.batch import Batch, ViewRecord
 from shards.decode import Decoder
+from shards.decode_volume import Crop, VolumeDecoder, place_crop
 from shards.errors import ConfigError, DataError, RoentgenError
 from shards.image_header import read_header
 from shards.store import open_store
 from shards.tokenizer import Tokenizer, load_tokenizer
 from shards.transforms import augment
+from shards.transforms.anatomy import plain_name
+from shards.volume_codec import encode_labels, encode_volume
 
-FORMAT, VERSION = "roentgen-encoder", 1
+FORMAT, VERSION = "roentgen-encoder", 2
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 TOLERANCE = 1e-6  # largest difference of an embedding's element from the run's model
-CHECKED_IMAGES = 4
+CHECKED_VIEWS = 4  # two of each study
 CHECKED_TEXTS = (
     "There is a small left pneumothorax.",
     "No pleural effusion. The heart is normal in size.",
@@ -55,48 +63,60 @@ CHECKED_TEXTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedConfig:
-    """`config.json` of an exported folder. `image` says how stored pixels become `pixel_values`."""
+    """`config.json` of an exported folder.
+
+    `task`: what the encoders are, as a recipe's `task` (configs.schema). `image` or `volume`, the other being None,
+    says how stored values become `pixel_values`.
+    """
 
     format: str
     version: int
-    vision: VisionEncoder.Config
-    text: TextEncoder.Config
-    embed_dim: int
-    image: Decoder.Config
+    task: dict[str, Any]
+    image: Decoder.Config | None
+    volume: VolumeDecoder.Config | None
     text_length: int
     tokenizer_sha256: str
     weights_sha256: str
-    origin: dict[str, Any]  # task, step, recipe: where the weights come from
+    origin: dict[str, Any] = field(default_factory=dict)  # task, step, recipe: where the weights come from
 
 
 class ExportedEncoder(torch.nn.Module):
-    """Both encoders with their tokenizer, on one device, in fp32. V = images, C = channels, E = shared embedding."""
+    """The encoders with their tokenizer, on one device, in fp32."""
 
-    def __init__(self, config: ExportedConfig, towers: TwoTowers, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: ExportedConfig, task: Task, tokenizer: Tokenizer) -> None:
         super().__init__()
-        self.config, self.towers, self.tokenizer = config, towers, tokenizer
+        self.config, self.task, self.tokenizer = config, task, tokenizer
         self.requires_grad_(False)
         self.eval()
         self._decoder: Decoder | None = None
 
     @property
     def device(self) -> torch.device:
-        return next(self.towers.parameters()).device
+        return next(self.task.parameters()).device
 
     @torch.no_grad()
-    def embed_images(self, pixel_values: Tensor, study_index: Tensor | None = None) -> Tensor:
-        """Unit-length [n, E] of `pixel_values [V, C, H, W]`, normalised as `config.image` says.
+    def embed_images(self, pixel_values: Tensor, study_index: Tensor | None = None, **of_views: Tensor) -> Tensor:
+        """Unit-length [n, E] of `pixel_values [V, C, H, W]`, or `[V, C, D, H, W]`, as `read_images` makes them.
 
-        One row an image, or one a study where `study_index [V]` says which study each image belongs to.
+        One row an image, or one a study where `study_index [V]` says which study each image belongs to. `of_views`: of
+        fVLM, `anatomy_share` and `anatomy_intact` as `read_volumes` makes them; the row is the mean of the anatomies.
         """
-        index = torch.arange(len(pixel_values)) if study_index is None else study_index
-        studies = int(index.max()) + 1 if len(index) else 0
-        batch: Batch = {
-            "pixel_values": pixel_values.to(self.device),
-            "study_index": index.to(self.device),
-            "valid": torch.ones(studies, dtype=torch.bool, device=self.device),
-        }
-        return self.towers.embed_images(batch)
+        embeds: Tensor = self._of_task("embed_images")(self.batch(pixel_values, study_index, **of_views))
+        return embeds
+
+    @torch.no_grad()
+    def embed_anatomies(
+        self, pixel_values: Tensor, study_index: Tensor | None = None, **of_views: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of fVLM: unit-length [n, A, E], anatomies as `config.volume.anatomies`, and which were there, [n, A] bool."""
+        embeds, present = self._of_task("embed_anatomies")(self.batch(pixel_values, study_index, **of_views))
+        return embeds, present
+
+    @torch.no_grad()
+    def distribution_of_images(self, pixel_values: Tensor, study_index: Tensor | None = None) -> Gaussian:
+        """Of D-MLM: mean and log-variance, [n, E] each."""
+        found: Gaussian = self._of_task("distribution_of_images")(self.batch(pixel_values, study_index))
+        return found
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
@@ -104,14 +124,27 @@ class ExportedEncoder(torch.nn.Module):
         rows = []
         for start in range(0, len(texts), batch_size):
             ids, mask = self.tokenizer.encode(texts[start : start + batch_size], self.config.text_length)
-            rows.append(self.towers.embed_texts(ids.to(self.device), mask.to(self.device)))
-        return torch.cat(rows) if rows else torch.zeros(0, self.config.embed_dim)
+            rows.append(self._of_task("embed_texts")(ids.to(self.device), mask.to(self.device)))
+        return torch.cat(rows) if rows else torch.zeros(0, self.config.task["embed_dim"])
+
+    def batch(self, pixel_values: Tensor, study_index: Tensor | None = None, **of_views: Tensor) -> Batch:
+        """What the task reads of images, on its device."""
+        index = torch.arange(len(pixel_values)) if study_index is None else study_index
+        missing = {"anatomy_share", "anatomy_intact"}.intersection(self.task.fields) - of_views.keys()
+        if missing:
+            raise ConfigError(f"{' and '.join(sorted(missing))} missing; read_volumes makes them of label maps")
+        studies = int(index.max()) + 1 if len(index) else 0
+        of_images = {"pixel_values": pixel_values, "study_index": index, **of_views}
+        batch: Batch = {name: values.to(self.device) for name, values in of_images.items()}
+        return batch | {"valid": torch.ones(studies, dtype=torch.bool, device=self.device)}
 
     def read_images(self, paths: Sequence[str | Path]) -> Tensor:
         """`pixel_values [V, 1, H, W]` of image files, 8 or 16 bit grey, full range from black to white.
 
         Raises DataError naming a file that does not decode.
         """
+        if self.config.image is None:
+            raise ConfigError(f"{self.config.origin.get('task')} encodes volumes; use read_volumes")
         encoded = [Path(path).read_bytes() for path in paths]
         headers = [read_header(data) for data in encoded]
         bits = np.array([16 if header is not None and header.bits > 8 else 8 for header in headers])
@@ -123,6 +156,68 @@ class ExportedEncoder(torch.nn.Module):
             if cause is not None:
                 raise DataError(f"{path}: {cause}")
         return decoded.pixel_values
+
+    def read_volumes(
+        self,
+        volumes: Sequence[np.ndarray],
+        labels: Sequence[np.ndarray] = (),
+        ids: Mapping[str, int] | None = None,
+    ) -> dict[str, Tensor]:
+        """`pixel_values [V, C, D, H, W]`: the centres of volumes in HU `[z, y, x]`, oriented and spaced as in shards.
+
+        With a label map uint8 `[z, y, x]` of each, and the `ids` of the model's anatomies in them, also `anatomy_share
+        [V, A, T]` and `anatomy_intact [V, A]`: there, and not cut by the crop. Raises ConfigError, or DataError naming
+        the volume.
+        """
+        config = self.config.volume
+        if config is None:
+            raise ConfigError(f"{self.config.origin.get('task')} encodes images; use read_images")
+        if labels and len(labels) != len(volumes):
+            raise ConfigError(f"{len(labels)} label maps of {len(volumes)} volumes; give one of each")
+        known = {plain_name(name) for name in ids or {}}
+        unknown = [name for name in config.anatomies if plain_name(name) not in known]
+        if labels and unknown:
+            raise ConfigError(f"ids lack {', '.join(unknown)}; give an id that no voxel has where the maps lack one")
+        crops = [
+            _centre(config, number, volume, labels[number : number + 1], ids or {})
+            for number, volume in enumerate(volumes)
+        ]
+        pending = VolumeDecoder(replace(config, device="cpu")).submit(crops)
+        decoded = pending.result()
+        for number, cause in enumerate(decoded.causes):
+            if cause is not None:
+                raise DataError(f"volume {number}: {cause}")
+        found = {"pixel_values": decoded.pixel_values}
+        if labels:
+            found |= {
+                "anatomy_share": torch.from_numpy(pending.share),
+                "anatomy_intact": torch.from_numpy(pending.present & pending.whole),
+            }
+        return found
+
+    def _of_task(self, name: str) -> Any:
+        found = getattr(self.task, name, None)
+        if found is None:
+            raise ConfigError(f"{self.config.origin.get('task')} has no {name}")
+        return found
+
+
+def _centre(
+    config: VolumeDecoder.Config, number: int, volume: np.ndarray, labels: Sequence[np.ndarray], ids: Mapping[str, int]
+) -> Crop:
+    """The central crop, through the form in which shards hold volumes: as in training."""
+    for one in labels:
+        if one.shape != volume.shape:
+            raise DataError(f"volume {number}: {volume.shape} voxels, its label map {one.shape}; resample one")
+    try:
+        parts = [memoryview(part.data) for part in encode_volume(volume)]
+        maps = [[memoryview(part.data) for part in encode_labels(one)] for one in labels]
+    except ValueError as error:
+        raise DataError(f"volume {number}: {error}") from None
+    depth, height, width = volume.shape
+    view = ViewRecord(id="0", depth=depth, height=height, width=width, bits=16)
+    start, _ = place_crop(config, view, range(len(parts)), None, 0)
+    return Crop(view=view, parts=parts, first_part=0, maps=maps, mask_ids=ids, start=start)
 
 
 def load_exported(path: str | Path, device: str | torch.device = "cpu") -> ExportedEncoder:
@@ -140,29 +235,26 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu") -> Expor
         raise ConfigError(
             f"{folder / WEIGHTS}: sha256 {seen[:12]} where {config.weights_sha256[:12]} was written; export again"
         )
-    towers = TwoTowers(config.vision, config.text, config.embed_dim)
     try:
-        towers.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+        task = schema.task_from_json(config.task).build(vocab_size=tokenizer.vocab_size)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}; export the run again") from None
+    try:
+        task.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     except (SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{folder / WEIGHTS}: does not fit {CONFIG} ({str(error).splitlines()[0]})") from None
-    return ExportedEncoder(config, towers.to(device), tokenizer)
+    return ExportedEncoder(config, task.to(device), tokenizer)
 
 
 def export(run: PastRun, output: Path) -> float:
     """Write `run`'s encoders into `output` and read them back; returns the largest difference of an embedding.
 
     Raises:
-        ConfigError: the task has no pair of encoders that give vectors, or `output` is not empty. DataError: the folder
-            that was written gives other embeddings than the run's model; nothing is left behind then.
+        ConfigError: the task has no image and text encoder, or `output` is not empty. DataError: the folder that was
+            written gives other embeddings than the run's model; nothing is left behind then.
     """
-    towers = getattr(run.task, "towers", None)
-    if not isinstance(towers, TwoTowers):
-        name = type(run.task).__name__
-        if isinstance(run.task, GaussianTask):
-            raise ConfigError(f"task {name}: its Gaussian encoders cannot be exported yet; CLIP's and SigLIP's can")
-        raise ConfigError(f"task {name} has no image and text encoder to export")
-    if not isinstance(towers.vision, VisionEncoder):
-        raise ConfigError(f"task {type(run.task).__name__}: encoders of volumes cannot be exported yet; images' can")
+    if not hasattr(run.config.task, "to_embed"):
+        raise ConfigError(f"task {type(run.task).__name__} has no image and text encoder to export")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output}: exists and is not an empty folder; name a new one")
     try:
@@ -171,7 +263,7 @@ def export(run: PastRun, output: Path) -> float:
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be written ({error.strerror}); name another") from None
     try:
-        _write(run, towers, towers.vision.config, scratch)
+        _write(run, scratch)
         difference = _largest_difference(run, load_exported(scratch, run.device))
         if not difference <= TOLERANCE:
             raise DataError(
@@ -186,17 +278,21 @@ def export(run: PastRun, output: Path) -> float:
     return difference
 
 
-def _write(run: PastRun, towers: TwoTowers, vision: VisionEncoder.Config, folder: Path) -> None:
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in towers.state_dict().items()}
+def _write(run: PastRun, folder: Path) -> None:
+    task_config = run.config.task.to_embed()
+    wanted = task_config.build(vocab_size=run.tokenizer.vocab_size).state_dict().keys()
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in run.task.state_dict().items() if name in wanted
+    }
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     run.tokenizer.save(folder / TOKENIZER)
+    volume = run.config.data.volume
     config = ExportedConfig(
         format=FORMAT,
         version=VERSION,
-        vision=vision,
-        text=towers.text.config,
-        embed_dim=towers.text_projection.weight.shape[0],
-        image=run.decode,
+        task=schema.task_to_json(task_config),
+        image=run.decode if volume is None else None,
+        volume=volume,
         text_length=run.text_length,
         tokenizer_sha256=run.tokenizer.sha256,
         weights_sha256=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
@@ -208,20 +304,40 @@ def _write(run: PastRun, towers: TwoTowers, vision: VisionEncoder.Config, folder
 @torch.no_grad()
 def _largest_difference(run: PastRun, exported: ExportedEncoder) -> float:
     """Of any element of an embedding, between the run's own task and the folder that was read back."""
-    size, channels = exported.config.vision.image_size, exported.config.vision.channels
-    draws = keyed.normal(0, "export: images", np.arange(CHECKED_IMAGES), draws=channels * size * size)
-    pixels = torch.from_numpy(draws.astype(np.float32)).reshape(CHECKED_IMAGES, channels, size, size)
-    study_index = torch.arange(CHECKED_IMAGES) // 2  # two views a study
-    batch: Batch = {
-        "pixel_values": pixels.to(run.device),
-        "study_index": study_index.to(run.device),
-        "valid": torch.ones(CHECKED_IMAGES // 2, dtype=torch.bool, device=run.device),
-    }
+    views = _checked_views(exported.config)
+    study_index = torch.arange(CHECKED_VIEWS) // 2
+    batch = exported.batch(study_index=study_index, **views)
     ids, mask = run.tokenizer.encode(CHECKED_TEXTS, run.text_length)
-    run.task.eval()
-    theirs = (run.encoders.embed_images(batch), run.encoders.embed_texts(ids.to(run.device), mask.to(run.device)))
-    ours = (exported.embed_images(pixels, study_index), exported.embed_texts(CHECKED_TEXTS))
-    return max(float((a.float() - b.float()).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    task: Any = run.task.eval()
+    pairs = [
+        (exported.embed_images(study_index=study_index, **views), task.embed_images(batch)),
+        (exported.embed_texts(CHECKED_TEXTS), task.embed_texts(ids.to(run.device), mask.to(run.device))),
+    ]
+    if "anatomy_share" in views:
+        ours = exported.embed_anatomies(study_index=study_index, **views)
+        pairs.append((ours[0], task.embed_anatomies(batch)[0]))
+    if isinstance(task, GaussianTask):
+        ours_of = exported.distribution_of_images(study_index=study_index, **views)
+        pairs.append((ours_of.logvar, task.distribution_of_images(batch).logvar))
+    return max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
+
+
+def _checked_views(config: ExportedConfig) -> dict[str, Tensor]:
+    """Noise in the shape of the encoder's images; of anatomies each has the patches that another draw leaves it."""
+
+    def draw(what: str, *shape: int) -> Tensor:
+        draws = keyed.normal(0, f"export: {what}", np.arange(CHECKED_VIEWS), draws=int(np.prod(shape)))
+        return torch.from_numpy(draws.astype(np.float32)).reshape(CHECKED_VIEWS, *shape)
+
+    vision = config.task["vision"]
+    volume = config.volume
+    if volume is None:
+        return {"pixel_values": draw("images", vision["channels"], vision["image_size"], vision["image_size"])}
+    views = {"pixel_values": draw("images", vision["channels"], *volume.size)}
+    if "anatomies" in config.task:
+        share = draw("anatomies", len(volume.anatomies), volume.patches).clamp(0.0, 1.0)
+        views |= {"anatomy_share": share, "anatomy_intact": share.any(dim=2)}
+    return views
 
 
 def _read_config(file: Path) -> ExportedConfig:
@@ -233,8 +349,10 @@ def _read_config(file: Path) -> ExportedConfig:
         raise ConfigError(f"{file}: not JSON ({error})") from None
     if not isinstance(body, Mapping) or body.get("format") != FORMAT:
         raise ConfigError(f"{file}: not the config of an exported encoder; give a folder that export.py wrote")
-    if not isinstance(body.get("version"), int) or body["version"] > VERSION:
-        raise ConfigError(f"{file}: version {body.get('version')}, this program reads up to {VERSION}; upgrade it")
+    if body.get("version") != VERSION:
+        raise ConfigError(
+            f"{file}: version {body.get('version')}, this program reads {VERSION}; export the run again, or upgrade"
+        )
     try:
         return TypeAdapter(ExportedConfig).validate_python(body)
     except ValidationError as error:
@@ -247,7 +365,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     command = argparse.ArgumentParser(
         prog="export.py",
-        description="Write a run's image and text encoder as safetensors with config and tokenizer, and verify it.",
+        description="Write a run's encoders (images or volumes, and texts) as safetensors with config and tokenizer, "
+        "and verify them.",
         epilog="exit codes: 0 done, 2 bad arguments or configuration, 3 the written folder gives other embeddings",
     )
     command.add_argument("--run-dir", required=True, metavar="DIR", help="run directory, folder or s3://")

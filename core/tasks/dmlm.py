@@ -15,7 +15,7 @@ An image and its study's report are a pair, so there are V pairs.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -124,6 +124,12 @@ class DMLM(Task):
                 )
             if self.variance.similarity == "cosine":
                 raise ConfigError("variance.similarity='cosine' has no variance in it; use sampled or wasserstein")
+
+        def to_embed(self) -> DMLM.Config:
+            """Of a task that only embeds: without the fusion, where a contrast taught the embeddings."""
+            if not self.weights.contrast and not self.weights.variance:
+                return self
+            return replace(self, weights=replace(self.weights, mlm=0.0, mim=0.0, itm=0.0, kl=0.0))
 
         def build(self, *, vocab_size: int | None = None, seed: int = 0) -> DMLM:
             """The task with weights drawn from `seed`; `vocab_size` is the tokenizer's."""

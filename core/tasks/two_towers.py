@@ -28,6 +28,10 @@ class TwoTowerTask(Task):
         embed_dim: int = 512
         precision: Precision | None = None
 
+        def to_embed(self) -> TwoTowerTask.Config:
+            """Of a task that only embeds."""
+            return self
+
     def __init__(self, config: TwoTowerTask.Config, *, vocab_size: int | None = None) -> None:
         super().__init__()
         self.towers = TwoTowers(config.vision, config.text, config.embed_dim, vocab_size=vocab_size)

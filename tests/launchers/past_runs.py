@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from configs import schema, tiny
+from configs.schema import TrainConfig
 from core.checkpoint_files import SUMS, checksums
 from shards import keyed
 from shards.batch import EncodedImage, Sample, StudyRecord, ViewRecord
@@ -78,11 +79,10 @@ def pack(folder: Path) -> Path:
     return folder / "manifest.json"
 
 
-def make_run(folder: Path, manifest: Path, **of_data: Any) -> Path:
+def make_run(folder: Path, manifest: Path, config: TrainConfig | None = None, **of_data: Any) -> Path:
     """`folder` with config.json, tokenizer, one checkpoint (step 4, latest and best) and events.jsonl."""
-    config = tiny.clip()
-    data = replace(config.data, train=str(manifest), sections=("findings",), **of_data)
-    config = replace(config, recipe="tiny:clip", data=data)
+    config = config or replace(tiny.clip(), recipe="tiny:clip")
+    config = replace(config, data=replace(config.data, train=str(manifest), sections=("findings",), **of_data))
     folder.mkdir(parents=True)
     tokenizer = train_wordpiece([text for texts in SENTENCES.values() for text in texts] * 2, 128, folder / "tokenizer")
     (folder / "config.json").write_text(schema.dumps(config))
@@ -92,10 +92,12 @@ def make_run(folder: Path, manifest: Path, **of_data: Any) -> Path:
     weights = {**dict(task.named_parameters()), **dict(task.named_buffers())}
     generator = torch.Generator().manual_seed(0)
     moved = {
-        name: (value.detach() + 0.02 * torch.randn(value.shape, generator=generator)).contiguous()
+        name: value.detach() + 0.02 * torch.randn(value.shape, generator=generator)
+        if value.is_floating_point()
+        else value
         for name, value in weights.items()
     }
-    save_file(moved, checkpoint / "weights.safetensors")
+    save_file({name: value.contiguous() for name, value in moved.items()}, checkpoint / "weights.safetensors")
     recipe = {
         "manifests_sha256": [Manifest.from_bytes(manifest.read_bytes()).sha256],
         "tokenizer_sha256": tokenizer.sha256,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -11,11 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from configs import tiny
+from configs import ct, tiny
+from configs.schema import TrainConfig
 from core.models import attention
+from core.tasks.volume_clip import VolumeCLIP
 from kernels.gaussian_similarity import sweep
 from launchers import export
-from launchers.export import load_exported
+from launchers.export import ExportedEncoder, load_exported
 from launchers.past_run import open_run
 from shards.errors import ConfigError, DataError
 from shards.store import open_store
@@ -111,10 +114,14 @@ def test_changed_and_incomplete_folders_are_named(exported: Path, tmp_path: Path
     folder = spoilt("newer")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"version": 9}))
-    with pytest.raises(ConfigError, match="version 9, this program reads up to 1"):
+    with pytest.raises(ConfigError, match="version 9, this program reads 2"):
         load_exported(folder)
-    (folder / "config.json").write_text(json.dumps(config | {"embed_dim": "wide"}))
-    with pytest.raises(ConfigError, match="embed_dim"):
+    (folder / "config.json").write_text(json.dumps(config | {"text_length": "wide"}))
+    with pytest.raises(ConfigError, match="text_length"):
+        load_exported(folder)
+    config["task"]["embed_dim"] = "wide"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"config\.json: task\.embed_dim"):
         load_exported(folder)
     folder = spoilt("tokenizer")
     vocabulary = (folder / "tokenizer" / "tokenizer.json").read_text().replace('"effusion"', '"infusion"')
@@ -135,9 +142,80 @@ def test_a_run_is_opened_on_the_paths_that_its_recipe_names(run_dir: Path, tmp_p
     assert found == [("sdpa", True), ("matmul", False)]
 
 
-def test_a_task_of_gaussian_encoders_is_refused_by_name(tmp_path: Path) -> None:
-    run = MagicMock(task=tiny.dmlm().task.build(vocab_size=60))
-    with pytest.raises(ConfigError, match="task DMLM: its Gaussian encoders cannot be exported yet; CLIP's and"):
+def export_of(config: TrainConfig, manifest: str, folder: Path) -> tuple[Path, ExportedEncoder]:
+    """The run directory of weights that were never trained, and what was exported of it."""
+    run_dir = make_run(folder / "run", Path(manifest), config)
+    assert export.main(["--run-dir", str(run_dir), "--output", str(folder / "out")]) == 0
+    return run_dir, load_exported(folder / "out")
+
+
+def ct_small() -> TrainConfig:
+    """ct:fvlm_tiny on 16 x 16 x 32 voxels, with a peer."""
+    config = ct.fvlm_tiny()
+    vision = replace(config.task.vision, volume_size=(16, 16, 32), width=32, heads=2)
+    data = replace(config.data, volume=replace(config.data.volume, size=vision.volume_size))
+    return replace(config, recipe="ct:fvlm_tiny", task=replace(config.task, vision=vision, soft="peer"), data=data)
+
+
+def test_anatomies_of_volumes_embed_as_in_the_run(run_dir: Path, tmp_path: Path) -> None:
+    config = ct_small()
+    ct_run, encoder = export_of(config, json.loads((run_dir / "config.json").read_text())["data"]["train"], tmp_path)
+    assert encoder.config.volume is not None and encoder.config.volume.size == (16, 16, 32)
+    assert not any(name.startswith(("peer", "teacher")) for name in load_file(tmp_path / "out" / "model.safetensors"))
+    anatomies = config.task.anatomies
+    generator = np.random.default_rng(0)
+    volumes = [generator.integers(-1000, 400, shape).astype(np.int16) for shape in ((20, 18, 40), (9, 16, 32))]
+    labels = [np.zeros(volume.shape, np.uint8) for volume in volumes]
+    labels[0][8:12, 6:10, 15:25] = 1
+    labels[0][:, :2] = 2  # cut by the crop
+    labels[1][4:6, 5:9, 5:20] = 3
+    views = encoder.read_volumes(volumes, labels, {name: index + 1 for index, name in enumerate(anatomies)})
+    low, high = config.data.volume.windows_hu[0]
+    centre = torch.from_numpy(volumes[0][2:18, 1:17, 4:36].clip(low, high))
+    torch.testing.assert_close(views["pixel_values"][0, 0], ((centre - low) / (high - low)).float(), rtol=0, atol=1e-6)
+    assert views["anatomy_intact"].nonzero().tolist() == [[0, 0], [1, 2]]
+    with open_run(str(ct_run), device=CPU) as run:
+        batch = views | {"study_index": torch.arange(2), "valid": torch.ones(2, dtype=torch.bool)}
+        theirs, present = run.task.embed_anatomies(batch)  # type: ignore[operator]
+        assert torch.equal(
+            encoder.embed_texts(["Clear."]), run.encoders.embed_texts(*run.tokenizer.encode(["Clear."], 64))
+        )
+    ours = encoder.embed_anatomies(**views)
+    assert torch.equal(ours[0], theirs) and torch.equal(ours[1], present)
+    torch.testing.assert_close(ours[0][present].norm(dim=1), torch.ones(2))
+
+    ids = dict.fromkeys(anatomies[1:], 1)
+    for wrong, said in (
+        (lambda: encoder.read_volumes(volumes, labels, ids), f"ids lack {anatomies[0]}"),
+        (lambda: encoder.read_volumes(volumes, labels[:1], ids), "1 label maps of 2 volumes"),
+        (lambda: encoder.embed_images(views["pixel_values"]), "anatomy_intact and anatomy_share missing"),
+        (lambda: encoder.read_images(["a.png"]), "encodes volumes; use read_volumes"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            wrong()
+    with pytest.raises(DataError, match=r"volume 0: .*not finite"):
+        encoder.read_volumes([np.full((16, 16, 32), np.nan)])
+
+
+@pytest.mark.slow
+def test_whole_volumes_and_gaussian_encoders_are_exported_too(run_dir: Path, tmp_path: Path) -> None:
+    manifest = json.loads((run_dir / "config.json").read_text())["data"]["train"]
+    base = ct_small()
+    clip = VolumeCLIP.Config(vision=base.task.vision, text=base.task.text, embed_dim=16)
+    _, encoder = export_of(replace(base, recipe="ct:clip_tiny", task=clip), manifest, tmp_path / "clip")
+    assert encoder.embed_images(**encoder.read_volumes([np.zeros((16, 16, 32), np.int16)])).shape == (1, 16)
+    with pytest.raises(ConfigError, match="VolumeCLIP has no embed_anatomies"):
+        encoder.embed_anatomies(torch.zeros(1, 2, 16, 16, 32))
+    _, encoder = export_of(replace(tiny.dmlm(), recipe="tiny:dmlm"), manifest, tmp_path / "dmlm")
+    found = encoder.distribution_of_images(torch.zeros(2, 1, 32, 32))
+    assert found.logvar.shape == found.mean.shape == (2, tiny.dmlm().task.embed_dim)
+    assert not any("fused" in name for name in load_file(tmp_path / "dmlm" / "out" / "model.safetensors"))
+
+
+def test_a_task_without_texts_is_refused_by_name(tmp_path: Path) -> None:
+    run = MagicMock(task=ct.supervised_tiny().task.build())
+    run.config = ct.supervised_tiny()
+    with pytest.raises(ConfigError, match="task Supervised has no image and text encoder to export"):
         export.export(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
