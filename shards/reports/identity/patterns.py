@@ -71,7 +71,7 @@ _WEAK_CUES = (
     "admission",
     "hospitalisation",
 )
-_MIXED_ID = re.compile(r"(?<![\w.])(?=[a-z0-9\-/_]*\d)[a-z0-9]+(?:[\-/_][a-z0-9]+)*(?![\w])")
+_MIXED_ID = re.compile(r"(?<![\w.])(?=[a-z\-/_]*+\d)[a-z0-9]+(?:[\-/_][a-z0-9]+)*(?![\w])")
 _COUNTRY_CODE = re.compile(r"(?:f|b|ch|l|d)-? ?\d{4,5} [^\W\d_]")  # "F-25000 Besançon": a postal code, no id
 _LONG_DIGITS = re.compile(r"(?<![\w.,])\d{7,}(?!\w|[.,]\d)")
 _QUANTITY = re.compile(
@@ -79,7 +79,7 @@ _QUANTITY = re.compile(
     r"|kcal|euros?|€|\$"
     r"|cas\b|cases\b|habitants|births|naissances|patients)"
 )
-_DASHED_ID = re.compile(r"(?<!\w)(?=[a-z]*(?:[\-/_]?[a-z]*\d){6})[a-z0-9]+(?:[\-/_][a-z0-9]+)+(?!\w)")
+_DASHED_ID = re.compile(r"(?<!\w)(?=[a-z]*+(?:[\-/_]?[a-z]*+\d){6})[a-z0-9]+(?:[\-/_][a-z0-9]+)+(?!\w)")
 _DOSE = re.compile(
     r"\d(?:mg|ml|g|kg|mcg|ui|cm|mm|x\d|m|s|kv|ma|mas|gy|hu|ans|h|min|cc|l|ppm|mmol|mmhg|bpm|mhz|t|el)(?![a-z])"
     r"|/ ?(?:mm|ml|l|ul|dl|min|h)\d?$"
