@@ -33,8 +33,10 @@ _NAMES = Word.FIRST | Word.CITY_START
 _ANY_NAME = Word.FIRST | Word.LAST | Word.CITY_START
 _NAME_LEADS = Word.TITLE | Word.ROLE | Word.KIN
 # Letters of no other language here: "Lê", "Vũ" and "Đỗ" would be read as words without their marks.
+# One set of letters comes first: the engine then skips to one of them.
 _VIETNAMESE = re.compile(
-    r"[\u0102\u0103\u0128\u0129\u0168\u0169\u01a0\u01a1\u01af\u01b0\u1ea0-\u1ef9]|\b[Ll]ê\b|\bLÊ\b"
+    r"[\u0102\u0103\u0128\u0129\u0168\u0169\u01a0\u01a1\u01af\u01b0\u1ea0-\u1ef9êÊ]"
+    r"(?:(?<![êÊ])|(?:(?<=\b[Ll]ê)|(?<=\bLÊ))\b)"
 )
 _DIGIT_RUN = re.compile(r"\d+")
 _CLOSE, _DENSE = 4, 6  # characters between digits; digits that make a phone number possible
