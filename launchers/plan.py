@@ -1,4 +1,4 @@
-"""What a run will need, on paper: memory of a GPU, bytes from the store, bytes between GPUs, hours, money.
+"""What a run will need, on paper: memory of a GPU, cores that feed it, bytes from the store and between GPUs, hours.
 
     python launchers/plan.py --recipe chest:clip_b16 --nodes 4
     python launchers/plan.py --recipe chest:dmlm_b16 --nodes 2 --gpu A100-40 --studies 227835 --epochs 30
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,10 @@ from shards.order import lanes_of_rank
 GPU_GB = {"H200": 141, "H100": 80, "A100-80": 80, "A100-40": 40, "B200": 192, "L40S": 48, "L4": 24, "V100": 32}
 BUCKETS_BYTES = 2 * 50_000_000 * 4  # DeepSpeed's buckets to reduce and to gather, of fp32 (core.engine)
 ABNORMAL_SHARE = 0.1  # of the anatomies of a CT, assumed
+# CPU time of a study in the loader, as measured on two cores of a Xeon in the cloud.
+VOLUME_MS, VOLUME_VOXELS = 102.0, 112 * 256 * 352  # ci.bench ct_loader: a volume cut to so many voxels, no label maps
+IMAGE_MS = 2 * 1000 / 588  # ci.bench loader: two threads, 512-px grey JPEG to 224 px
+CORES = 96  # of a node with eight GPUs, assumed
 GB = 1e9
 
 
@@ -62,6 +67,8 @@ class Site:
     studies: int | None
     epochs: float | None
     price: float | None  # of a GPU for an hour
+    cores: float = CORES  # a node
+    loader_ms: float | None = None  # CPU time of a study in the loader; None: from the benchmark
 
     @property
     def ranks(self) -> int:
@@ -99,6 +106,8 @@ def parser() -> argparse.ArgumentParser:
     add("--gpu", choices=sorted(GPU_GB), default="H100")
     add("--network-gbit", type=float, default=400.0, help="of a node, Gbit/s (assumed: 400)")
     add("--utilisation", type=float, default=0.35, help="share of the bf16 peak that a step reaches (assumed: 0.35)")
+    add("--cores", type=float, default=CORES, help=f"of a node, for its loaders (assumed: {CORES})")
+    add("--loader-ms", type=float, help="CPU time of a study in the loader (default: as ci.bench measured, scaled)")
     add("--data", metavar="MANIFEST", help="read sizes from here; default: data.train of the recipe, if it is set")
     add("--study-bytes", type=float, help="bytes read a study, where there is no manifest")
     add("--studies", type=int, help="in an epoch, where there is no manifest")
@@ -110,7 +119,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _site(arguments: argparse.Namespace, config: TrainConfig) -> Site:
     """Raises ConfigError naming the option."""
-    for name in ("nodes", "gpus", "network_gbit", "epochs", "studies", "study_bytes", "price"):
+    for name in (
+        "nodes", "gpus", "network_gbit", "cores", "loader_ms", "epochs", "studies", "study_bytes", "price",
+    ):  # fmt: skip
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0")
@@ -125,7 +136,7 @@ def _site(arguments: argparse.Namespace, config: TrainConfig) -> Site:
     return Site(
         nodes=arguments.nodes, gpus=arguments.gpus, gpu=arguments.gpu, network_gbit=arguments.network_gbit,
         utilisation=arguments.utilisation, study_bytes=study_bytes or 0.0, studies=studies, epochs=arguments.epochs,
-        price=arguments.price,
+        price=arguments.price, cores=arguments.cores, loader_ms=arguments.loader_ms,
     )  # fmt: skip
 
 
@@ -216,15 +227,17 @@ def plan(config: TrainConfig, site: Site, of: cost.Cost) -> list[Line]:
     """The lines, in the order of a reader's questions: does it fit, is it fed, how long, how much."""
     compute, network = _compute(config, site, of), _network(config, site, of)
     compute_s, network_s = compute[-1].value, network[-1].value
-    step_s = max(compute_s, network_s)
-    slower = "compute" if step_s == compute_s else "network"
+    loader = _loader(config, site, max(compute_s, network_s))
+    seconds = {"compute": compute_s, "network": network_s, "loader": loader[-1].value}
+    slowest = max(seconds, key=lambda part: seconds[part])
+    step_s = seconds[slowest]
     step = [
-        Line("step/seconds", step_s, "s", f"the slower of compute and network, which overlap: {slower}"),
+        Line("step/seconds", step_s, "s", f"the slowest of compute, network and loader, which overlap: {slowest}"),
         Line("step/studies_per_s", config.global_batch_size / step_s, "1/s",
              f"{config.global_batch_size} / {step_s:.3g} s"),
     ]  # fmt: skip
     rest = [*_store(config, site, step_s), *_run(config, site, step_s)]
-    return [*_parameters(of), *_memory(config, site, of), *compute, *network, *step, *rest]
+    return [*_parameters(of), *_memory(config, site, of), *compute, *network, *loader, *step, *rest]
 
 
 def _parameters(of: cost.Cost) -> list[Line]:
@@ -308,6 +321,32 @@ def _network(config: TrainConfig, site: Site, of: cost.Cost) -> list[Line]:
              f"a step and GPU: {around:.3f} x {of.gathered_bytes:.0f} B x {config.global_batch_size}"),
         Line("network/seconds", over_link / (site.network_gbit / 8 * GB), "s",
              f"{over_link / GB:.2f} GB over {site.network_gbit:.0f} Gbit/s a node"),
+    ]  # fmt: skip
+
+
+def _loader(config: TrainConfig, site: Site, others_s: float) -> list[Line]:
+    """Whether the loaders' cores keep up with GPUs whose step takes `others_s`; the last line is their own seconds."""
+    studies, volume = config.global_batch_size, config.data.volume
+    if site.loader_ms is not None:
+        of_study, why = site.loader_ms, "--loader-ms"
+    elif volume is not None:
+        of_study = VOLUME_MS * math.prod(volume.taken) / VOLUME_VOXELS
+        sides = " x ".join(map(str, volume.taken))
+        why = f"{VOLUME_MS:.0f} ms (ci.bench ct_loader, no label maps) x {sides} voxels / {VOLUME_VOXELS / 1e6:.1f} M"
+    else:
+        of_study, why = IMAGE_MS, "2 threads / 588 images/s (ci.bench loader, 512-px JPEG), one image a study"
+    work_s, have = of_study / 1000 * studies, site.cores / site.gpus
+    needed = work_s / others_s / site.ranks
+    threads = "data.volume.threads" if volume is not None else "data.decode.threads"
+    verdict = f"keeps up with {threads}={math.ceil(needed)}"
+    if needed > have:
+        verdict = f"does NOT keep up: take nodes of {math.ceil(needed * site.gpus)} cores, or more nodes"
+    return [
+        Line("loader/cpu_ms", of_study, "ms", f"of a core, a study: {why}"),
+        Line("loader/cores_per_gpu", needed, "cores",
+             f"{of_study:.3g} ms x {studies} / {others_s:.3g} s / {site.ranks} GPUs, of {have:.3g}: {verdict}"),
+        Line("loader/seconds", work_s / (site.nodes * site.cores), "s",
+             f"a step: {of_study:.3g} ms x {studies} / ({site.nodes} nodes x {site.cores:g} cores)"),
     ]  # fmt: skip
 
 

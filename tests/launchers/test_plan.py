@@ -55,6 +55,31 @@ def test_the_plan_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert two["network/seconds"] > 0
 
 
+def test_loaders_that_do_not_keep_up_set_the_pace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fast = lines(tmp_path, "--loader-ms", "0.001")
+    assert fast["step/seconds"] == fast["compute/seconds"] > fast["loader/seconds"]
+    assert fast["loader/cores_per_gpu"] == pytest.approx(1e-6 * 96 / fast["step/seconds"] / 4)
+    assert "keeps up with data.decode.threads=1" in " ".join(capsys.readouterr().out.split())
+    slow = lines(tmp_path, "--loader-ms", "500", "--cores", "8")
+    assert slow["step/seconds"] == slow["loader/seconds"] == pytest.approx(0.5 * 96 / 8)
+    assert slow["step/studies_per_s"] == pytest.approx(16)
+    assert "does NOT keep up" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_crop_costs_the_loader_by_its_voxels() -> None:
+    config = schema.load_recipe("ct:fvlm_b")
+    site = plan.Site(
+        nodes=4, gpus=8, gpu="H100", network_gbit=400, utilisation=0.35, study_bytes=0, studies=None, epochs=None,
+        price=None,
+    )  # fmt: skip
+    full = {line.name: line for line in plan._loader(config, site, 1.0)}
+    assert full["loader/cpu_ms"].value == pytest.approx(102)
+    assert full["loader/cores_per_gpu"].value == pytest.approx(0.102 * 48 / 32)
+    assert "keeps up with data.volume.threads=1" in full["loader/cores_per_gpu"].formula
+    half = schema.apply_overrides(config, ["data.volume.cut=[56,256,352]"])
+    assert plan._loader(half, site, 1.0)[0].value == pytest.approx(51)
+
+
 def test_what_does_not_fit_says_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.setitem(plan.GPU_GB, "L4", 0.1)
@@ -68,6 +93,7 @@ def test_what_does_not_fit_says_what_would(tmp_path: Path, monkeypatch: pytest.M
         (["--nodes", "0"], "--nodes 0: must be above 0"),
         (["--utilisation", "35"], "--utilisation 35.0: a share"),
         (["--gpus", "5"], "does not divide"),
+        (["--cores", "0"], "--cores 0.0: must be above 0"),
         (["--epochs", "3"], "--studies, or a manifest"),
         (["--data", "/nowhere/manifest.json"], "/nowhere"),
     ],
