@@ -141,11 +141,27 @@ class TrainConfig:
                 raise ConfigError(
                     f"data.masking.patch_size={masked} but task.vision.patch_size={encoded}; set both to one value"
                 )
+        self._check_protocols()
         text = getattr(self.task, "text", None)
         if text is not None and self.data.text_length > text.max_length:
             raise ConfigError(
                 f"data.text_length={self.data.text_length} is more than task.text.max_length={text.max_length}; "
                 f"set data.text_length={text.max_length}"
+            )
+
+    def _check_protocols(self) -> None:
+        """Raises ConfigError for a protocol that cannot be asked while the task trains; its steps would be lost."""
+        task, asked = task_class(self.task), set(self.evaluation.protocols)
+        by_anatomy, by_label = hasattr(task, "embed_anatomies"), hasattr(task, "label_logits")
+        for protocol, fits in (("anatomy", by_anatomy), ("supervised", by_label)):
+            if protocol in asked and not fits:
+                raise ConfigError(
+                    f"evaluation.protocols names {protocol}, which task {task.__name__} cannot be asked; leave it out"
+                )
+        if by_anatomy and asked - {"anatomy"}:
+            raise ConfigError(
+                f"evaluation.protocols={sorted(asked)}: batches of {task.__name__} hold no whole report; use anatomy "
+                "here, and launchers/evaluate.py for the others"
             )
 
     def _check_volumes(self) -> None:

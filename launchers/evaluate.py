@@ -160,7 +160,9 @@ class Splits:
         """
         run, data = self._run, self.open(split)
         reads_text = bool(parts & {"text_embeds", "text_logvar"})
-        fields = ("anatomy_share", "anatomy_intact") if set(ANATOMY_PARTS) & parts else ()
+        embeds_anatomies = AnatomyZeroShot.protocol in protocols_of(run, None)
+        reads_masks = embeds_anatomies and bool(parts & {"image_embeds", *ANATOMY_PARTS})
+        fields = ("anatomy_share", "anatomy_intact") if reads_masks else ()
         collate = Collator(self._config, run.tokenizer if reads_text else None, self.labels, run.config.seed, fields)
         limits = [value for value in (limit, self._options.limit) if value is not None]
         total = min([data.table.total, *limits])

@@ -1,4 +1,4 @@
-"""Raw radiographs -> shards and manifest; foreign tars -> manifest; shards -> a check of every byte.
+"""Raw radiographs and CT -> shards and manifest; foreign tars -> manifest; shards -> a check of every byte.
 
 Parses, calls `shards`, prints a table, exits: 0 done, 2 bad arguments or configuration, 3 bad data or faults found.
 """
@@ -50,7 +50,7 @@ Pack studies into shards: plain WebDataset tars with a manifest, split by patien
     python launchers/pack.py --source dicom --input DIR --key-file site.key --output s3://bucket/cxr
   CT volumes: NIfTI files that a table names, or CT-RATE's folders, with the masks of a segmentation model
     python launchers/pack.py --source nifti --input DIR --masks DIR/masks --key-file site.key --output shards/ct
-    python launchers/pack.py --source ct_rate --input CT-RATE/dataset --masks MASKS --public \
+    python launchers/pack.py --source ct_rate --input CT-RATE/dataset --masks MASKS --public \\
         --deidentified 'public set' --output shards/ct_rate
   DICOM series of CT slices, each a volume:
     python launchers/pack.py --source dicom_ct --input DIR --key-file site.key --output shards/ct

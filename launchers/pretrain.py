@@ -52,6 +52,7 @@ from core.trainer import Evaluator, StopRequest, TooManySkipsError, train, valid
 from core.world import World
 from kernels.gaussian_similarity.expansion import Precision
 from launchers import past_run
+from shards.collate import check_masks
 from shards.dataset import DataSet
 from shards.decode import Decoder
 from shards.decode_check import levels_apart
@@ -320,6 +321,8 @@ def _make_tokenizer(config: TrainConfig, run_dir: str, path: Path) -> None:
             DataSet(part.manifest, part.split, store=config.data.store)
             for part in as_mixture(config.data, config.global_batch_size)
         ]
+        for data in sets:  # before their text is learned, which the run would keep
+            check_masks(config.data, schema.task_class(config.task).fields, data.url, data.whole)
         if config.data.tokenizer or any(data.whole.tokenizer for data in sets):
             tokenizer = find_tokenizer(config.data, sets)
         else:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,19 @@ class Decoding:
     study_index: np.ndarray
 
 
+def check_masks(config: Loader.Config, fields: Collection[str], url: str, manifest: Manifest) -> None:
+    """Raises ConfigError where a set lacks the label maps that the fields need."""
+    if config.volume is None or VOLUME_FIELDS.isdisjoint(fields):
+        return
+    known = {plain_name(name) for name in manifest.masks}
+    missing = [name for name in config.volume.anatomies if plain_name(name) not in known]
+    if missing:
+        raise ConfigError(
+            f"{url}: its label maps do not know {', '.join(missing)}, which data.volume.anatomies names; "
+            f"there is {', '.join(sorted(known)) or 'none'}"
+        )
+
+
 class Collator:
     """Rows to tensors: JSON, text, view metadata, then one call of the decoder."""
 
@@ -129,18 +142,6 @@ class Collator:
             raise ConfigError(
                 "masked text needs a tokenizer that puts a token before every text, since the first one stands for "
                 "the whole and is never masked; give it a post-processor that does, or let the run train its own"
-            )
-
-    def check(self, url: str, manifest: Manifest) -> None:
-        """Raises ConfigError where a set lacks the label maps that the fields need."""
-        if not self.reads_masks or self.config.volume is None:
-            return
-        known = {plain_name(name) for name in manifest.masks}
-        missing = [name for name in self.config.volume.anatomies if plain_name(name) not in known]
-        if missing:
-            raise ConfigError(
-                f"{url}: its label maps do not know {', '.join(missing)}, which data.volume.anatomies names; "
-                f"there is {', '.join(sorted(known)) or 'none'}"
             )
 
     @property

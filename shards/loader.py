@@ -24,7 +24,7 @@ import numpy as np
 from shards import keyed
 from shards.batch import Batch, StudyRecord
 from shards.chunk_cache import ChunkCache
-from shards.collate import Collator, Decoding, Place
+from shards.collate import Collator, Decoding, Place, check_masks
 from shards.dataset import ChooseParts, DataSet, Event, Found, Members, read_units
 from shards.decode import Decoder, PendingBatch
 from shards.decode_volume import VolumeDecoder, parts_to_read
@@ -139,7 +139,7 @@ class Loader:
                         "pack them (pack.py --structured for phantoms), or set data.report=raw"
                     )
         for data in self.sets:
-            self._collate.check(data.url, data.whole)
+            check_masks(config, fields, data.url, data.whole)
         self._cache = ChunkCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
 
     def _largest_lane_bytes(self) -> float:
@@ -473,6 +473,7 @@ def evaluation_batches(
 
     One batch is read ahead and one is decoded ahead of the caller.
     """
+    check_masks(config, collate.fields, data.url, data.whole)
     total = min(data.table.total, limit or data.table.total)
     rank, world_size = place
     share = -(-batch_size // world_size)

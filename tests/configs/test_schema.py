@@ -162,3 +162,16 @@ def test_any_valid_configuration_round_trips(values: tuple[float, int, int, int]
         engine=replace(base.engine, zero_stage=stage),  # type: ignore[arg-type]
     )
     assert schema.read(schema.dumps(config), "x") == config
+
+
+@pytest.mark.parametrize(
+    ("recipe", "protocols", "said"),
+    [
+        ("ct:clip_tiny", '["anatomy"]', "names anatomy, which task VolumeCLIP cannot be asked"),
+        ("chest:clip_tiny", '["supervised"]', "names supervised, which task CLIP cannot be asked"),
+        ("ct:fvlm_tiny", '["anatomy", "retrieval"]', "batches of FVLM hold no whole report"),
+    ],
+)
+def test_protocols_that_would_fail_after_the_first_steps_are_refused(recipe: str, protocols: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        schema.apply_overrides(schema.load_recipe(recipe), [f"evaluation.protocols={protocols}"])

@@ -9,12 +9,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from configs import ct
 from core.models.gaussian import Gaussian
 from core.tasks.clip import CLIP
 from launchers import evaluate
+from shards.ingest.phantom_ct import CtPhantom
 from shards.manifest import Manifest
 from shards.store import open_store
 from shards.tokenizer import Tokenizer, train_wordpiece
+from shards.writer import WriterConfig, write_shards
 from tests.launchers.past_runs import STEP, make_run, pack
 
 
@@ -202,3 +205,26 @@ def test_run_and_data_in_a_bucket(
         assert store.list("run/eval/tb/")
         assert evaluate.main(["--run-dir", f"{bucket}/run", "--checkpoint", "step-9"]) == 2
     assert "there are step-4" in capsys.readouterr().err
+
+
+def test_a_run_of_anatomies_is_asked_by_every_protocol(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = CtPhantom.Config(train=12, validation=8, test=16, shape=(16, 32, 32))
+    write_shards(CtPhantom(counts), str(tmp_path / "set"), WriterConfig(workers=1))
+    config = replace(ct.fvlm_tiny(), recipe="ct:fvlm_tiny")
+    vision = replace(config.task.vision, volume_size=(16, 32, 32), width=32, heads=2, depth=1, levels=(1,))
+    volume = replace(config.data.volume, size=vision.volume_size)
+    config = replace(config, task=replace(config.task, vision=vision), data=replace(config.data, volume=volume))
+    run_dir = make_run(tmp_path / "run", tmp_path / "set" / "manifest.json", config)
+    options = ["--run-dir", str(run_dir), "--batch-size", "8", "--replicates", "10", "--device", "cpu"]
+    assert evaluate.main([*options, "--json", str(tmp_path / "all.json")]) == 0
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert set(found) == {"zero_shot", "retrieval", "linear_probe", "uncertainty", "anatomy"}
+    assert all(report["skipped"] == {} for report in found.values())
+    capsys.readouterr()
+    assert evaluate.main([*options, "--protocol", "zero_shot"]) == 0  # no other protocol asks for the label maps
+    assert "macro" in capsys.readouterr().out
+    # Radiographs have no organs: said by name, not found while volumes are decoded.
+    assert evaluate.main([*options, "--protocol", "anatomy", "--data", str(manifest)]) == 2
+    assert f"{manifest}: its label maps do not know lung" in capsys.readouterr().err

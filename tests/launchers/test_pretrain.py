@@ -180,6 +180,13 @@ def test_bad_arguments_end_with_one_line_and_code_2(
     assert shown.count("\n") == 1
 
 
+def test_a_set_that_does_not_fit_leaves_no_tokenizer_of_its_own(tmp_path: Path, manifest: Path) -> None:
+    config = schema.apply_overrides(schema.load_recipe("ct:fvlm_tiny"), [f"data.train={manifest}"])
+    with pytest.raises(ConfigError, match="its label maps do not know lung"):
+        pretrain._make_tokenizer(config, str(tmp_path), tmp_path / "tokenizer")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         pretrain.main(["--help"])
