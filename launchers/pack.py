@@ -136,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
         "--masks",
         metavar="DIR",
         help="label maps, or folders of structures, under the same relative paths as volumes; "
-        "dicom_ct: SERIES_INSTANCE_UID.nii.gz",
+        "dicom_ct: SERIES_INSTANCE_UID.nii.gz, or SEG and RTSTRUCT objects, which may lie in --input",
     )
     volumes.add_argument("--class-map", default="totalseg_v2", help="what the labels mean: totalseg_v1 (%(default)s)")
     volumes.add_argument(

@@ -34,7 +34,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("core/engine.py",),
     "tensorboard": ("core/metrics.py",),
     "torch.utils.tensorboard": ("core/metrics.py",),
-    "pydicom": ("shards/ingest/dicom.py",),
+    "pydicom": ("shards/ingest/dicom_file.py",),
     "nibabel": ("shards/ingest/nifti.py",),
     "SimpleITK": (),
     "triton": ("kernels/",),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,16 @@ from shards.reports.anatomy import ANATOMIES
 ANATOMY_IDS: dict[str, int] = {name: number for number, name in enumerate(ANATOMIES, start=1)}
 
 
+_SIDES = frozenset({"left", "right", "l", "r", "lt", "rt", "both", "bilateral"})
+
+
+@dataclass(frozen=True)
+class KnownClass:
+    """A class that is known; `anatomy` None: of no use."""
+
+    anatomy: str | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassMap:
     """Classes of one model. `ids`: its label id -> class name; `anatomy_of`: class name -> anatomy, None for no use."""
@@ -26,6 +38,21 @@ class ClassMap:
     version: int
     ids: dict[int, str]
     anatomy_of: dict[str, str | None]
+
+    def find(self, names: Iterable[str]) -> KnownClass | None:
+        """What the first known of several names or SCHEME:CODE stands for; None where none is known.
+
+        Names are compared in words without a side: `Lung_L`, `left lung` and `LungLeft` are one.
+        """
+        return next((self._written[key] for name in names if (key := _words_of(name)) in self._written), None)
+
+    @cached_property
+    def _written(self) -> dict[str, KnownClass]:
+        written = {_words_of(name): KnownClass(anatomy) for name, anatomy in self.anatomy_of.items()}
+        for anatomy in ANATOMIES:
+            names = (anatomy, f"{anatomy}s", *_words(_tables()["written"].get(anatomy, "")))
+            written |= {_words_of(name): KnownClass(anatomy) for name in names}
+        return written
 
     def table(self) -> np.ndarray:
         """[largest id + 1] uint8: label id of the model -> id of ANATOMY_IDS, 0 for classes of no use."""
@@ -61,6 +88,13 @@ def class_map(name: str) -> ClassMap:
 def _tables() -> dict[str, Any]:
     with open(Path(__file__).with_name("class_maps.toml"), "rb") as file:
         return tomllib.load(file)
+
+
+def _words_of(name: str) -> str:
+    """A name in lower-case words without left and right; `LungLeft` is two words, a code SCHEME:CODE one of its own."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    words = re.findall(r"[a-z]+\d*|\d+", parted.lower())
+    return " ".join(word for word in words if word not in _SIDES)
 
 
 def _words(text: str) -> list[str]:

@@ -9,7 +9,7 @@ Letters: D slices, H, W.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -241,7 +241,7 @@ def anatomy_boxes(label_maps: Sequence[Array], names: Mapping[str, int]) -> dict
     return {name: box for name, box in boxes.items() if box is not None}
 
 
-def stacked(structures: Sequence[tuple[int, Array]], shape: tuple[int, int, int]) -> tuple[Array, ...]:
+def stacked(structures: Iterable[tuple[int, Array]], shape: tuple[int, int, int]) -> tuple[Array, ...]:
     """Label maps of structures (id, bool [D, H, W]): each goes to the first map where it covers no other id.
 
     Raises VolumeRefusedError for more than LABEL_MAPS_MAX maps.

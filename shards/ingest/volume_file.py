@@ -6,7 +6,7 @@ anatomies with a margin. Nothing is clipped: the HU window is a choice of traini
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from shards.errors import ConfigError
 from shards.ingest.class_map import ANATOMY_IDS, ClassMap, class_map
 from shards.ingest.hounsfield import Hounsfield, Rescale, hounsfield
-from shards.ingest.nifti import is_nifti, read_nifti, without_ending
+from shards.ingest.nifti import read_nifti, without_ending
 from shards.ingest.view_files import Fact, OpenedView, View, path_within
 from shards.ingest.volume import (
     Array,
@@ -28,11 +28,11 @@ from shards.ingest.volume import (
     label_box,
     part_of,
     resample,
-    stacked,
     target_grid,
     whole_hu,
     with_margin,
 )
+from shards.ingest.volume_masks import Masks, Place, label_maps, read_masks
 from shards.ingest.volume_members import volume_members
 from shards.volume_codec import AIR_HU
 
@@ -95,25 +95,31 @@ class VolumeReader:
         `spacing_mm` come from a table beside the files: the rescale to HU, and a spacing that goes before the header's.
         """
         file = read_nifti(path)
-        return self.bring(hounsfield(file.stored, file.rescale, stated), file.grid, masks, spacing_mm=spacing_mm)
+        return self.bring(
+            hounsfield(file.stored, file.rescale, stated), file.grid, read_masks(masks) if masks is not None else None,
+            spacing_mm=spacing_mm,
+        )  # fmt: skip
 
     def bring(
-        self, values: Hounsfield, as_stored: Grid, masks: Path | None = None, *, spacing_mm: Triple | None = None
+        self, values: Hounsfield, as_stored: Grid, masks: Masks | None = None, *, spacing_mm: Triple | None = None
     ) -> ReadVolume:
-        """HU that lie on the grid of their file, to the one form. `masks`, `spacing_mm` and errors as in `read`."""
+        """HU that lie on the grid of their file, to the one form. `spacing_mm` and errors as in `read`."""
         grid = as_stored if spacing_mm is None else _with_spacing(as_stored, spacing_mm)
         notes: list[str] = []
         target = target_grid(grid, self.options.spacing_mm)
         if target.same_as(grid):
             target = grid
-        label_maps = self._label_maps(masks, as_stored, grid, target, notes) if masks is not None else ()
-        box = label_box(label_maps)
+        maps: tuple[Array, ...] = ()
+        if masks is not None:
+            place = self._place(as_stored, grid, target)
+            maps = label_maps(masks, self._classes, self.options.unknown_ids, place, target.shape, notes)
+        box = label_box(maps)
         if masks is not None and box is None:
             notes.append("mask without any anatomy")
         if box is not None and self.options.crop:
             box = with_margin(box, target.shape)
             within = tuple(slice(box[axis], box[axis + 3]) for axis in range(3))
-            label_maps = tuple(np.ascontiguousarray(label_map[within]) for label_map in label_maps)
+            maps = tuple(np.ascontiguousarray(label_map[within]) for label_map in maps)
             hu = values.hu[within] if target is grid else _resampled_hu(values.hu, grid, part_of(target, box))
         else:
             hu = values.hu if target is grid else _resampled_hu(values.hu, grid, target)
@@ -123,75 +129,20 @@ class VolumeReader:
         }  # fmt: skip
         if masks is not None:
             provenance["class map"] = f"{self._classes.name} {self._classes.version}"
-        volume = Volume(hu=np.ascontiguousarray(hu), spacing_mm=target.spacing_mm, label_maps=label_maps)
+        volume = Volume(hu=np.ascontiguousarray(hu), spacing_mm=target.spacing_mm, label_maps=maps)
         return ReadVolume(volume=volume, provenance=provenance, notes=tuple(notes))
 
-    def _label_maps(
-        self, masks: Path, as_stored: Grid, grid: Grid, target: Grid, notes: list[str]
-    ) -> tuple[Array, ...]:
-        """Label maps on `target`, ids of ANATOMY_IDS. `as_stored` is the volume's grid by its own header."""
+    def _place(self, as_stored: Grid, grid: Grid, target: Grid) -> Place:
+        """Labels on the volume's grid, as its header or a table beside it states that, -> on `target`."""
 
-        def placed(label_map: Array, own: Grid) -> Array:
+        def place(labels: Array, own: Grid) -> Array:
             if own.same_as(as_stored) or own.same_as(grid):
                 own = grid
             elif self.options.other_grid == "refuse":
                 raise VolumeRefusedError("mask of another grid")
-            return label_map if target is own else resample(label_map, own, target, nearest=True, outside=0)
+            return labels if target is own else resample(labels, own, target, nearest=True, outside=0)
 
-        if masks.is_dir():
-            structures = [(number, placed(region, own) != 0) for number, region, own in self._structures(masks, notes)]
-            return stacked(structures, target.shape)
-        stored, own = _read_labels(masks)
-        return (placed(self._anatomies(stored, notes), own),)
-
-    def _anatomies(self, stored: Array, notes: list[str]) -> Array:
-        """uint8 ids of ANATOMY_IDS of a model's label map."""
-        table, known = self._classes.table(), self._classes.known()
-        present = np.unique(stored)
-        unknown = [number for number in present.tolist() if not 0 <= number < len(known) or not known[number]]
-        if unknown:
-            if self.options.unknown_ids == "refuse":
-                raise VolumeRefusedError(f"mask ids unknown to the class map {self._classes.name}")
-            notes.append(f"mask ids unknown to the class map {self._classes.name}, left out")
-            stored = np.where(np.isin(stored, unknown), 0, stored)
-        return table[stored]
-
-    def _structures(self, folder: Path, notes: list[str]) -> Iterator[tuple[int, Array, Grid]]:
-        """(id of ANATOMY_IDS, uint8 region, grid) of each file that an anatomy takes, in the order of their names."""
-        for path in sorted(folder.iterdir()):
-            if not is_nifti(path):
-                continue
-            name = without_ending(path.name)
-            if name not in self._classes.anatomy_of:
-                if self.options.unknown_ids == "refuse":
-                    raise VolumeRefusedError(f"structure unknown to the class map {self._classes.name}")
-                notes.append(f"structure unknown to the class map {self._classes.name}, left out")
-                continue
-            anatomy = self._classes.anatomy_of[name]
-            if anatomy is not None:
-                stored, own = _read_labels(path)
-                if stored.any():
-                    yield ANATOMY_IDS[anatomy], (stored != 0).astype(np.uint8), own
-
-
-def _read_labels(path: Path) -> tuple[Array, Grid]:
-    """A label map's integers. Raises VolumeRefusedError with a reason that begins with `mask`."""
-    try:
-        file = read_nifti(path)
-    except VolumeRefusedError as error:
-        raise VolumeRefusedError(f"mask: {error}") from None
-    stored = file.stored
-    if stored.dtype.kind == "f":
-        whole = np.nan_to_num(stored, nan=-1.0, posinf=-1.0, neginf=-1.0)
-        if (whole != np.floor(whole)).any():
-            raise VolumeRefusedError("mask: its values are no whole numbers")
-        stored = whole
-    slope, intercept = file.rescale
-    if (slope, intercept) != (1.0, 0.0):
-        stored = np.rint(stored * slope + intercept)
-    if stored.min() < 0 or stored.max() > 65_535:
-        raise VolumeRefusedError("mask: its values are no label ids")
-    return stored.astype(np.uint16), file.grid
+        return place
 
 
 def _with_spacing(grid: Grid, spacing_mm: Triple) -> Grid:
@@ -224,9 +175,9 @@ class MaskedVolumes:
     def settings(self) -> dict[str, Any]:
         return self.reader.settings | {"masks": self.mask_folder is not None}
 
-    def missing(self, masks: Path | None) -> tuple[str, ...]:
+    def missing(self, there: bool) -> tuple[str, ...]:
         """The note on a volume without masks, where others have some: it is taken all the same."""
-        return ("volume without a mask",) if masks is None and self.mask_folder is not None else ()
+        return () if there or self.mask_folder is None else ("volume without a mask",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +196,7 @@ class VolumeFiles(MaskedVolumes):
             stated = numbers["rescale_slope"], numbers["rescale_intercept"]
         masks = self._masks_of(view.file)
         read = self.reader.read(path, masks, stated=stated, spacing_mm=_stated_spacing(numbers))
-        notes = (*read.notes, *self.missing(masks))
+        notes = (*read.notes, *self.missing(masks is not None))
         members = volume_members(view_id, read.volume, ANATOMY_IDS, body_part=view.body_part or self.body_part)
         return OpenedView(
             record=members.view, image=members.image, masks=members.masks, provenance=read.provenance, notes=notes

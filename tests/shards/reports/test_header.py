@@ -10,7 +10,7 @@ import pytest
 from shards.reports.identity.header import OLDEST_AGE_YEARS, PASSES, age_years_of, sex_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-READERS = {"text_of", "element_of", "number_of", "numbers_of"}
+READERS = {"text_of", "element_of", "number_of", "numbers_of", "items_of"}
 
 
 def attributes(path: Path) -> set[str]:
@@ -29,11 +29,13 @@ def attributes(path: Path) -> set[str]:
 
 
 def test_only_named_attributes_are_read() -> None:
-    asked = attributes(REPOSITORY / "shards/ingest/dicom.py")
-    assert {"PatientID", "PatientAge", "Modality"} <= asked
-    of_series = attributes(REPOSITORY / "shards/ingest/dicom_ct.py")
-    assert {"ImagePositionPatient", "RescaleSlope"} <= of_series
-    assert asked | of_series <= set(PASSES)
+    asked = {
+        room: attributes(REPOSITORY / f"shards/ingest/{room}.py")
+        for room in ("dicom", "dicom_file", "dicom_pixels", "dicom_ct", "dicom_slices", "dicom_masks")
+    }
+    assert {"PatientID", "PatientAge"} <= asked["dicom"] and "Modality" in asked["dicom_file"]
+    assert {"ImagePositionPatient", "RescaleSlope"} <= asked["dicom_slices"] and "ROIName" in asked["dicom_masks"]
+    assert set().union(*asked.values()) <= set(PASSES)
 
 
 def test_names_dates_and_institutions_have_no_entry() -> None:
