@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from shards.manifest import Manifest
 from shards.store import open_store, split_url
 
 if TYPE_CHECKING:
+    from shards.ingest.segment import TotalSegmentator
     from shards.reports.identity.burned_in import BurnedInText
     from shards.reports.packing import Structured
 
@@ -138,6 +140,12 @@ def parser() -> argparse.ArgumentParser:
         help="label maps, or folders of structures, under the same relative paths as volumes; "
         "dicom_ct: SERIES_INSTANCE_UID.nii.gz, or SEG and RTSTRUCT objects, which may lie in --input",
     )
+    volumes.add_argument(
+        "--segment",
+        choices=("totalsegmentator",),
+        help="make the masks of volumes that have none; results are kept in OUTPUT.masks. One process, which may use "
+        "a GPU; needs `pip install TotalSegmentator`, whose anonymous usage statistics its own settings switch off",
+    )
     volumes.add_argument("--class-map", default="totalseg_v2", help="what the labels mean: totalseg_v1 (%(default)s)")
     volumes.add_argument(
         "--unknown-ids", choices=("refuse", "drop"), default="refuse", help="labels not in the map (%(default)s)"
@@ -218,11 +226,12 @@ def build_source(arguments: argparse.Namespace) -> Source:
         return _table_source(arguments, folder, secret, structured)
     from shards.ingest.dicom import RADIOGRAPHY, DicomRadiographs
 
-    modalities, series = tuple(arguments.modalities or RADIOGRAPHY), None
+    modalities, series, name = tuple(arguments.modalities or RADIOGRAPHY), None, arguments.source
     if arguments.source == "dicom_ct":
         from shards.ingest.dicom_ct import COMPUTED_TOMOGRAPHY, CtSeries
 
-        modalities, series = COMPUTED_TOMOGRAPHY, CtSeries(**_volumes(arguments))
+        volumes = _volumes(arguments)
+        modalities, series, name = COMPUTED_TOMOGRAPHY, CtSeries(**volumes), _name(arguments, volumes)
     return DicomRadiographs(
         folder=folder,
         secret=secret,
@@ -233,7 +242,7 @@ def build_source(arguments: argparse.Namespace) -> Source:
         limits=_limits(arguments),
         burned_in=_burned_in(arguments),
         series=series,
-        name=arguments.source,
+        name=name,
     )
 
 
@@ -252,17 +261,21 @@ def _table_source(
         from shards.ingest.ct_rate import ct_rate
         from shards.ingest.volume_file import VolumeFiles
 
-        return ct_rate(folder, VolumeFiles(folder=folder, **_volumes(arguments)), **text)
+        volumes = _volumes(arguments)
+        source = ct_rate(folder, VolumeFiles(folder=folder, **volumes), **text)
+        return replace(source, name=_name(arguments, volumes))
     mapping = TableMapping.read(Path(arguments.mapping) if arguments.mapping else folder / "mapping.toml")
     images = folder / mapping.images
     files: ViewFiles
+    name = arguments.source
     if arguments.source == "nifti":
         from shards.ingest.volume_file import VolumeFiles
 
-        files = VolumeFiles(folder=images, **_volumes(arguments))
+        volumes = _volumes(arguments)
+        files, name = VolumeFiles(folder=images, **volumes), _name(arguments, volumes)
     else:
         files = ImageFiles(folder=images, limits=_limits(arguments), burned_in=_burned_in(arguments))
-    return TableSource(input=folder, mapping=mapping, files=files, name=arguments.source, **text)
+    return TableSource(input=folder, mapping=mapping, files=files, name=name, **text)
 
 
 def _volumes(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -278,7 +291,25 @@ def _volumes(arguments: argparse.Namespace) -> dict[str, Any]:
         other_grid=arguments.mask_grid,
     )
     masks = Path(arguments.masks) if arguments.masks else None
-    return {"mask_folder": masks, "reader": VolumeReader(options=options)}
+    return {"mask_folder": masks, "reader": VolumeReader(options=options, segmenter=_segmenter(arguments))}
+
+
+def _name(arguments: argparse.Namespace, volumes: dict[str, Any]) -> str:
+    """The source as the manifest names it, with the model of its masks."""
+    segmenter = volumes["reader"].segmenter
+    return arguments.source if segmenter is None else f"{arguments.source}, masks by {segmenter.name}"
+
+
+def _segmenter(arguments: argparse.Namespace) -> TotalSegmentator | None:
+    if arguments.segment is None:
+        return None
+    from shards.ingest.segment import TotalSegmentator
+
+    if "://" in arguments.output:
+        raise ConfigError(f"--output {arguments.output}: --segment keeps its results beside a folder; pack into one")
+    if arguments.class_map != "totalseg_v2":
+        raise ConfigError(f"--class-map {arguments.class_map}: --segment makes labels of totalseg_v2")
+    return TotalSegmentator(cache=Path(f"{arguments.output.rstrip('/')}.masks"))
 
 
 def _burned_in(arguments: argparse.Namespace) -> BurnedInText | None:
@@ -355,7 +386,7 @@ def _pack(arguments: argparse.Namespace, console: Console) -> Manifest:
         shard_bytes=arguments.shard_bytes,
         shard_samples=arguments.shard_samples,
         chunk_bytes=arguments.chunk_bytes,
-        workers=arguments.workers,
+        workers=1 if arguments.segment else arguments.workers,  # a model splits its own work
         fractions=_fractions(arguments.fractions),
         overwrite=arguments.overwrite,
     )

@@ -36,6 +36,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "torch.utils.tensorboard": ("core/metrics.py",),
     "pydicom": ("shards/ingest/dicom_file.py",),
     "nibabel": ("shards/ingest/nifti.py",),
+    "totalsegmentator": ("shards/ingest/segment.py",),
     "SimpleITK": (),
     "triton": ("kernels/",),
     "openai": ("shards/reports/llm.py",),

@@ -74,6 +74,19 @@ def read_nifti(path: Path) -> NiftiFile:
     return NiftiFile(stored=stored, grid=grid, rescale=(float(slope), float(intercept)))
 
 
+def as_nifti(voxels: Array, grid: Grid) -> nibabel.Nifti1Image:
+    """Voxels (z, y, x) as an image of nibabel."""
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = grid.matrix[::-1, ::-1], grid.origin[::-1]
+    return nibabel.Nifti1Image(np.ascontiguousarray(voxels.transpose(2, 1, 0)), affine)
+
+
+def save_nifti(image: nibabel.Nifti1Image, path: Path) -> None:
+    """Label ids and their place, nothing else that an image may carry."""
+    ids = np.asanyarray(image.dataobj).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(ids, image.affine), path)
+
+
 def _affine(image: nibabel.Nifti1Image) -> Array:
     """Index -> mm by sform, else qform. Raises VolumeRefusedError where neither is stated, or both and they differ."""
     (sform, s_code), (qform, q_code) = image.get_sform(coded=True), image.get_qform(coded=True)

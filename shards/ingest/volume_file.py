@@ -7,7 +7,7 @@ anatomies with a margin. Nothing is clipped: the HU window is a choice of traini
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from shards.errors import ConfigError
 from shards.ingest.class_map import ANATOMY_IDS, ClassMap, class_map
 from shards.ingest.hounsfield import Hounsfield, Rescale, hounsfield
 from shards.ingest.nifti import read_nifti, without_ending
+from shards.ingest.segment import TotalSegmentator
 from shards.ingest.view_files import Fact, OpenedView, View, path_within
 from shards.ingest.volume import (
     Array,
@@ -73,9 +74,10 @@ class ReadVolume:
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeReader:
-    """Reads volumes and masks. Picklable: it goes to worker processes."""
+    """Reads volumes and masks; with a segmenter volumes without masks get its own. It goes to worker processes."""
 
     options: VolumeOptions = field(default_factory=VolumeOptions)
+    segmenter: TotalSegmentator | None = None
 
     @cached_property
     def _classes(self) -> ClassMap:
@@ -84,7 +86,8 @@ class VolumeReader:
     @property
     def settings(self) -> dict[str, Any]:
         """All that changes the output."""
-        return {"volume": vars(self.options), "class map version": self._classes.version}
+        made = {"segmentation": self.segmenter.settings} if self.segmenter is not None else {}
+        return {"volume": vars(self.options), "class map version": self._classes.version} | made
 
     def read(
         self, path: Path, masks: Path | None = None, *, stated: Rescale | None = None, spacing_mm: Triple | None = None
@@ -106,6 +109,13 @@ class VolumeReader:
         """HU that lie on the grid of their file, to the one form. `spacing_mm` and errors as in `read`."""
         grid = as_stored if spacing_mm is None else _with_spacing(as_stored, spacing_mm)
         notes: list[str] = []
+        segmented = masks is None and self.segmenter is not None
+        if masks is None and self.segmenter is not None:
+            if not grid.aligned:  # models know upright volumes only
+                upright = target_grid(grid, None)
+                values = replace(values, hu=_resampled_hu(values.hu, grid, upright))
+                as_stored = grid = upright
+            masks = self.segmenter.label_map(values.hu, grid)
         target = target_grid(grid, self.options.spacing_mm)
         if target.same_as(grid):
             target = grid
@@ -129,6 +139,8 @@ class VolumeReader:
         }  # fmt: skip
         if masks is not None:
             provenance["class map"] = f"{self._classes.name} {self._classes.version}"
+        if segmented and self.segmenter is not None:
+            provenance["masks"] = self.segmenter.name
         volume = Volume(hu=np.ascontiguousarray(hu), spacing_mm=target.spacing_mm, label_maps=maps)
         return ReadVolume(volume=volume, provenance=provenance, notes=tuple(notes))
 
@@ -169,7 +181,8 @@ class MaskedVolumes:
 
     @property
     def masks(self) -> dict[str, int]:
-        return dict(ANATOMY_IDS) if self.mask_folder is not None else {}
+        there = self.mask_folder is not None or self.reader.segmenter is not None
+        return dict(ANATOMY_IDS) if there else {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -177,7 +190,8 @@ class MaskedVolumes:
 
     def missing(self, there: bool) -> tuple[str, ...]:
         """The note on a volume without masks, where others have some: it is taken all the same."""
-        return () if there or self.mask_folder is None else ("volume without a mask",)
+        complete = there or self.mask_folder is None or self.reader.segmenter is not None
+        return () if complete else ("volume without a mask",)
 
 
 @dataclass(frozen=True, kw_only=True)
