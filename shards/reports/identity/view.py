@@ -107,14 +107,14 @@ class View:
 
         They are what `pattern.finditer(masked)` finds with a digit in it; that tries every character of the text.
         """
-        text, read_up_to = self.masked, 0
+        text, starts, read_up_to = self.masked, self.starts, 0
         words: Sequence[int] = ()
         for number in tuple(self.numbers):
-            if number < read_up_to:
+            if number < read_up_to or text[number] == "\0":
                 continue
             if before:
-                first = max(read_up_to, number - before)
-                words = self.starts[bisect_left(self.starts, first) : bisect_left(self.starts, number)]
+                first = bisect_left(starts, max(read_up_to, number - before))
+                words = starts[first : bisect_left(starts, number, first)]
             read_up_to = number
             for place in (*words, number):
                 match = pattern.match(text, place)
