@@ -117,7 +117,9 @@ class ChestPhantom:
             study=item.key, patient=item.patient, report=report.sections, anatomy=report.anatomy,
             entities=[finding.entity() for finding in scene.findings],
             labels=_labels(scene),
-            structured_report=structure(item.key, report).model_dump() if config.structured else None,
+            structured_report=(
+                structure(item.key, report).model_dump(exclude={"unsaid"}) if config.structured else None
+            ),
             boxes=boxes, sex=scene.sex, age_years=scene.age_years, deidentifier="synthetic: no patient exists",
             provenance={
                 "generator": self.generator, "difficulty": config.difficulty, "seed": config.seed,

@@ -7,11 +7,12 @@ the 36 anatomies are kept apart, so that nothing said of a lymph node makes an a
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from itertools import chain
+from typing import Literal, NamedTuple
 
+from shards.reports.entities import Entity, Said, by_sentence
 from shards.reports.language import Language, Span
 from shards.reports.lexicon.anatomy import (
     ANATOMIES,
@@ -29,7 +30,9 @@ from shards.reports.lexicon.anatomy import (
     Hit,
     Words,
     find_phrases,
+    folded,
 )
+from shards.reports.lexicon.terms import cut, lower
 from shards.reports.sections import Section
 
 REFERENCE_REACH = 5  # tokens after "adjacent to" in which a place only says where something else lies
@@ -37,23 +40,11 @@ _DEVICES = frozenset({"support_device", "surgical_material", "orthopedic_hardwar
 
 Status = Literal["normal", "abnormal"]
 Use = Literal["named", "carried", "elsewhere", "report", "technique", "none"]
+Part = tuple[int, int, Status | None]  # span in the sentence, what it says
+Clause = tuple[int, int, bool, Sequence[str]]  # span in the sentence, whether it is abnormal, places
 
 
-class Found(Protocol):
-    """What is read of an entity: see `shards.reports.entities.Entity`."""
-
-    @property
-    def concept(self) -> str: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def end(self) -> int: ...
-    @property
-    def status(self) -> str: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnatomyText:
+class AnatomyText(NamedTuple):
     """What findings and impression say of one place, as spans of the document in its order."""
 
     anatomy: str
@@ -62,8 +53,23 @@ class AnatomyText:
     impression: tuple[Span, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class SentenceUse:
+class Statement(NamedTuple):
+    """What one sentence says by place, whatever stands around it; spans count in the sentence.
+
+    `parts`: stretches between separators with what each says. `open`: among the places are a vertebra of no level or
+    "bones", of which the document tells more. `named`: of the places those that tell which bones are meant. `spine`:
+    the last vertebral level named.
+    """
+
+    parts: Sequence[Part] = ()
+    clauses: Sequence[Clause] = ()
+    cues: int = 0
+    open: bool = False
+    named: frozenset[str] = frozenset()
+    spine: str | None = None
+
+
+class SentenceUse(NamedTuple):
     """What became of one sentence of findings or impression.
 
     "named": it names one of the 36 anatomies; "carried": it goes on with those of the sentence before; "elsewhere": it
@@ -79,15 +85,13 @@ class SentenceUse:
 class Survey:
     """A report by place.
 
-    `negatives`: statements on the report as a whole that deny or call it normal. `parts`: stretches between separators
-    with what each says, whatever its place.
+    `negatives`: statements on the report as a whole that deny or call it normal.
     """
 
     anatomies: tuple[AnatomyText, ...]
     elsewhere: tuple[AnatomyText, ...]
     sentences: tuple[SentenceUse, ...]
     negatives: tuple[Span, ...]
-    parts: tuple[tuple[int, int, Status | None], ...]
 
 
 # Plain numbers, since operations on an IntFlag make an object each.
@@ -98,6 +102,12 @@ _PREPOSITION, _RELATIVE, _REGULAR = Cue.PREPOSITION.value, Cue.RELATIVE.value, C
 _REFERENCE, _REFERENCE_AFTER = Cue.REFERENCE.value, Cue.REFERENCE_AFTER.value
 _STUDY, _TECHNIQUE, _LIMIT = Cue.STUDY.value, Cue.TECHNIQUE.value, Cue.LIMIT.value
 _ADVICE, _BACK = Cue.ADVICE.value, Cue.BACK.value
+
+
+_CHEST = frozenset({"lung", "heart"})
+_BONES = SKELETON - {SPINE}
+_TELLING = _BONES | _CHEST
+_OPEN = frozenset({SPINE, "bones"})
 
 
 @dataclass(slots=True)
@@ -117,126 +127,134 @@ class _Part:
     predicate: bool = False  # it begins with a verb or a relative, whose subject stands before
 
 
-class _Reader:
-    """One document read sentence by sentence."""
-
-    def __init__(self, words: Words, entities: Sequence[Found], language: Language) -> None:
-        self.starts, self.ends = words.starts, words.ends
-        self.hits = find_phrases(words.words, language)
-        self.entities = sorted((one.start, one.status) for one in entities if one.concept not in _DEVICES)
-        named = {name for _, _, (level, places, _) in self.hits if level < GROUP for name in places}
-        # "No fracture" of a wrist is none of the wrist's bones.
-        limbs = tuple(sorted(named & SKELETON - {SPINE}))
-        self.bones = limbs if limbs and not named & {"lung", "heart"} else GROUPS["bones"]
-        self.spine = "thoracic vertebrae"
-        self._entity = 0
-
-    def parts(self, hits: Sequence[Hit], first: int, last: int) -> list[_Part]:
-        """The sentence of tokens [first, last) cut at its separators."""
-        part = _Part(first, last, [])
-        parts = [part]
-        for hit in hits:
-            begin, end, (level, places, cues) = hit
-            if level == NO_PLACE and cues & (_SPLIT | _TURN):
-                if part.first == begin:  # two separators in a row: ", and"
-                    part.first = end
-                else:
-                    part.last = begin
-                    part = _Part(end, last, [])
-                    parts.append(part)
-                part.turned |= bool(cues & _TURN)
-                part.listed |= bool(cues & _MARK)
-                continue
-            if begin == part.first:
-                part.preposition = bool(cues & _PREPOSITION)
-                part.predicate = bool(cues & _RELATIVE) or cues & (_VERB | _SEEN) == _VERB
-            if cues & _NEGATION and not part.cues & (_FINDING | _ABNORMAL):
-                part.denies = True
-            part.hits.append(hit)
-            part.cues |= cues
-            if places:
-                part.level = min(part.level, level)
-                part.nodes |= "lymph nodes" in places
-        if part.first >= part.last:  # nothing follows the last separator
-            if len(parts) > 1:
-                parts.pop()
-            else:
-                part.first = first
-        return parts
-
-    def places(self, hits: Sequence[Hit]) -> list[str]:
-        """Places that a clause is about, those that only locate another left out unless there is no other."""
-        found: tuple[list[str], list[str], list[str], list[str]] = ([], [], [], [])
-        references: list[str] = []
-        reach = 0
-        for number, (begin, end, (level, places, cues)) in enumerate(hits):
-            if level == NO_PLACE:
-                if cues & _REFERENCE:
-                    reach = end + REFERENCE_REACH
-                elif cues & _VERB:
-                    reach = 0
-                continue
-            located = begin < reach
-            if not located and number + 1 < len(hits):
-                following = hits[number + 1]
-                located = following[0] == end and bool(following[2][2] & _REFERENCE_AFTER)
-            (references if located and level < GROUP else found[level]).extend(places)
-        strong, loose, groups, weak = found
-        if "lymph nodes" not in strong:
-            strong += loose
-        kept = strong + [name for name in groups if not GIVES_WAY_TO[name].intersection(strong)]
-        kept = kept or weak or references or loose
-        if SPINE in kept:
-            level_named = any(name in SPINES for name in kept)
-            kept = [name for name in kept if name != SPINE] + ([] if level_named else [self.spine])
-        unfolded: list[str] = []
-        for name in kept:
+def statement(words: Words, entities: Sequence[Said], language: Language, *, placed: bool = True) -> Statement:
+    """What one sentence says by place. `entities`: those of it, spans in the sentence; they say what is there and what
+    is not, and cues of the clause do where no entity was found. `placed`: False where only `named` is wanted."""
+    hits = find_phrases(words.words, language)
+    strong = [places for _, _, (level, places, _) in hits if level < GROUP]
+    named = _TELLING.intersection(chain.from_iterable(strong))
+    if not placed or not words.words:
+        return Statement(named=named)
+    parts = _parts(hits, len(words.words))
+    verdicts = _verdicts(parts, words, entities)
+    told = []
+    cues = 0
+    for part, verdict in zip(parts, verdicts, strict=True):
+        told.append((words.starts[part.first], words.ends[part.last - 1], verdict))
+        cues |= part.cues
+    clauses = []
+    spine = None
+    is_open = False
+    for first, last in _runs(parts):
+        names = _places([hit for part in parts[first:last] for hit in part.hits])
+        for name in names:
             if name in SPINES:
-                self.spine = name
-            for member in self.bones if name == "bones" else GROUPS.get(name, (name,)):
-                if member not in unfolded:
-                    unfolded.append(member)
-        return unfolded
-
-    def statuses(self, start: int, end: int) -> set[str]:
-        """Statuses of the entities that start in characters [start, end), asked for in the order of the document."""
-        entities, count, place = self.entities, len(self.entities), self._entity
-        while place < count and entities[place][0] < start:
-            place += 1
-        self._entity = place
-        found = set()
-        while place < count and entities[place][0] < end:
-            found.add(entities[place][1])
-            place += 1
-        return found
-
-    def verdicts(self, parts: Sequence[_Part]) -> list[Status | None]:
-        """Normal or abnormal of each part of a sentence; None where it does not say."""
-        result: list[Status | None] = []
-        denied = False  # a denial that reaches on
-        for number, part in enumerate(parts):
-            cues = part.cues
-            negated = bool(cues & _NEGATION)
-            if part.turned or (cues & _VERB and not cues & _SEEN):
-                denied = False
-            if not negated:
-                negated = denied
-                if not cues & _VERB and not denied:  # the predicate is shared with a later part
-                    after = next((later.cues for later in parts[number + 1 :] if later.cues & _VERB), 0)
-                    negated = bool(after & _NEGATION)
-                    cues |= after & (_LIMIT | _CHANGE)
-                    if not cues & (_FINDING | _ABNORMAL):
-                        cues |= after & (_NORMAL | _ABNORMAL)
-            # "No nodule or mass is seen": up to the predicate; "no nodule is seen, no mass": up to the next one.
-            denied = (denied or bool(cues & _NEGATION)) and not (denied and cues & _VERB)
-            told = self.statuses(self.starts[part.first], self.ends[part.last - 1]) if self.entities else ()
-            if part.denies and not cues & _CHANGE and "absent" not in told:
-                told = ()  # an entity of such a part was hardly stated; "a nodule without calcification" is none
-            result.append(_verdict(cues, negated, told))
-        return result
+                spine = name
+            elif name in _OPEN:
+                is_open = True
+        start = told[first][0] if first else 0
+        end = told[last - 1][1] if last < len(parts) else words.length
+        clauses.append((start, end, "abnormal" in verdicts[first:last], names))
+    return Statement(
+        parts=told, clauses=clauses if is_open else _merged(clauses, GROUPS), cues=cues, open=is_open, named=named,
+        spine=spine,
+    )  # fmt: skip
 
 
-def _verdict(cues: int, negated: bool, told: Collection[str]) -> Status | None:
+def _parts(hits: Sequence[Hit], last: int) -> list[_Part]:
+    """The sentence of tokens [0, last) cut at its separators."""
+    part = _Part(0, last, [])
+    parts = [part]
+    for hit in hits:
+        begin, end, (level, places, cues) = hit
+        if level == NO_PLACE and cues & (_SPLIT | _TURN):
+            if part.first == begin:  # two separators in a row: ", and"
+                part.first = end
+            else:
+                part.last = begin
+                part = _Part(end, last, [])
+                parts.append(part)
+            part.turned |= bool(cues & _TURN)
+            part.listed |= bool(cues & _MARK)
+            continue
+        if begin == part.first:
+            part.preposition = bool(cues & _PREPOSITION)
+            part.predicate = bool(cues & _RELATIVE) or cues & (_VERB | _SEEN) == _VERB
+        if cues & _NEGATION and not part.cues & (_FINDING | _ABNORMAL):
+            part.denies = True
+        part.hits.append(hit)
+        part.cues |= cues
+        if places:
+            part.level = min(part.level, level)
+            part.nodes |= "lymph nodes" in places
+    if part.first >= part.last:  # nothing follows the last separator
+        if len(parts) > 1:
+            parts.pop()
+        else:
+            part.first = 0
+    return parts
+
+
+def _places(hits: Sequence[Hit]) -> tuple[str, ...]:
+    """Places that a clause is about, those that only locate another left out unless there is no other."""
+    found: tuple[list[str], list[str], list[str], list[str]] = ([], [], [], [])
+    references: list[str] = []
+    reach = 0
+    for number, (begin, end, (level, places, cues)) in enumerate(hits):
+        if level == NO_PLACE:
+            if cues & _REFERENCE:
+                reach = end + REFERENCE_REACH
+            elif cues & _VERB:
+                reach = 0
+            continue
+        located = begin < reach
+        if not located and number + 1 < len(hits):
+            following = hits[number + 1]
+            located = following[0] == end and bool(following[2][2] & _REFERENCE_AFTER)
+        (references if located and level < GROUP else found[level]).extend(places)
+    strong, loose, groups, weak = found
+    if "lymph nodes" not in strong:
+        strong += loose
+    kept = strong + [name for name in groups if not GIVES_WAY_TO[name].intersection(strong)]
+    kept = kept or weak or references or loose
+    if SPINE in kept:
+        level_named = any(name in SPINES for name in kept)
+        kept = [name for name in kept if name != SPINE] + ([] if level_named else [SPINE])
+    return tuple(kept)
+
+
+def _verdicts(parts: Sequence[_Part], words: Words, entities: Sequence[Said]) -> list[Status | None]:
+    """Normal or abnormal of each part of a sentence; None where it does not say."""
+    result: list[Status | None] = []
+    denied = False  # a denial that reaches on
+    for number, part in enumerate(parts):
+        cues = part.cues
+        negated = bool(cues & _NEGATION)
+        if part.turned or (cues & _VERB and not cues & _SEEN):
+            denied = False
+        if not negated:
+            negated = denied
+            if not cues & _VERB and not denied:  # the predicate is shared with a later part
+                after = next((later.cues for later in parts[number + 1 :] if later.cues & _VERB), 0)
+                negated = bool(after & _NEGATION)
+                cues |= after & (_LIMIT | _CHANGE)
+                if not cues & (_FINDING | _ABNORMAL):
+                    cues |= after & (_NORMAL | _ABNORMAL)
+        # "No nodule or mass is seen": up to the predicate; "no nodule is seen, no mass": up to the next one.
+        denied = (denied or bool(cues & _NEGATION)) and not (denied and cues & _VERB)
+        told = _statuses(entities, words.starts[part.first], words.ends[part.last - 1]) if entities else frozenset()
+        if part.denies and not cues & _CHANGE and "absent" not in told:
+            told = frozenset()  # an entity of such a part was hardly stated; "a nodule without calcification" is none
+        result.append(_verdict(cues, negated, told))
+    return result
+
+
+def _statuses(entities: Iterable[Said], start: int, end: int) -> Set[str]:
+    """Statuses of the entities that start in characters [start, end), but for devices."""
+    return {one.status for one in entities if start <= one.start < end and one.concept not in _DEVICES}
+
+
+def _verdict(cues: int, negated: bool, told: Set[str]) -> Status | None:
     """Normal or abnormal by the cues of one part and the statuses of its entities; None where neither says."""
     if "present" in told or "possible" in told:
         return "abnormal"
@@ -257,10 +275,10 @@ def _verdict(cues: int, negated: bool, told: Collection[str]) -> Status | None:
     return "abnormal"
 
 
-def _clauses(parts: Sequence[_Part], reader: _Reader) -> list[tuple[int, int, list[str]]]:
-    """(first part, after the last, places): runs of parts that stand alone and speak of different places."""
+def _runs(parts: Sequence[_Part]) -> Sequence[Sequence[int]]:
+    """Runs of parts that each can stand alone: the first part, and the one after the last."""
     if len(parts) == 1:
-        return [(0, 1, reader.places(parts[0].hits))]
+        return [(0, 1)]
     verbal = any(part.cues & _VERB for part in parts)
     denied = any(part.cues & _NEGATION for part in parts)
 
@@ -295,136 +313,159 @@ def _clauses(parts: Sequence[_Part], reader: _Reader) -> list[tuple[int, int, li
     if not (placed and said) and len(runs) > 1 and not parts[runs[-1][0]].listed:
         last = runs.pop()[1]  # what is left over belongs to the clause before
         runs[-1][1] = last
-    clauses: list[tuple[int, int, list[str]]] = []
-    for first, last in runs:
-        places = reader.places([hit for part in parts[first:last] for hit in part.hits])
-        if clauses and (not places or set(places) == set(clauses[-1][2])):
-            clauses[-1] = (clauses[-1][0], last, clauses[-1][2])
-        else:
-            clauses.append((first, last, places))
-    return clauses
+    return runs
 
 
-_READ = ("findings", "impression")
+def _merged(clauses: Iterable[Clause], members: Mapping[str, Sequence[str]]) -> list[Clause]:
+    """Clauses that speak of different places: one that names none, or the same ones, goes on with the one before.
+
+    `members`: of the places that stand for others.
+    """
+    merged: list[Clause] = []
+    for clause in clauses:
+        start, end, abnormal, names = clause
+        if not members.keys().isdisjoint(names):
+            names = tuple(member for name in names for member in members.get(name, (name,)))
+        places = tuple(dict.fromkeys(names))
+        if merged and (not places or set(places) == set(merged[-1][3])):
+            start, _, before, places = merged.pop()
+            abnormal = abnormal or before
+        merged.append((start, end, abnormal, places))
+    return merged
+
+
+READ = ("findings", "impression")
 
 
 def survey(
     document: str,
     sections: Sequence[Section],
     sentences: Sequence[Span],
-    entities: Sequence[Found],
+    entities: Sequence[Entity],
     language: Language,
-    words: Words | None = None,
 ) -> Survey:
     """All sentences of findings and impression by place. Without such a section nothing is read.
 
-    `sentences` and `entities` in the document's order; entities say what is there and what is not, and cues of the
-    clause do where no entity was found.
+    `sentences` and `entities` in the document's order.
     """
-    reader = _Reader(words or Words(document), entities, language)
-    texts: dict[str, dict[str, list[Span]]] = {name: {} for name in _READ}
+    lowered = lower(document)
+    statements = [
+        statement(folded(cut(lowered[start:end])), inside, language)
+        for (start, end), inside in zip(sentences, by_sentence(entities, sentences), strict=True)
+    ]
+    return join(sections_of(sections, sentences), sentences, statements)
+
+
+class _Context:
+    """What a document tells of places that a sentence leaves open."""
+
+    def __init__(self, statements: Iterable[Statement]) -> None:
+        named = frozenset[str]().union(*(said.named for said in statements))
+        # "No fracture" of a wrist is none of the wrist's bones.
+        limbs = tuple(sorted(named & _BONES))
+        self._bones = limbs if limbs and not named & _CHEST else GROUPS["bones"]
+        self._spine = "thoracic vertebrae"
+
+    def clauses(self, said: Statement) -> Sequence[Clause]:
+        """Clauses of the next sentence, every place named."""
+        if not said.open:
+            self._spine = said.spine or self._spine
+            return said.clauses
+        levelled = []
+        for start, end, abnormal, names in said.clauses:
+            self._spine = next((name for name in reversed(names) if name in SPINES), self._spine)
+            places = tuple(self._spine if name == SPINE else name for name in names)
+            levelled.append((start, end, abnormal, places))
+        return _merged(levelled, GROUPS | {"bones": self._bones})
+
+
+def sections_of(sections: Sequence[Section], sentences: Iterable[Span]) -> list[Section | None]:
+    """The section that each sentence stands in."""
+    found: list[Section | None] = []
+    current = 0
+    for start, _ in sentences:
+        while current < len(sections) - 1 and sections[current].end <= start:
+            current += 1
+        found.append(sections[current] if sections else None)
+    return found
+
+
+def join(sections: Sequence[Section | None], sentences: Sequence[Span], statements: Sequence[Statement]) -> Survey:
+    """What the sentences of findings and impression say together. Of each: its section, its span, its `statement`."""
+    context = _Context(statements)
+    texts: dict[str, dict[str, list[Span]]] = {name: {} for name in READ}
     abnormal: set[str] = set()
     uses: list[SentenceUse] = []
     negatives: list[Span] = []
-    read: list[tuple[int, int, Status | None]] = []
-    starts, hits = reader.starts, reader.hits
-    hit_starts = [hit[0] for hit in hits]
-    token = hit = current = 0
-    carried: list[str] = []
-    read_before = -1
-    for start, end in sentences:
-        while current < len(sections) - 1 and sections[current].end <= start:
-            current += 1
-        first = bisect_left(starts, start, token)
-        token = bisect_left(starts, end, first)
-        first_hit = bisect_left(hit_starts, first, hit)
-        hit = bisect_left(hit_starts, token, first_hit)
-        if not sections or sections[current].name not in _READ or first == token:
+    carried: Sequence[str] = ()
+    before: Section | None = None
+    for (start, end), section, said in zip(sentences, sections, statements, strict=True):
+        if section is None or section.name not in READ or not said.parts:
             continue
-        if current != read_before:  # a section's first sentence goes on with nothing
-            carried, read_before = [], current
-        text = texts[sections[current].name]
-        parts = reader.parts(hits[first_hit:hit], first, token)
-        verdicts = reader.verdicts(parts)
-        read += [
-            (starts[part.first], reader.ends[part.last - 1], verdict)
-            for part, verdict in zip(parts, verdicts, strict=True)
-        ]
-        cues = 0
-        for part in parts:
-            cues |= part.cues
-        clauses = _clauses(parts, reader)
-        places: list[str] = []
+        if section is not before:  # a section's first sentence goes on with nothing
+            carried, before = (), section
+        clauses = context.clauses(said)
+        cues = said.cues
         use: Use = "named"
-        if clauses[0][2]:
-            if cues & _LIMIT and not any(verdicts):
-                uses.append(SentenceUse(span=(start, end), use="technique", places=()))
+        if clauses[0][3]:
+            if cues & _LIMIT and not any(verdict for _, _, verdict in said.parts):
+                uses.append(SentenceUse((start, end), "technique", ()))
                 continue
+            places: Sequence[str] = clauses[0][3]
+            if len(clauses) > 1:
+                places = tuple(dict.fromkeys(chain.from_iterable([clause[3] for clause in clauses])))
+            if _KNOWN.isdisjoint(places):
+                use = "elsewhere"
         else:
             use, places = _unnamed(cues, carried)
-            clauses = [(0, len(parts), places)]
+            clauses = [(0, end - start, any(clause[2] for clause in clauses), places)]
             if use == "report" and cues & (_NORMAL | _NEGATION):
                 negatives.append((start, end))
-        for number, (first_part, last_part, named) in enumerate(clauses):
-            span = (
-                start if number == 0 else starts[parts[first_part].first],
-                end if number == len(clauses) - 1 else reader.ends[parts[last_part - 1].last - 1],
-            )
-            bad = "abnormal" in verdicts[first_part:last_part]
+        text = texts[section.name]
+        for first, last, bad, named in clauses:
             for name in named:
-                text.setdefault(name, []).append(span)
-                if bad and not (use == "carried" and cues & _CHANGE):
-                    abnormal.add(name)
-            places += [name for name in named if name not in places]
-            if named:
-                carried = named
-        if use == "named" and not any(name in _KNOWN for name in places):
-            use = "elsewhere"
-        uses.append(SentenceUse(span=(start, end), use=use, places=tuple(places)))
+                text.setdefault(name, []).append((start + first, start + last))
+            if bad and not (use == "carried" and cues & _CHANGE):
+                abnormal.update(named)
+            carried = named or carried
+        uses.append(SentenceUse((start, end), use, places))
     return Survey(
         anatomies=_by_place(ANATOMIES, texts, abnormal), elsewhere=_by_place(ELSEWHERE, texts, abnormal),
-        sentences=tuple(uses), negatives=tuple(negatives), parts=tuple(read),
+        sentences=tuple(uses), negatives=tuple(negatives),
     )  # fmt: skip
 
 
 _KNOWN = frozenset(ANATOMIES)
 
 
-def _unnamed(cues: int, carried: Sequence[str]) -> tuple[Use, list[str]]:
+def _unnamed(cues: int, carried: Sequence[str]) -> tuple[Use, Sequence[str]]:
     """What a sentence that names no place is about."""
     if cues & _LIMIT or (cues & _TECHNIQUE and not cues & (_FINDING | _ABNORMAL)):
-        return "technique", []
+        return "technique", ()
     if carried and cues & _BACK and cues & (_FINDING | _ABNORMAL | _MEASURE):
-        return "carried", list(carried)
+        return "carried", carried
     if cues & _ADVICE and not cues & (_FINDING | _ABNORMAL):
-        return "report", []
+        return "report", ()
     if cues & _STUDY and cues & (_NORMAL | _NEGATION | _CHANGE):
-        return "report", []
+        return "report", ()
     if carried:
-        return "carried", list(carried)
-    return ("report" if cues & (_NORMAL | _NEGATION | _CHANGE | _STUDY | _ADVICE) else "none"), []
+        return "carried", carried
+    return ("report" if cues & (_NORMAL | _NEGATION | _CHANGE | _STUDY | _ADVICE) else "none"), ()
 
 
 def _by_place(
     names: Iterable[str], texts: Mapping[str, Mapping[str, Sequence[Span]]], abnormal: set[str]
 ) -> tuple[AnatomyText, ...]:
-    findings, impression = (texts[name] for name in _READ)
+    findings, impression = (texts[name] for name in READ)
+    told = findings.keys() | impression.keys()
     return tuple(
-        AnatomyText(
-            anatomy=name, status="abnormal" if name in abnormal else "normal",
-            findings=tuple(findings.get(name, ())), impression=tuple(impression.get(name, ())),
-        )
-        for name in names
-        if name in findings or name in impression
-    )  # fmt: skip
-
-
-def decompose(
-    document: str,
-    sections: Sequence[Section],
-    sentences: Sequence[Span],
-    entities: Sequence[Found],
-    language: Language,
-) -> tuple[AnatomyText, ...]:
-    """The anatomies that findings or impression speak of, in the order of ANATOMIES."""
-    return survey(document, sections, sentences, entities, language).anatomies
+        [
+            AnatomyText(
+                name,
+                "abnormal" if name in abnormal else "normal",
+                tuple(findings.get(name, ())),
+                tuple(impression.get(name, ())),
+            )
+            for name in filter(told.__contains__, names)
+        ]
+    )

@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 import tomllib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import compress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from shards.batch import Distilled
-from shards.reports.anatomy import Survey
-from shards.reports.entities import Entity
+from shards.reports.anatomy import Part, Statement
+from shards.reports.entities import Said
 from shards.reports.language import Language, Span, within
 from shards.reports.lexicon.anatomy import Words, fold
 
@@ -97,101 +98,105 @@ def sentence(entity: str, status: Status, language: Language) -> str:
     }[status]
 
 
-def boilerplate(text: str, language: Language) -> tuple[Span, ...]:
-    """Words that every report uses alike: "there is no", "there is no evidence of" and their French like."""
-    return _boilerplate(fold(text), language)
+def boilerplate(lowered: str, language: Language) -> tuple[Span, ...]:
+    """Words that every report uses alike: "there is no", "there is no evidence of" and their French like.
 
-
-def _boilerplate(folded: str, language: Language) -> tuple[Span, ...]:
+    `lowered`: see `lexicon.terms.lower`.
+    """
     patterns = _BOILERPLATE.values() if language == "unknown" else (_BOILERPLATE[language],)
-    return tuple(sorted(match.span() for pattern in patterns for match in pattern.finditer(folded)))
+    return tuple(sorted(match.span() for pattern in patterns for match in pattern.finditer(lowered)))
 
 
-def context(
-    document: str,
-    found: Survey,
-    entities: Sequence[Entity],
-    language: Language,
-    words: Words | None = None,
-    *,
-    mixed: bool = False,
-) -> Context:
-    """Distilled sentences, boilerplate and descriptors of findings and impression, which `found` has read.
+class Mentions(NamedTuple):
+    """What one sentence says of the words of the list: (word, status, span), and spans, all in the sentence."""
 
-    Sentences are in `language`; boilerplate of both languages is looked for where the document is `mixed`.
+    told: Sequence[tuple[str, Status, Span]] = ()
+    boilerplate: Sequence[Span] = ()
+    descriptors: Sequence[Span] = ()
+
+
+def mentions(lowered: str, words: Words, said: Statement, entities: Sequence[Said], language: Language) -> Mentions:
+    """What a sentence says of the words of the list; `words` and `said` are those of the sentence.
 
     An entity's status is its own; a word of the list outside of all entities takes that of its part of the sentence,
-    and none where that does not say. Where mentions differ, a present one decides, then a possible one.
+    and none where that does not say. `language`: of which boilerplate is looked for.
     """
-    words = words or Words(document)
-    told, mentions = _mentions(words, found, entities)
-    distilled = []
-    for name in ENTITIES:
-        if name in told:
-            status = next(one for one in _FIRST if told[name].get(one))
-            spans = tuple(sorted({span for places in told[name].values() for span in places}))
-            distilled.append(
-                Distilled(entity=name, status=status, sentence=sentence(name, status, language), spans=spans)
-            )
-    parts = [(start, end) for start, end, _ in found.parts]
-    common = _boilerplate(words.folded, "unknown" if mixed else language)
-    read = tuple(span for span in common if within(span, parts))
-    return Context(distilled=tuple(distilled), boilerplate=read, descriptors=_descriptors(words, found, mentions))
-
-
-_Told = dict[str, dict[str, list[Span]]]
-
-
-def _mentions(words: Words, found: Survey, entities: Sequence[Entity]) -> tuple[_Told, list[Span]]:
-    """(word of the list -> status -> spans, all spans in order)."""
-    _, forms, concepts = _tables()
-    parts = found.parts
-    first_of_part = [part[0] for part in parts]
-    told: _Told = {}
-    mentions: set[Span] = set()
-    covered: dict[Span, Entity] = {}
+    words_of_list, forms, concepts = _tables()
+    told: list[tuple[str, Status, Span]] = []
+    covered: dict[Span, Said] = {}
     for entity in entities:
-        place = bisect_left(first_of_part, entity.start + 1) - 1
-        if place < 0 or entity.start >= parts[place][1]:
-            continue  # in a section that is not read
         span = (entity.start, entity.end)
-        covered[span] = entity
-        mentions.add(span)
-        name = concepts.get(entity.concept)
-        if name is not None:
-            told.setdefault(name, {}).setdefault(entity.status, []).append(span)
-    spans = sorted(covered)
-    starts = [start for start, _ in spans]
-    named = [(place, name) for place, word in enumerate(words.words) if (name := forms.get(word)) is not None]
-    for number, name in named:
-        start, end = words.starts[number], words.ends[number]
-        before = bisect_left(starts, start + 1) - 1
-        if before >= 0 and end <= spans[before][1]:
-            entity = covered[spans[before]]
-            if concepts.get(entity.concept) != name and not _tables()[0][name].structure:
-                told.setdefault(name, {}).setdefault(entity.status, []).append((start, end))
+        if _part(said.parts, entity.start) is None:  # on a word between two parts
             continue
-        place = bisect_left(first_of_part, start + 1) - 1
-        verdict = parts[place][2] if place >= 0 and start < parts[place][1] else None
-        if verdict is not None:
-            status = "present" if verdict == "abnormal" else "absent"
-            told.setdefault(name, {}).setdefault(status, []).append((start, end))
-            mentions.add((start, end))
-    return told, sorted(mentions)
+        covered[span] = entity
+        if (name := concepts.get(entity.concept)) is not None:
+            told.append((name, entity.status, span))
+    spans = set(covered)
+    for number in compress(range(len(words.words)), map(forms.__contains__, words.words)):
+        name, span = forms[words.words[number]], (words.starts[number], words.ends[number])
+        before = max((one for one in covered if one[0] <= span[0]), default=None)
+        if before is not None and span[1] <= before[1]:
+            entity = covered[before]
+            if concepts.get(entity.concept) != name and not words_of_list[name].structure:
+                told.append((name, entity.status, span))
+        elif (part := _part(said.parts, span[0])) is not None and part[2] is not None:
+            told.append((name, "present" if part[2] == "abnormal" else "absent", span))
+            spans.add(span)
+    common = tuple(span for span in boilerplate(lowered, language) if within(span, (part[:2] for part in said.parts)))
+    return Mentions(told, common, _descriptors(words, said, sorted(spans)))
 
 
-def _descriptors(words: Words, found: Survey, mentions: Sequence[Span]) -> tuple[Span, ...]:
+def _part(parts: Sequence[Part], place: int) -> Part | None:
+    """The part of a sentence that character `place` stands in."""
+    for part in parts:
+        if part[0] <= place < part[1]:
+            return part
+    return None
+
+
+def _descriptors(words: Words, said: Statement, spans: Iterable[Span]) -> tuple[Span, ...]:
     """The up to DESCRIPTOR_WORDS words right before each mention, none of another mention or part of a sentence."""
-    first_of_part = [part[0] for part in found.parts]
-    spans: list[Span] = []
+    found: list[Span] = []
     reached = 0
-    for start, end in mentions:
-        lowest = found.parts[bisect_left(first_of_part, start + 1) - 1][0]
+    for start, end in spans:
+        part = _part(said.parts, start)
+        lowest = max(reached, 0 if part is None else part[0])
         place = bisect_left(words.starts, start)
         first = place
-        while first > 0 and place - first < DESCRIPTOR_WORDS and words.starts[first - 1] >= max(lowest, reached):
+        while first > 0 and place - first < DESCRIPTOR_WORDS and words.starts[first - 1] >= lowest:
             first -= 1
         if first < place:
-            spans.append((words.starts[first], words.ends[place - 1]))
+            found.append((words.starts[first], words.ends[place - 1]))
         reached = max(reached, end)
-    return tuple(spans)
+    return tuple(found)
+
+
+def context(sentences: Sequence[Span], found: Sequence[Mentions], language: Language) -> Context:
+    """Distilled sentences, boilerplate and descriptors of the sentences of findings and impression.
+
+    `sentences`: their spans, `found`: the mentions of each. Distilled sentences are in `language`. Where mentions
+    differ, a present one decides, then a possible one.
+    """
+    told: dict[str, dict[Status, set[Span]]] = {}
+    for (start, _), one in zip(sentences, found, strict=True):
+        for name, status, (first, last) in one.told:
+            told.setdefault(name, {}).setdefault(status, set()).add((start + first, start + last))
+    distilled = []
+    for name in filter(told.__contains__, ENTITIES):
+        status = next(one for one in _FIRST if one in told[name])
+        spans = tuple(sorted(set[Span]().union(*told[name].values())))
+        distilled.append(Distilled(entity=name, status=status, sentence=sentence(name, status, language), spans=spans))
+    return Context(
+        distilled=tuple(distilled),
+        boilerplate=moved(sentences, [one.boilerplate for one in found]),
+        descriptors=moved(sentences, [one.descriptors for one in found]),
+    )
+
+
+def moved(sentences: Iterable[Span], spans: Iterable[Iterable[Span]]) -> tuple[Span, ...]:
+    """Spans of sentences as spans of their document."""
+    return tuple(
+        (start + first, start + last)
+        for (start, _), inside in zip(sentences, spans, strict=True)
+        for first, last in inside
+    )

@@ -7,22 +7,18 @@ are said of, cues decide the status, and what is left of the words between two f
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from shards.reports.language import Span
-from shards.reports.lexicon.terms import SOFT, Language, Match, Tokens, lower, tokenise, vocabulary
+from shards.reports.lexicon.terms import SOFT, Language, Match, Pieces, Tokens, cut, lower, stemmed, vocabulary
 from shards.reports.status import Clause, Marks, Reach, Status, clauses, marks, reaches, status_of
 
 Side = Literal["left", "right", "bilateral"]
 
-REMEMBERED = 8_192  # sentences whose findings are kept in memory
 MAX_DESCRIPTOR = 3  # words before a finding that are taken to describe it
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entity:
+class Entity(NamedTuple):
     """One mention of a finding. Spans are [start, end) in characters of the document.
 
     `concept` is one of `lexicon.terms.concepts()`; `position` English whatever the language, '' if none was named,
@@ -54,20 +50,14 @@ def entities(document: str, sentences: Sequence[Span], language: str) -> tuple[E
     """
     spoken: Language = "fr" if language == "fr" else "en"
     lowered = lower(document)
-    found: list[Entity] = []
-    for number, (start, end) in enumerate(sentences):
-        for one in _in_sentence(lowered[start:end], spoken):
-            descriptor = None if one.descriptor is None else (one.descriptor[0] + start, one.descriptor[1] + start)
-            found.append(
-                Entity(
-                    concept=one.concept, start=one.start + start, end=one.end + start, sentence=number,
-                    laterality=one.laterality, position=one.position, status=one.status, descriptor=descriptor,
-                )
-            )  # fmt: skip
-    return tuple(found)
+    return tuple(
+        placed(one, number, start)
+        for number, (start, end) in enumerate(sentences)
+        for one in in_sentence(cut(lowered[start:end]), spoken)
+    )
 
 
-class _Said(NamedTuple):
+class Said(NamedTuple):
     """An entity with spans in its sentence."""
 
     concept: str
@@ -79,17 +69,38 @@ class _Said(NamedTuple):
     descriptor: Span | None
 
 
-@lru_cache(maxsize=REMEMBERED)
-def _in_sentence(text: str, language: Language) -> Sequence[_Said]:
-    """`text`: a sentence in lower case. Remembered, since reports repeat their sentences."""
+def placed(one: Said, sentence: int, start: int) -> Entity:
+    """The entity in its document, where sentence number `sentence` starts at character `start`."""
+    descriptor = one.descriptor
+    return Entity(
+        concept=one.concept, start=one.start + start, end=one.end + start, sentence=sentence,
+        laterality=one.laterality, position=one.position, status=one.status,
+        descriptor=None if descriptor is None else (descriptor[0] + start, descriptor[1] + start),
+    )  # fmt: skip
+
+
+def by_sentence(found: Sequence[Entity], sentences: Sequence[Span]) -> list[list[Said]]:
+    """The entities of each sentence, with spans in it."""
+    inside: list[list[Said]] = [[] for _ in sentences]
+    for one in found:
+        start = sentences[one.sentence][0]
+        descriptor = None if one.descriptor is None else (one.descriptor[0] - start, one.descriptor[1] - start)
+        inside[one.sentence].append(
+            Said(one.concept, one.start - start, one.end - start, one.laterality, one.position, one.status, descriptor)
+        )
+    return inside
+
+
+def in_sentence(sentence: Pieces, language: Language) -> Sequence[Said]:
+    """Findings of one sentence, in its order."""
     words = vocabulary(language)
-    tokens = tokenise(text, language)
+    tokens = stemmed(sentence, language)
     matches = words.terms.find(tokens.stems)
-    if not any(match.term.finding or match.term.change for match in matches):
+    if not [match for match in matches if match[2].head]:
         return ()
     known = marks(tokens, matches)
     places = words.places.find(tokens.stems)
-    found: list[_Said] = []
+    found: list[Said] = []
     for clause in clauses(tokens, known):
         whole = clause.first <= matches[0].first and matches[-1].first < clause.end
         inside = matches if whole else [match for match in matches if clause.first <= match.first < clause.end]
@@ -105,7 +116,7 @@ def _in_sentence(text: str, language: Language) -> Sequence[_Said]:
         for mention, status, (side, position) in zip(mentions, told, sited, strict=True):
             if status != "history":
                 found.append(
-                    _Said(
+                    Said(
                         mention.concept, tokens.starts[mention.first], tokens.ends[mention.last], side, position,
                         status, _descriptor(tokens, inside, mention, clause),
                     )
@@ -138,7 +149,9 @@ def _open_choices(mentions: Sequence[_Mention], told: list[Status | Literal["his
 
 def _mentions(tokens: Tokens, matches: Sequence[Match], known: Marks) -> list[_Mention]:
     """Findings of one clause, changes resolved. `matches`: those inside of it."""
-    heads = [i for i, match in enumerate(matches) if match.term.finding or match.term.change]
+    heads = [i for i, match in enumerate(matches) if match[2].head]
+    if not heads:
+        return []
     found: list[_Mention] = []
     used: set[int] = set()
     inherited: list[Match] = []

@@ -6,25 +6,26 @@ The form is versioned, holds spans and words of our own lists, and no text of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from shards.batch import LabelValue
 from shards.errors import DataError
-from shards.reports.anatomy import AnatomyText, survey
+from shards.reports.anatomy import READ, AnatomyText, join
 from shards.reports.distil import ENTITIES, Context, context
 from shards.reports.distil import sentence as distilled_sentence
-from shards.reports.entities import Entity, entities
+from shards.reports.entities import Entity, by_sentence, placed
 from shards.reports.labels import ONTOLOGIES, all_labels, label_names
 from shards.reports.language import Language, Span, detect, languages_of, within
-from shards.reports.lexicon.anatomy import ANATOMIES, ELSEWHERE, Words
+from shards.reports.lexicon.anatomy import ANATOMIES, ELSEWHERE
+from shards.reports.lexicon.terms import cut, lower
+from shards.reports.reading import Reading, read, reading
 from shards.reports.sections import Section, sections
 from shards.reports.sentences import sentences
 from shards.reports.structured import Observation, StructuredReport, checked, structured_by_rules
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 
 class Extraction(BaseModel):
@@ -36,7 +37,7 @@ class Extraction(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION  # 1: every disease that goes unsaid has an item
     language: Language
     sections: tuple[Section, ...] = ()
     sentences: tuple[Span, ...] = ()
@@ -53,59 +54,87 @@ def by_rules(document: str, language: Language | None = None, *, study: str = ""
 
     `language`: None to detect it; `study` is the id that the structured report carries.
     """
-    spoken = detect(document) if language is None else language
+    outline = outlined(document, detect(document) if language is None else language)
+    lowered = lower(document)
+    readings = [
+        read(lowered[start:end], spoken, outline.places, section.name in READ)
+        for (start, end), spoken, section in zip(outline.spans, outline.languages, outline.sited, strict=True)
+    ]
+    found = [
+        placed(one, number, start)
+        for number, ((start, _), its) in enumerate(zip(outline.spans, readings, strict=True))
+        for one in its.entities
+    ]
+    return _joined(outline, readings, found, study=study)
+
+
+def with_entities(
+    document: str, outline: Outline, found: Sequence[Entity], anatomy: Sequence[AnatomyText], *, study: str = ""
+) -> Extraction:
+    """All that follows from entities and the 36 anatomies that a model found."""
+    lowered = lower(document)
+    readings = [
+        reading(cut(lowered[start:end]), inside, outline.places, section.name in READ)
+        for (start, end), inside, section in zip(
+            outline.spans, by_sentence(found, outline.spans), outline.sited, strict=True
+        )
+    ]
+    return _joined(outline, readings, found, anatomy=anatomy, study=study)
+
+
+class Outline(NamedTuple):
+    """Sections and sentences of a document; of each sentence its language and the section it stands in.
+
+    `places`: the language in which words of place are looked for, both where sentences are in more than one.
+    """
+
+    language: Language
+    sections: Sequence[Section]
+    spans: Sequence[Span]
+    languages: Sequence[Language]
+    sited: Sequence[Section]
+    places: Language
+
+
+def outlined(document: str, language: Language) -> Outline:
+    """The outline of a document in `language`."""
     parts = sections(document)
-    spans = tuple(span for part in parts for span in sentences(document, *part.body, spoken))
-    languages = languages_of(document, spans, spoken)
-    found = _entities(document, spans, languages)
-    return extraction(document, spoken, parts, spans, found, mixed=len(set(languages)) > 1, study=study)
+    spans: list[Span] = []
+    sited: list[Section] = []
+    for part in parts:
+        inside = sentences(document, *part.body, language)
+        spans += inside
+        sited += [part] * len(inside)
+    languages = languages_of(document, spans, language)
+    places = "unknown" if len(set(languages)) > 1 else language
+    return Outline(language, parts, spans, languages, sited, places)
 
 
-def _entities(document: str, spans: Sequence[Span], languages: Sequence[Language]) -> Sequence[Entity]:
-    """Each sentence read in its language, entities in the order of the text."""
-    if len(set(languages)) <= 1:
-        return entities(document, spans, languages[0]) if spans else ()
-    found: list[Entity] = []
-    for language in sorted(set(languages)):
-        places = [place for place, its in enumerate(languages) if its == language]
-        read = entities(document, [spans[place] for place in places], language)
-        found += [replace(one, sentence=places[one.sentence]) for one in read]
-    return sorted(found, key=lambda one: (one.sentence, one.start, one.end))
-
-
-def extraction(
-    document: str,
-    language: Language,
-    parts: Sequence[Section],
-    spans: Sequence[Span],
+def _joined(
+    outline: Outline,
+    readings: Sequence[Reading],
     found: Sequence[Entity],
     *,
     anatomy: Sequence[AnatomyText] | None = None,
-    mixed: bool = False,
     study: str = "",
 ) -> Extraction:
-    """All that follows from sections, sentences and entities, whoever found them.
-
-    `anatomy`: the 36 anatomies as a model decomposed them; None for the rules' own. `mixed`: some sentences are in
-    another language, so that places are looked for in both.
-    """
-    words = Words(document)
-    surveyed = survey(document, parts, spans, found, "unknown" if mixed else language, words)
-    read = [(part.start, part.end) for part in parts if part.name in ("findings", "impression")]
-    counted = [one for one in found if within((one.start, one.end), read)]
+    """The report as its sentences say it. `anatomy`: None for the rules' own."""
+    surveyed = join(outline.sited, outline.spans, [one.statement for one in readings])
+    read_here = [section.name in READ for section in outline.sited]
+    counted = [one for one in found if read_here[one.sentence]]
     places = surveyed.anatomies if anatomy is None else tuple(anatomy)
     lung = [span for one in places if one.anatomy == "lung" for span in one.findings + one.impression]
     # Not validated again: all of it was made here, and `verify` reads it against the document.
     return Extraction.model_construct(
         schema_version=SCHEMA_VERSION,
-        language=language,
-        sections=tuple(parts),
-        sentences=tuple(spans),
+        language=outline.language,
+        sections=tuple(outline.sections),
+        sentences=tuple(outline.spans),
         entities=tuple(found),
-        labels=all_labels(found, parts),
+        labels=all_labels(found, outline.sections),
         anatomy=places,
         elsewhere=surveyed.elsewhere,
-        context=context(document, surveyed, counted, language, words, mixed=mixed),
+        context=context(outline.spans, [one.mentions for one in readings], outline.language),
         structured=structured_by_rules(study, counted, lung),
     )
 
@@ -281,4 +310,4 @@ def _moved(report: StructuredReport, moves: _Moves) -> dict[str, Any]:
         return vars(one) | {"span": None if one.span is None else moves.span(one.span)}
 
     items = [vars(item) | {"observations": [observed(one) for one in item.observations]} for item in report.items]
-    return {"study": report.study, "items": items}
+    return {"study": report.study, "items": items, "unsaid": report.unsaid}

@@ -16,20 +16,19 @@ from unicodedata import normalize
 from shards.errors import ConfigError, DataError
 from shards.ingest import PUBLIC_SECRET, key_fingerprint
 from shards.reports import extract, llm
-from shards.reports.anatomy import AnatomyText
+from shards.reports.anatomy import READ, AnatomyText
 from shards.reports.entities import Entity
 from shards.reports.identity import DEIDENTIFIER, Detector, KnownPatient, Surrogates, deidentify
 from shards.reports.identity.plugin import Models
 from shards.reports.labels import ONTOLOGIES, label_names
-from shards.reports.language import Language, Span, detect, languages_of
+from shards.reports.language import Language, Span, detect
 from shards.reports.lexicon.anatomy import ANATOMIES
 from shards.reports.lexicon.terms import concepts
 from shards.reports.prepared import PreparedReport
-from shards.reports.sections import SECTION_NAMES, sections
-from shards.reports.sentences import sentences
+from shards.reports.sections import SECTION_NAMES
 from shards.reports.text import clean
 
-VERSION = 3  # raised with every change that gives other reports: parts of an older run are made anew
+VERSION = 4  # raised with every change that gives other reports: parts of an older run are made anew
 RULES = f"rules {VERSION}"
 WHOLE = "report"  # name of a text that holds all sections, with or without headings
 
@@ -194,11 +193,10 @@ class Pipeline:
 
 def _by_model(located: llm.Located, text: str, language: Language, study: str) -> extract.Extraction:
     """The extraction that follows from a model's findings and anatomies; sections and sentences stay those of rules."""
-    parts = sections(text)
-    spans = [span for part in parts for span in sentences(text, *part.body, language)]
+    outline = extract.outlined(text, language)
     found = []
     for one in located.entities:
-        sentence = _within(one.span, spans)
+        sentence = _within(one.span, outline.spans)
         if sentence is None:  # in a heading, or across two sentences
             continue
         position = "" if one.position is None else " ".join(text[slice(*one.position)].lower().split())
@@ -208,7 +206,7 @@ def _by_model(located: llm.Located, text: str, language: Language, study: str) -
                 position=position, status=one.status, descriptor=None,
             )
         )  # fmt: skip
-    read = {name: [part.body for part in parts if part.name == name] for name in ("findings", "impression")}
+    read = {name: [part.body for part in outline.sections if part.name == name] for name in READ}
     anatomy = []
     for place in located.anatomy:
         # A model may take a conclusion for a finding; where a sentence stands says which it is.
@@ -216,8 +214,7 @@ def _by_model(located: llm.Located, text: str, language: Language, study: str) -
         sited = {name: _clipped(text, told, bodies) for name, bodies in read.items()}
         if any(sited.values()):
             anatomy.append(AnatomyText(anatomy=place.anatomy, status=place.status, **sited))
-    mixed = len(set(languages_of(text, spans, language))) > 1
-    return extract.extraction(text, language, parts, spans, found, anatomy=anatomy, mixed=mixed, study=study)
+    return extract.with_entities(text, outline, found, anatomy, study=study)
 
 
 def _clipped(text: str, spans: Sequence[Span], bodies: Sequence[Span]) -> tuple[Span, ...]:

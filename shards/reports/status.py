@@ -7,6 +7,7 @@ before or behind it inside of its clause. The cues are tables, `lexicon/cues.tom
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Literal, NamedTuple
 
 from shards.reports.lexicon.terms import HARD, Match, Tokens
@@ -64,15 +65,15 @@ def marks(tokens: Tokens, matches: Sequence[Match]) -> Marks:
     kinds = ("alternative", "parting", "affirmed", "behind", "starts")
     places: dict[str, list[int]] = {kind: [] for kind in kinds}
     cuts: dict[int, int] = {}
-    for i, word in [(i, word) for i, word in enumerate(tokens.stems) if word in _CLAUSE_MARKS]:
-        if word == ",":
+    for i in compress(range(len(tokens.stems)), map(_CLAUSE_MARKS.__contains__, tokens.stems)):
+        if tokens.stems[i] == ",":
             commas.append(i)
             _note_article(tokens, i, i, articles)
         else:
             cuts[i] = i + 1
     for first, last, term in matches:
-        if term.verbs:
-            verbs += [first + i for i in term.verbs]
+        for i in term.verbs:
+            verbs.append(first + i)
         for mark in term.marks:
             if mark == "join":
                 joins[first] = last + 1
@@ -105,7 +106,9 @@ def clauses(tokens: Tokens, known: Marks) -> list[Clause]:
     found: list[Clause] = []
     count = len(tokens.stems)
     first, verb, comma, join = 0, -1, -1, -1
-    events = {*known.commas, *known.joins, *known.verbs, *known.cuts, *known.starts, count}
+    events = {*known.cuts, *known.starts, count}
+    if known.commas or known.joins:  # without one, no verb begins a clause
+        events.update(known.commas, known.joins, known.verbs)
     for place in sorted(events):
         if place < first:
             continue

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shards import keyed
 from shards.errors import ConfigError, DataError
@@ -63,26 +63,44 @@ class Item(BaseModel):
 
 
 class StructuredReport(BaseModel):
-    """`StudyRecord.structured_report`. A disease that no item names was not looked for."""
+    """`StudyRecord.structured_report`. A disease that neither an item nor `unsaid` names was not looked for.
+
+    `unsaid`: diseases of the table that were looked for and are not spoken of, by name only; `complete` makes items
+    of them.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     study: str
-    items: list[Item] = Field(min_length=1)
+    items: list[Item]
+    unsaid: list[str] = Field(default_factory=list)
 
-    @field_validator("items")
-    @classmethod
-    def _each_disease_once(cls, items: list[Item]) -> list[Item]:
-        names = [item.disease for item in items]
+    @model_validator(mode="after")
+    def _each_disease_once(self) -> StructuredReport:
+        names = [item.disease for item in self.items] + self.unsaid
+        if not names:
+            raise ValueError("no disease is named")
         if len(set(names)) != len(names):
-            raise ValueError("a disease stands in two items")
-        return items
+            raise ValueError("a disease stands there twice")
+        if not DISEASES.keys() >= set(self.unsaid):
+            raise ValueError("a disease that goes unsaid is none of the table")
+        return self
+
+
+def complete(report: StructuredReport) -> StructuredReport:
+    """The report with an item of every disease that was looked for; these in the order of the table."""
+    if not report.unsaid:
+        return report
+    items = {item.disease: item for item in report.items} | {name: _unsaid(name) for name in report.unsaid}
+    ordered = [items.pop(name) for name in DISEASES if name in items]
+    return StructuredReport.model_construct(study=report.study, items=[*ordered, *items.values()], unsaid=[])
 
 
 def parse(data: Mapping[str, Any]) -> StructuredReport:
-    """From a record's `structured_report`. Raises DataError that names the first fault and none of the words."""
+    """From a record's `structured_report`, with an item of every disease. Raises DataError that names the first fault
+    and none of the words."""
     try:
-        return StructuredReport.model_validate(data)
+        return complete(StructuredReport.model_validate(data))
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
         known = {*StructuredReport.model_fields, *Item.model_fields, *Observation.model_fields}
@@ -155,7 +173,7 @@ _EXIST: dict[str, Exist] = {"present": "yes", "absent": "no", "possible": "unsur
 def structured_by_rules(
     study: str, entities: Sequence[Entity], lung: Sequence[Span] | None = None
 ) -> StructuredReport | None:
-    """An item for every disease of the table that the entities name, and for those looked for in the same body part.
+    """An item for every disease of the table that the entities name; those looked for in the same body part go unsaid.
 
     Spans count in the document of the entities. `lung`: where it speaks of the lung; findings that any organ may
     have ("mass") count only there. None where no disease of the table is named and no part of the body can be told.
@@ -172,18 +190,17 @@ def structured_by_rules(
     # A chest CT that tells of a rib looks for no dislocation, and one that names the lung only calls it normal.
     parts: set[BodyPart] = {"chest"} if lung else {DISEASES[disease].part for disease in told}
     wanted = set(told).union(*(LOOKED_FOR[part] for part in parts))
-    names = [name for name in DISEASES if name in wanted]
-    if not names:
+    if not wanted:
         return None
     items = [
         make_item(
             name, [observe(name, exist, position=place, span=span) for (exist, place), span in told[name].items()]
         )
-        if name in told
-        else _unsaid(name)
-        for name in names
+        for name in filter(told.__contains__, DISEASES)
     ]
-    return StructuredReport(study=study, items=items)
+    return StructuredReport(
+        study=study, items=items, unsaid=[name for name in filter(wanted.__contains__, DISEASES) if name not in told]
+    )
 
 
 @cache

@@ -112,7 +112,7 @@ def test_spans_are_parts_of_the_report(span: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"items": []}, "too_short at items"),
+        ({"items": []}, "value_error at its top"),
         ({"studies": 1}, r"extra_forbidden at \?"),
         ({"study": None}, "string_type at study"),
     ],
@@ -120,6 +120,19 @@ def test_spans_are_parts_of_the_report(span: tuple[int, int]) -> None:
 def test_what_is_not_of_the_schema(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"structured report: {message}"):
         parse(report_of().model_dump() | change)
+
+
+def test_diseases_that_go_unsaid_are_held_by_name_and_read_as_items_in_the_order_of_the_table() -> None:
+    told = make_item("effusion", [observe("effusion", "yes", span=(0, 8))])
+    silent = [make_item(name, [observe(name, "no")]) for name in ("atelectasis", "pneumothorax")]
+    first, last = silent
+    every = StructuredReport(study="s", items=[first, told, last])
+    short = StructuredReport(study="s", items=[told], unsaid=["pneumothorax", "atelectasis"])
+    assert parse(short.model_dump()) == parse(every.model_dump(exclude={"unsaid"})) == every
+    for unsaid in (["secret"], ["effusion"], ["atelectasis", "atelectasis"]):
+        with pytest.raises(DataError, match="value_error at its top") as caught:
+            parse({"study": "s", "items": [told.model_dump()], "unsaid": unsaid})
+        assert "secret" not in str(caught.value)
 
 
 def test_faults_within_items_name_their_place_and_no_words() -> None:
@@ -130,7 +143,7 @@ def test_faults_within_items_name_their_place_and_no_words() -> None:
     assert "secret" not in str(caught.value)
     data = report_of().model_dump()
     data["items"][1] = data["items"][0]
-    with pytest.raises(DataError, match="value_error at items"):
+    with pytest.raises(DataError, match="value_error at its top"):
         parse(data)
 
 

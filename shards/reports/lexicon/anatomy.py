@@ -7,12 +7,12 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntFlag, auto
 from functools import cache
-from itertools import accumulate
+from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shards.reports.language import Language
-from shards.reports.lexicon.terms import lower
+from shards.reports.lexicon.terms import Pieces, lower
 from shards.reports.lexicon.trie import END, Node, frozen, search
 
 # What a segmentation of the whole body gives, sides and lobes fused.
@@ -191,16 +191,36 @@ def _merge(trie: dict[str, Any], other: Mapping[str, Any]) -> None:
             _merge(trie.setdefault(word, {}), node)
 
 
-class Words:
-    """The words of a document, folded, and where they stand; numbers and marks between clauses are words, too."""
+class _Folds(dict[str, str]):
+    """Piece of a text -> the word that is looked up, '' for other marks than those between clauses; remembered."""
 
-    __slots__ = ("ends", "folded", "starts", "words")
+    LIMIT = 65_536
 
-    def __init__(self, document: str) -> None:
-        self.folded = fold(document)
-        pieces = _TOKEN.split(self.folded)  # what lies between words, and words, in turn
-        bounds = list(accumulate(map(len, pieces)))
-        self.words, self.starts, self.ends = pieces[1::2], bounds[:-1:2], bounds[1::2]
+    def __missing__(self, piece: str) -> str:
+        words = _TOKEN.findall(fold(piece))
+        if len(self) >= self.LIMIT:  # names and numbers never end
+            self.clear()
+        self[piece] = found = words[0] if len(words) == 1 else ""
+        return found
+
+
+_FOLDS = _Folds()
+
+
+class Words(NamedTuple):
+    """Words of a stretch of text, folded, and where they stand; numbers and marks between clauses are words, too."""
+
+    words: list[str]
+    starts: list[int]
+    ends: list[int]
+    length: int  # characters of the text
+
+
+def folded(pieces: Pieces) -> Words:
+    """The words of pieces."""
+    words = list(map(_FOLDS.__getitem__, pieces.tokens))
+    starts, ends = compress(pieces.starts, words), compress(pieces.ends, words)
+    return Words(list(filter(None, words)), list(starts), list(ends), len(pieces.text))
 
 
 @cache

@@ -18,9 +18,9 @@ Language = Literal["en", "fr"]
 
 FOLDER = Path(__file__).parent
 
-# A word with its digits ("L1", "12mm"), a decimal number, or a mark that may end a clause. Hyphens inside of words are
-# no token: "ground-glass" is two words.
-_TOKEN = re.compile(r"(\d+(?:[.,]\d+)+|\w+|[.,;:()?!/\"“”•\[\]]|(?<=\s)[-–—]+(?=\s)|\n[ \t]*\n)")
+# A word with its digits ("L1", "12mm"), a decimal number, or a mark that may end a clause or part a list. Hyphens
+# inside of words are no token: "ground-glass" is two words.
+_TOKEN = re.compile(r"(\d+(?:[.,]\d+)+|\w+|[.,;:()?!/\"“”•·\[\]]|(?<=\s)[-–—]+(?=\s)|\n[ \t]*\n)")
 
 PARAGRAPH = "\n\n"
 HARD = frozenset('.;?!"“”•') | {PARAGRAPH}
@@ -80,8 +80,27 @@ def stem(word: str, language: Language) -> str:
     return word
 
 
+class Pieces(NamedTuple):
+    """Words and marks of one stretch of text in lower case, and their characters [start, end) in it.
+
+    Cut once for all word lists, each of which looks them up in its own form.
+    """
+
+    text: str
+    tokens: list[str]
+    starts: list[int]
+    ends: list[int]
+
+
+def cut(lowered: str) -> Pieces:
+    """`lowered`: see `lower`."""
+    pieces = _TOKEN.split(lowered)  # what lies between tokens, and tokens, in turn
+    bounds = list(accumulate(map(len, pieces)))
+    return Pieces(lowered, pieces[1::2], bounds[:-1:2], bounds[1::2])
+
+
 class Tokens(NamedTuple):
-    """Words and marks of one stretch of text: how they are looked up, and their characters [start, end) in it."""
+    """Pieces as the lists of this module look them up; articles, and "·", are none."""
 
     stems: list[str]
     starts: list[int]
@@ -91,6 +110,9 @@ class Tokens(NamedTuple):
     def between(self, first: int, last: int) -> str:
         """What stands between two tokens, articles and blanks among it."""
         return self.text[self.ends[first] : self.starts[last]]
+
+
+_MARKS = {"-": "-", "–": "-", "—": "-", "·": ""}
 
 
 class _Stems(dict[str, str]):
@@ -108,7 +130,7 @@ class _Stems(dict[str, str]):
         elif word[0] == "\n":
             found = PARAGRAPH
         else:
-            found = "-" if word[0] in "-–—" else word
+            found = _MARKS.get(word[0], word)
         if len(self) >= self.LIMIT:  # names and numbers never end
             self.clear()
         self[word] = found
@@ -118,13 +140,11 @@ class _Stems(dict[str, str]):
 _STEMS: Mapping[str, _Stems] = {"en": _Stems("en"), "fr": _Stems("fr")}
 
 
-def tokenise(lowered: str, language: Language) -> Tokens:
-    """Tokens of a text in lower case (see `lower`), articles left out."""
-    pieces = _TOKEN.split(lowered)  # what lies between tokens, and tokens, in turn
-    bounds = list(accumulate(map(len, pieces)))
-    stems = list(map(_STEMS[language].__getitem__, pieces[1::2]))
-    starts, ends = compress(bounds[:-1:2], stems), compress(bounds[1::2], stems)
-    return Tokens(list(filter(None, stems)), list(starts), list(ends), lowered)
+def stemmed(pieces: Pieces, language: Language) -> Tokens:
+    """The tokens of pieces."""
+    stems = list(map(_STEMS[language].__getitem__, pieces.tokens))
+    starts, ends = compress(pieces.starts, stems), compress(pieces.ends, stems)
+    return Tokens(list(filter(None, stems)), list(starts), list(ends), pieces.text)
 
 
 def lower(document: str) -> str:
@@ -157,7 +177,8 @@ class Term:
     """All that one phrase stands for.
 
     `cues` are (kind, name) of before, after and history; `marks` the kinds that part clauses and lists; `verbs` places
-    of finite verbs within the phrase. `plain`: it may stand among the words that describe a finding.
+    of finite verbs within the phrase. `plain`: it may stand among the words that describe a finding. `head`: it is a
+    finding or a change.
     """
 
     finding: str | None
@@ -169,6 +190,7 @@ class Term:
     plain: bool
     sides: tuple[str, ...]
     positions: tuple[str, ...]
+    head: bool
 
 
 class Match(NamedTuple):
@@ -203,7 +225,7 @@ class Trie:
         entries: dict[tuple[str, ...], dict[Entry, None]] = {}
         for phrase, entry in phrases:
             for wording in _expand(phrase):
-                stems = tuple(tokenise(wording, language).stems)
+                stems = tuple(stemmed(cut(wording), language).stems)
                 if not stems:
                     raise ConfigError(f"lexicon: a {language} phrase of {entry} has no word; write one")
                 entries.setdefault(stems, {})[entry] = None
@@ -231,7 +253,7 @@ class Trie:
             # A verb inside of a finding ("contour is elevated") begins no clause of its own.
             verbs=() if finding or change else tuple(i for i, word in enumerate(stems) if word in verbs),
             plain=_PLAIN.issuperset(by_kind), sides=tuple(by_kind.get("side", ())),
-            positions=tuple(by_kind.get("position", ())),
+            positions=tuple(by_kind.get("position", ())), head=finding is not None or change is not None,
         )  # fmt: skip
 
     def find(self, stems: Sequence[str]) -> list[Match]:
@@ -286,7 +308,7 @@ def vocabulary(language: Language) -> Vocabulary:
         for name, table in findings["change"].items()
     }
     wordings = (wording for phrase in cues["verb"][language] for wording in _expand(phrase))
-    verbs = frozenset(word for wording in wordings for word in tokenise(wording, language).stems)
+    verbs = frozenset(word for wording in wordings for word in stemmed(cut(wording), language).stems)
     terms = [
         (phrase, Entry(kind, name))
         for kind in ("finding", "part", "change")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 END = ""  # key under which a trie that is being built holds the entry of a phrase; no word is empty
@@ -27,14 +28,15 @@ def search(words: Sequence[str], begins: Iterable[Node | None]) -> list[tuple[in
     `begins`: for each word the node that phrases beginning with it start from.
     """
     found = []
+    nodes = list(begins)
     closed = [*words, END]  # no phrase goes on with that
     free = 0
-    for place, node in enumerate(begins):
+    for place, node in compress(enumerate(nodes), nodes):  # most words begin no phrase
         if node is None or place < free:
             continue
         entry, following = node
         free = ahead = place + 1
-        while following is not None and (node := following.get(closed[ahead])) is not None:
+        while following and (node := following.get(closed[ahead])):
             further, following = node
             ahead += 1
             if further is not None:

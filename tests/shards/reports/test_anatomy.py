@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.reports.anatomy import AnatomyText, Survey, decompose, survey
+from shards.reports.anatomy import AnatomyText, Survey, survey
+from shards.reports.entities import Entity
 from shards.reports.language import Language
 from shards.reports.lexicon.anatomy import ANATOMIES, ELSEWHERE, GROUPS, SPINE, lexicon
 from shards.reports.lexicon.trie import Node
 from shards.reports.sections import sections
 from shards.reports.sentences import sentences
+from shards.reports.status import Status
 
 
-@dataclass(frozen=True)
-class Said:
-    """What is read of an entity."""
-
-    concept: str
-    start: int
-    end: int
-    status: str
+def entity(concept: str, start: int, end: int, status: Status) -> Entity:
+    """Of the first sentence."""
+    return Entity(
+        concept=concept, start=start, end=end, sentence=0, laterality=None, position="", status=status, descriptor=None
+    )
 
 
-def read(text: str, language: Language = "en", entities: tuple[Said, ...] = ()) -> Survey:
+def read(text: str, language: Language = "en", entities: tuple[Entity, ...] = ()) -> Survey:
     parts = sections(text)
     spans = [span for part in parts for span in sentences(text, *part.body, language)]
     return survey(text, parts, spans, entities, language)
@@ -183,18 +180,18 @@ def test_what_could_not_be_seen_is_neither_normal_nor_abnormal() -> None:
     assert read(text).sentences[0].use == "technique"
 
 
-def statuses_of(text: str, *entities: Said) -> list[str]:
+def statuses_of(text: str, *entities: Entity) -> list[str]:
     return [one.status for one in read(text, entities=entities).anatomies]
 
 
 def test_entities_decide_before_cues() -> None:
     text = "The right lung is normal."
-    said = Said("nodule", 4, 9, "possible")
+    said = entity("nodule", 4, 9, "possible")
     assert [one.status for one in read(text, entities=(said,)).anatomies] == ["abnormal"]
-    nodule = Said("nodule", 2, 8, "present")
+    nodule = entity("nodule", 2, 8, "present")
     assert statuses_of("A nodule without calcification in the lung.", nodule) == ["abnormal"]
-    assert statuses_of("No nodule in the lung.", Said("nodule", 3, 9, "possible")) == ["normal"]
-    device = Said("support_device", 4, 9, "present")
+    assert statuses_of("No nodule in the lung.", entity("nodule", 3, 9, "possible")) == ["normal"]
+    device = entity("support_device", 4, 9, "present")
     assert [one.status for one in read(text, entities=(device,)).anatomies] == ["normal"]
 
 
@@ -204,8 +201,8 @@ def test_a_device_or_node_makes_no_organ_abnormal() -> None:
 
 def test_empty_and_unread_documents() -> None:
     for text in ("", " ", ".", "\n\n"):
-        assert read(text) == Survey(anatomies=(), elsewhere=(), sentences=(), negatives=(), parts=())
-    assert decompose("Normal heart.", (), [(0, 13)], (), "en") == ()
+        assert read(text) == Survey(anatomies=(), elsewhere=(), sentences=(), negatives=())
+    assert survey("Normal heart.", (), [(0, 13)], (), "en").anatomies == ()
 
 
 PIECES = (

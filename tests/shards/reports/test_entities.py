@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shards.errors import ConfigError
 from shards.reports.entities import Entity, entities
 from shards.reports.lexicon import terms
-from shards.reports.lexicon.terms import Entry, Trie, concepts, stem, tokenise, vocabulary
+from shards.reports.lexicon.terms import Entry, Trie, concepts, cut, stem, stemmed, vocabulary
 
 
 def read(sentence: str, language: str = "en") -> tuple[Entity, ...]:
@@ -186,7 +186,7 @@ def test_no_phrase_is_two_findings() -> None:
             for name, table in tables[kind].items():
                 for phrase in table[language]:
                     for wording in terms._expand(phrase):
-                        stems = tuple(tokenise(wording, language).stems)
+                        stems = tuple(stemmed(cut(wording), language).stems)
                         assert owner.setdefault(stems, name) == name, (language, wording)
 
 
@@ -196,7 +196,7 @@ def test_every_phrase_is_found_in_its_own_words() -> None:
         for name, table in terms._read("findings.toml")["finding"].items():
             for phrase in table[language]:
                 wording = next(terms._expand(phrase))
-                matches = words.terms.find(tokenise(wording, language).stems)
+                matches = words.terms.find(stemmed(cut(wording), language).stems)
                 assert [match.term.finding for match in matches] == [name], (language, wording)
 
 

@@ -18,7 +18,7 @@ from shards.reports.entities import Entity
 from shards.reports.extract import Extraction, by_rules, record_members, verify
 from shards.reports.lexicon.diseases import DISEASE_OF_CONCEPT, DISEASES, LOOKED_FOR, OF_THE_LUNG
 from shards.reports.lexicon.terms import concepts
-from shards.reports.structured import parse, source_text, structured_by_rules
+from shards.reports.structured import complete, parse, source_text, structured_by_rules
 
 REPORT = """Indication: cough, known effusion.
 
@@ -32,12 +32,12 @@ Conclusion : Fracture du radius."""
 
 def verdicts(found: Extraction) -> dict[str, str]:
     assert found.structured is not None
-    return {item.disease: item.verdict for item in found.structured.items}
+    return {item.disease: item.verdict for item in complete(found.structured).items}
 
 
 def test_rules_read_all_of_a_report() -> None:
     found = verify(by_rules(REPORT, study="s1"), REPORT)
-    assert (found.language, found.schema_version) == ("en", 1)
+    assert (found.language, found.schema_version) == ("en", 2)
     assert [part.name for part in found.sections] == ["indication", "findings", "impression"]
     assert {one.anatomy: one.status for one in found.anatomy} == {
         "heart": "normal",
