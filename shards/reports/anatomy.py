@@ -41,7 +41,7 @@ _DEVICES = frozenset({"support_device", "surgical_material", "orthopedic_hardwar
 Status = Literal["normal", "abnormal"]
 Use = Literal["named", "carried", "elsewhere", "report", "technique", "none"]
 Part = tuple[int, int, Status | None]  # span in the sentence, what it says
-Clause = tuple[int, int, bool, Sequence[str]]  # span in the sentence, whether it is abnormal, places
+Clause = tuple[int, int, bool, tuple[str, ...]]  # span in the sentence, whether it is abnormal, places
 
 
 class AnatomyText(NamedTuple):
@@ -101,6 +101,7 @@ _SPLIT, _TURN, _MARK = Cue.SPLIT.value, Cue.TURN.value, Cue.MARK.value
 _PREPOSITION, _RELATIVE, _REGULAR = Cue.PREPOSITION.value, Cue.RELATIVE.value, Cue.REGULAR.value
 _REFERENCE, _REFERENCE_AFTER = Cue.REFERENCE.value, Cue.REFERENCE_AFTER.value
 _STUDY, _TECHNIQUE, _LIMIT = Cue.STUDY.value, Cue.TECHNIQUE.value, Cue.LIMIT.value
+_STEERING = _REFERENCE | _REFERENCE_AFTER | _VERB
 _ADVICE, _BACK = Cue.ADVICE.value, Cue.BACK.value
 
 
@@ -116,7 +117,7 @@ class _Part:
 
     first: int
     last: int
-    hits: list[Hit]
+    hits: list[Hit]  # that name places, or decide on them
     cues: int = 0
     turned: bool = False  # after "but" and the like
     listed: bool = False  # after a mark between entries of a list
@@ -182,7 +183,8 @@ def _parts(hits: Sequence[Hit], last: int) -> list[_Part]:
             part.predicate = bool(cues & _RELATIVE) or cues & (_VERB | _SEEN) == _VERB
         if cues & _NEGATION and not part.cues & (_FINDING | _ABNORMAL):
             part.denies = True
-        part.hits.append(hit)
+        if places or cues & _STEERING:
+            part.hits.append(hit)
         part.cues |= cues
         if places:
             part.level = min(part.level, level)
@@ -397,7 +399,7 @@ def join(sections: Sequence[Section | None], sentences: Sequence[Span], statemen
     abnormal: set[str] = set()
     uses: list[SentenceUse] = []
     negatives: list[Span] = []
-    carried: Sequence[str] = ()
+    carried: tuple[str, ...] = ()
     before: Section | None = None
     for (start, end), section, said in zip(sentences, sections, statements, strict=True):
         if section is None or section.name not in READ or not said.parts:
@@ -411,7 +413,7 @@ def join(sections: Sequence[Section | None], sentences: Sequence[Span], statemen
             if cues & _LIMIT and not any(verdict for _, _, verdict in said.parts):
                 uses.append(SentenceUse((start, end), "technique", ()))
                 continue
-            places: Sequence[str] = clauses[0][3]
+            places: tuple[str, ...] = clauses[0][3]
             if len(clauses) > 1:
                 places = tuple(dict.fromkeys(chain.from_iterable([clause[3] for clause in clauses])))
             if _KNOWN.isdisjoint(places):
@@ -438,7 +440,7 @@ def join(sections: Sequence[Section | None], sentences: Sequence[Span], statemen
 _KNOWN = frozenset(ANATOMIES)
 
 
-def _unnamed(cues: int, carried: Sequence[str]) -> tuple[Use, Sequence[str]]:
+def _unnamed(cues: int, carried: tuple[str, ...]) -> tuple[Use, tuple[str, ...]]:
     """What a sentence that names no place is about."""
     if cues & _LIMIT or (cues & _TECHNIQUE and not cues & (_FINDING | _ABNORMAL)):
         return "technique", ()

@@ -156,9 +156,10 @@ def verify(found: Extraction, document: str) -> Extraction:
         previous = part.end
     if found.sections and previous != length:
         raise DataError(f"sections: they end at {previous} of {length} characters")
-    _words_in(document, "sentences", found.sentences)
-    _words_in(document, "entities", [(one.start, one.end) for one in found.entities])
-    _words_in(document, "entities.descriptor", [one.descriptor for one in found.entities if one.descriptor])
+    good: set[Span] = set()
+    _words_in(document, "sentences", found.sentences, good)
+    _words_in(document, "entities", [(one.start, one.end) for one in found.entities], good)
+    _words_in(document, "entities.descriptor", [one.descriptor for one in found.entities if one.descriptor], good)
     for number, entity in enumerate(found.entities):
         if not 0 <= entity.sentence < len(found.sentences):
             raise DataError(f"entities.{number}: sentence {entity.sentence} of {len(found.sentences)}")
@@ -166,28 +167,31 @@ def verify(found: Extraction, document: str) -> Extraction:
         if not start <= entity.start < entity.end <= end:
             raise DataError(f"entities.{number}: it lies outside of its sentence {entity.sentence}")
     _verify_labels(found.labels)
-    _verify_places(found, document)
-    _words_in(document, "context.boilerplate", found.context.boilerplate)
-    _words_in(document, "context.descriptors", found.context.descriptors)
+    _verify_places(found, document, good)
+    _words_in(document, "context.boilerplate", found.context.boilerplate, good)
+    _words_in(document, "context.descriptors", found.context.descriptors, good)
     for number, one in enumerate(found.context.distilled):
         if one.entity not in ENTITIES:
             raise DataError(f"context.distilled.{number}: its entity is none of the {len(ENTITIES)}")
         if one.sentence != distilled_sentence(one.entity, one.status, found.language):
             raise DataError(f"context.distilled.{number}: its sentence is not the one of its entity and status")
-        _words_in(document, f"context.distilled.{number}", one.spans)
+        _words_in(document, f"context.distilled.{number}", one.spans, good)
     if found.structured is None:
         return found
     structured = checked(found.structured, document)
     return found if structured is found.structured else found.model_copy(update={"structured": structured})
 
 
-def _words_in(document: str, place: str, spans: Iterable[Span]) -> None:
+def _words_in(document: str, place: str, spans: Iterable[Span], good: set[Span]) -> None:
+    """`good`: spans that were seen to hold a word; those seen here are added."""
     length = len(document)
-    for start, end in spans:
+    fresh = set(spans) - good
+    for start, end in fresh:
         if not 0 <= start < end <= length:
             raise DataError(f"{place}: span [{start}, {end}) lies outside of the report of {length} characters")
         if not (document[start].isalnum() or any(map(str.isalnum, document[start:end]))):
             raise DataError(f"{place}: span [{start}, {end}) holds no word")
+    good |= fresh
 
 
 def _verify_labels(told: Mapping[str, Mapping[str, int]]) -> None:
@@ -198,7 +202,7 @@ def _verify_labels(told: Mapping[str, Mapping[str, int]]) -> None:
             raise DataError(f"labels.{ontology}: a label is unknown")
 
 
-def _verify_places(found: Extraction, document: str) -> None:
+def _verify_places(found: Extraction, document: str, good: set[Span]) -> None:
     bodies = {
         name: [(part.start, part.end) for part in found.sections if part.name == name]
         for name in ("findings", "impression")
@@ -206,7 +210,7 @@ def _verify_places(found: Extraction, document: str) -> None:
     for member, known, places in (
         ("anatomy", ANATOMIES, found.anatomy), ("elsewhere", ELSEWHERE, found.elsewhere),
     ):  # fmt: skip
-        _words_in(document, member, [span for one in places for span in one.findings + one.impression])
+        _words_in(document, member, [span for one in places for span in one.findings + one.impression], good)
         seen = set()
         for number, one in enumerate(places):
             if one.anatomy not in known or one.anatomy in seen:
@@ -223,10 +227,11 @@ def _verify_places(found: Extraction, document: str) -> None:
 def record_members(found: Extraction, document: str, ontology: str = "chexpert14") -> dict[str, Any]:
     """What of an extraction a `StudyRecord` holds, as data, from report and anatomy to ECAMP's sentences and spans.
 
-    Sections of one name are joined by a line break, and all spans moved to the `source_text` of them. An anatomy's text
+    Sections of one name are joined by a line break, and all spans moved to the `source_text` of them. A letterhead,
+    which says who and not what, is left out. An anatomy's text
     is its impression, then its findings. Text stands in the result: no log may take it.
     """
-    report, moves = _report(found.sections, document)
+    report, moves = _report([part for part in found.sections if part.name != "header"], document)
     findings, impression = (
         {one.anatomy: _passage(document, spans) for one in found.anatomy if (spans := getattr(one, name))}
         for name in ("findings", "impression")

@@ -128,10 +128,12 @@ def _labels(said: _Said, ontology: str) -> dict[str, LabelValue]:
     for concept, status in said:
         value = _VALUES[status]
         for name in names.get(concept, ()):
-            told[name] = max(told.get(name, value), value, key=_WEIGHT)
+            if name not in told or _WEIGHT[value] > _WEIGHT[told[name]]:
+                told[name] = value
         for name in doubtful.get(concept, ()):
             hinted: LabelValue = -1 if value else 0
-            told[name] = max(told.get(name, hinted), hinted, key=_WEIGHT)
+            if name not in told or _WEIGHT[hinted] > _WEIGHT[told[name]]:
+                told[name] = hinted
     values = {name: told[name] for name in ONTOLOGIES[ontology] if name in told}
     if ontology == "chexpert14" and _nothing_found(values, said):
         values = {NO_FINDING: 1, **values}
@@ -144,7 +146,7 @@ def label_names(ontology: str) -> tuple[str, ...]:
 
 
 _VALUES: Mapping[str, LabelValue] = {"present": 1, "possible": -1, "absent": 0}
-_WEIGHT = (0, -1, 1).index  # of mentions that differ the later one here decides
+_WEIGHT: Mapping[LabelValue, int] = {0: 0, -1: 1, 1: 2}  # of mentions that differ the heavier one decides
 
 
 @cache

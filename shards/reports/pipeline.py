@@ -180,9 +180,7 @@ class Pipeline:
                 found = _by_model(located, text, document.language, raw.study)
             stage = "check"
             found = extract.verify(found, text)
-            # A letterhead says who, not what.
-            kept = found.model_copy(update={"sections": tuple(one for one in found.sections if one.name != "header")})
-            members = extract.record_members(kept, text, self.config.ontology)
+            members = extract.record_members(found, text, self.config.ontology)
             return PreparedReport(
                 study=raw.study, patient=raw.patient, deidentifier=DEIDENTIFIER,
                 extractor=RULES if located is None else self._model, **members,

@@ -6,6 +6,7 @@ behind them and ends in the same bytes. Parts hold what the output will: nothing
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from shards.errors import ConfigError, DataError
 from shards.ingest import Refusal, hashed_key, key_fingerprint
 from shards.reports import llm
 from shards.reports.intake import Columns, read_reports
-from shards.reports.pipeline import Config, Failed, Pipeline, RawReport
+from shards.reports.pipeline import WHOLE, Config, Failed, Pipeline, RawReport
 from shards.reports.prepared import write_parquet
 from shards.workers import WorkerDiedError, in_order
 
@@ -31,6 +32,7 @@ FORMAT = 1
 CHUNK_REPORTS = 256
 TABLES = (".parquet", ".pq")
 LINES = (".jsonl", ".ndjson")
+_SMALL = "Findings: the heart is normal.\n\nConclusion : le poumon est clair."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,13 @@ class Preparer:
 
     @cached_property
     def pipeline(self) -> Pipeline:
-        return Pipeline(self.pipeline_config, self.secret)
+        """Tables are loaded here, and the garbage collector need not look at them again."""
+        pipeline = Pipeline(self.pipeline_config, self.secret)
+        if self.pipeline_config.model is None:
+            pipeline.prepare([RawReport(study="", patient="", texts={WHOLE: _SMALL})])
+        gc.collect()
+        gc.freeze()
+        return pipeline
 
     def __call__(self, chunk: Iterable[RawReport | Refusal]) -> Done:
         """Never raises for data."""

@@ -127,12 +127,10 @@ class _Splitter:
     def _add(self, begin: int, stop: int) -> None:
         """The span without white space around it, if it holds a word."""
         text = self.text
-        while begin < stop and text[begin].isspace():
-            begin += 1
-        while stop > begin and text[stop - 1].isspace():
-            stop -= 1
-        if _WORD.search(text, begin, stop):
-            self.spans.append((begin, stop))
+        said = text[begin:stop].strip()
+        if said and _WORD.search(said):
+            begin = text.index(said, begin, stop)
+            self.spans.append((begin, begin + len(said)))
 
     def _after_marks(self, position: int) -> int:
         while position < self.end and (mark := _MARK.match(self.text, position, self.end)):
