@@ -196,7 +196,7 @@ def test_void_slots_are_empty(config: Loader.Config, manifests: dict[str, str], 
             assert batch[name][~void].any() or name == "finding_key", name
     assert seen == 18
     causes = {event["cause"] for event in events}
-    assert {"no structured report", "structured report: too_short at items; see shards/README.md"} < causes
+    assert {"no structured report", "structured report: value_error at its top; see shards/README.md"} < causes
 
 
 def test_evaluation_is_the_same_every_time(config: Loader.Config, tokenizer: Tokenizer) -> None:
