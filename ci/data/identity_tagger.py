@@ -2,8 +2,8 @@
 
 `python -m ci.data.identity_tagger` writes tagger.npz, the same bytes from the same command on the same machine. It
 reads ../shared/data: the even blocks of fr_deid_templates and the layer 3 texts of E3C. Blocks are left out in folds;
-a part of the other half of the E3C texts, and the letters of identity_apart.txt, tell what is found in text that no
-weight was fitted on. Needs torch.
+a part of the other half of the E3C texts, the letters of identity_apart.txt and the odd ones of identity_reports.txt
+tell what is found in text that no weight was fitted on. Needs torch.
 """
 
 from __future__ import annotations
@@ -30,16 +30,9 @@ from ci.bench.reports_deid import (
     with_noise,
     with_other_names,
 )  # fmt: skip
-from ci.data.identity_corpus import (
-    UNKNOWN,
-    Pieces,
-    apart_letters,
-    document_of,
-    made_up,
-    pieces_of,
-    pieces_of_prose,
-    prose,
-)
+from ci.data.identity_corpus import apart_letters, made_up, reports
+from ci.data.identity_pieces import UNKNOWN, Pieces, document_of, pieces_of, pieces_of_prose
+from ci.data.identity_prose import prose
 from shards.reports.identity.detector import Detector
 from shards.reports.identity.gazetteers import Word, gazetteer, plain
 from shards.reports.identity.tagger import (
@@ -58,6 +51,7 @@ from shards.reports.identity.view import view_of
 SEED = 20261122
 FOLDS = 3
 DOCUMENTS = 5000  # letters, and as many changed blocks
+REPORTS = 1500  # changed reports of our own
 SEEN_IN = 8  # documents: a word of fewer is no context word
 EPOCHS, BATCH, LEARNING_RATE = 5, 512, 0.1
 LEFT_OUT = 0.15  # share of the features that one step does not see
@@ -82,21 +76,23 @@ def main() -> int:
     torch.set_num_threads(1)
     blocks = templates(odd=False)
     pieces = [pieces_of(block) for block in blocks]
-    base = [*made_up(random.Random(SEED), [], DOCUMENTS), *(document_of(pieces_of_prose(text)) for text in prose(True))]
+    ours = [pieces_of(report) for report in reports(True)]
+    base = [
+        *made_up(random.Random(SEED), [], DOCUMENTS),
+        *changed(ours, REPORTS, SEED - 1),
+        *(document_of(pieces_of_prose(text)) for text in prose(True)),
+    ]
     words = vocabulary([*base, *map(document_of, pieces)])
-    common = rows_of(base, words)
-    made = with_thresholds(train(joined_rows(common, _of_blocks(pieces, FOLDS, words)), words), FOUND)
+    common, of_blocks = rows_of(base, words), _of_blocks(pieces, words)
+    made = with_thresholds(train([common, *of_blocks], words), FOUND)
     save(WEIGHTS, made)
     used = int((made.weights != 0).sum())
     print(f"{WEIGHTS.name}: {WEIGHTS.stat().st_size} bytes, {len(words)} words, {used} weights", flush=True)
-    letters = apart_letters()
-    for found in TRIED:
-        beside = Detector(config=Detector.Config(learned=with_thresholds(made, found).find))
-        _print(f"letters apart, margin {found}", [count(one, beside.find(one.text, "fr")) for one in letters])
-    folds = []
-    for fold in range(FOLDS):
-        inside = [one for index, one in enumerate(pieces) if index % FOLDS != fold]
-        folds.append(train(joined_rows(common, _of_blocks(inside, fold, words)), words))
+    for name, letters in (("letters apart", apart_letters()), ("reports apart", reports(False))):
+        for found in TRIED:
+            beside = Detector(config=Detector.Config(learned=with_thresholds(made, found).find))
+            _print(f"{name}, margin {found}", [count(one, beside.find(one.text, "fr")) for one in letters])
+    folds = [train([common, *of_blocks[:fold], *of_blocks[fold + 1 :]], words) for fold in range(FOLDS)]
     rules = Detector(config=Detector.Config(learned=None))
     apart = [(text, len(rules.find(text, "fr"))) for text in prose(False)[::4]]
     for found in TRIED:
@@ -151,25 +147,32 @@ def rows_of(documents: Sequence[Document], words: dict[str, int]) -> Rows:
     return np.concatenate(features), np.concatenate(labels)
 
 
-def joined_rows(first: Rows, second: Rows) -> Rows:
-    """Both, less what is ignored."""
-    features, labels = np.concatenate((first[0], second[0])), np.concatenate((first[1], second[1]))
-    return features[labels != IGNORED], labels[labels != IGNORED]
+def changed(pieces: Sequence[Pieces], number: int, seed: int) -> list[Document]:
+    """`number` documents of these pieces with identifiers drawn anew: document i is of pieces i % len(pieces)."""
+    return list(made_up(random.Random(seed), pieces, 2 * number))[1::2]  # every other one is a letter
 
 
-def _of_blocks(pieces: Sequence[Pieces], fold: int, words: dict[str, int]) -> Rows:
-    made = list(made_up(random.Random(SEED + 1 + fold), pieces, 2 * DOCUMENTS))[1::2]
-    return rows_of([*made, *map(document_of, pieces)], words)
+def _of_blocks(pieces: Sequence[Pieces], words: dict[str, int]) -> list[Rows]:
+    """Rows of the blocks, as they are and changed, by fold: block i is of fold i % FOLDS."""
+    folds: list[list[Document]] = [[] for _ in range(FOLDS)]
+    for documents in (changed(pieces, DOCUMENTS, SEED + 1), map(document_of, pieces)):
+        for index, one in enumerate(documents):
+            folds[index % len(pieces) % FOLDS].append(one)
+    return [rows_of(documents, words) for documents in folds]
 
 
-def train(rows: Rows, words: dict[str, int]) -> Tagger:
-    """Multinomial logistic regression by AdaGrad; weights rounded to int8. Thresholds are still 0."""
+def train(parts: Sequence[Rows], words: dict[str, int]) -> Tagger:
+    """Multinomial logistic regression by AdaGrad; weights rounded to int8. Thresholds are still 0.
+
+    What is IGNORED is left out.
+    """
     generator = torch.Generator().manual_seed(SEED)
     left_out = 2**ROWS_LOG2  # the row of zeros that a feature left out points at
     weights = torch.nn.EmbeddingBag(left_out + 1, 1 + len(KINDS), mode="sum", sparse=True, padding_idx=left_out)
     torch.nn.init.zeros_(weights.weight)
     optimiser = torch.optim.Adagrad(weights.parameters(), lr=LEARNING_RATE)
-    features, labels = torch.from_numpy(rows[0]), torch.from_numpy(rows[1])
+    features = torch.from_numpy(np.concatenate([rows[0][rows[1] != IGNORED] for rows in parts]))
+    labels = torch.from_numpy(np.concatenate([rows[1][rows[1] != IGNORED] for rows in parts]))
     for _ in range(EPOCHS):
         order = torch.randperm(len(labels), generator=generator)
         for chosen in order.split(BATCH):
