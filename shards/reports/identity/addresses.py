@@ -10,7 +10,7 @@ from shards.reports.identity.view import LOWER, View
 _REPEATED = r"(?: ?(?:bis|ter|quater|[a-d])(?!\w))?"
 _NUMBER_BEFORE = re.compile(  # an l and an O of a scanner among its digits
     rf"(?:n° ?|no\.? )?(?<![\d.,/\w])((?:\d|[li](?=\d))[\dlo]{{0,4}}(?:(?:[\-/]| (?:a|et|&) )\d{{1,5}})?{_REPEATED})"
-    r" ?,? ?(?:grande? |de la |de l')?$"
+    r" ?,? ?(?:\d{1,3}(?:e|eme) |grande? |de la |de l')?$"
 )
 _FLAT_BEFORE = re.compile(
     r"(?<!\w)(?:appt?|appartement|apt|bat|batiment|esc|escalier|etage|bte|boite)\.? ?\w{1,4}[ ,\-]{1,3}$"
@@ -19,11 +19,12 @@ _LIVES = re.compile(r"(?<!\w)(?:habit|demeur|resid|domicili|adresse|sis)\w{0,5}[
 _NUMBER_BEHIND = re.compile(
     r",? \d{1,4}(?: ?[a-d](?!\w)| bis| ter)?(?:[\-/]\d{1,4})?(?![\d\w]|[.,:/]\d| \d(?!\d{3,4} ?-? ?[a-z]))"
 )
-# What may follow a number behind a square, which is no street otherwise: a Swiss or Belgian code and its town.
-_SMALL_CODE_AHEAD = re.compile(r"[ ,\n]{1,3}(?:(?:ch|b|l)[ \-]?)?\d{4} [^\W\d_]")
+# What may follow a number behind a square, which is no street otherwise: a code and its town.
+_SMALL_CODE_AHEAD = re.compile(r"[ ,\n]{1,3}(?:(?:ch|b|l|f)[ \-]?)?\d{4,5} [^\W\d_]")
 _ADDRESS_TAIL = re.compile(
-    r"(?:[ ,\n]{0,2}(?:appt?|appartement|apt|apartment|suite|ste|unit|bat|batiment|etage|bte|boite|box|escalier"
-    r"|esc|flat|floor|room|piso|puerta)"
+    r"(?: 1er(?!\w)"
+    r"|[ ,\n]{0,2}(?:appt?|appartement|apt|apartment|suite|ste|unit|bat|batiment|etage|bte|boite|box|escalier"
+    r"|esc|flat|floor|room|piso|puerta|bureau|porte|local|km)"
     r"\.? ?#?(?:no )?[a-z]?\d{0,5}[a-z]?(?!\w))+|[ ,]{1,2}#\d+"
 )
 _STREET_NUMBER_FIRST = table("street_number_first")
@@ -251,9 +252,19 @@ def _number_start(view: View, index: int) -> int | None:
         return start - len(before) + number.start(1)
     if not index or view.words[index - 1] == "un" or not view.flags[index - 1] & Word.NUMBER:
         return None
-    if view.gap(index - 1) in (" ", ", "):
-        return view.starts[index - 1]
-    return None
+    if view.gap(index - 1) not in (" ", ", "):
+        return None
+    first = index - 1
+    while first and view.gap(first - 1) in ("-", " ") and _goes_on(view, first - 1):
+        first -= 1
+    return view.starts[first]
+
+
+def _goes_on(view: View, index: int) -> bool:
+    """Whether a word belongs to a number in words that goes on behind it: "vingt" and "et" of "vingt et un"."""
+    return bool(view.flags[index] & Word.NUMBER) or (
+        view.words[index] == "et" and index > 0 and bool(view.flags[index - 1] & Word.NUMBER)
+    )
 
 
 def _dated(view: View, index: int, last: int) -> bool:

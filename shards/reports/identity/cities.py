@@ -24,7 +24,12 @@ _BETWEEN = re.compile(r"[ ,\-–]{0,3}\n?[ ]?")
 _ALONE_AFTER = re.compile(r" ?(?:[.;)\]–|\n]|$|- |, ?[a-z])")
 # Behind a street: "Girona, 46895".
 _TOWN_BEFORE_CODE = re.compile(r"(?<=\n)([A-ZÀ-Ý][^\W\d_]+(?:[ \-][A-ZÀ-Ý][^\W\d_]+){0,3}), ?(\d{5})(?!\d)")
-_AMOUNT_BEFORE = re.compile(r"(?:[=<>~≈±:/x*+]|\ba|\bde|\bet|\bou|\bgb|\bgr|\bof|\bto|\bwas|\d) ?$")
+_HEAD_OF_LETTER = re.compile(
+    r"(?:(?<=\n)|^) {0,3}(?:a |fait a )?(?P<town>[^\W\d_]{2,}(?:[ '\-]{1,2}[^\W\d_]+){0,4}?)"
+    r"(?:, (?P<le>le )?|,? (?:le )?)(?=\0)",
+    re.MULTILINE,
+)
+_AMOUNT_BEFORE = re.compile(r"(?:[=<>~≈±:/x*+]|n°|\ba|\bde|\bet|\bou|\bgb|\bgr|\bof|\bto|\bwas|\d) ?$")
 _CODE_BEHIND = re.compile(r"(?<=\0)(?: ?[,(] ?| )(\d{4,5}|\d\d(?=\)))(?![\d\w]|[.,]\d)")
 _CODE_CUE = re.compile(
     r"(?<!\w)(?:cp|c\.p\.|code postal|codes postaux|zip(?: code)?|postal code|postcode"
@@ -38,7 +43,7 @@ _CITY_VERBS = re.compile(
     r"originaire d[eu]|maire de|retour\w* (?:chez (?:lui|elle) )?a|region de|periph\w+ de|banlieue de|lives? in"
     r"|living in|resident of|resides in|"
     r"nee? (?:le|en) [^\n.]{4,45} (?:a|au|dans)|born in|native of|city of|town of|moved (?:to|from)|chu de"
-    r"|chu d'|ch de|chr de|hopital de|hopitaux de|clinique de|centre anti-poison de|imprime en|fait a"
+    r"|chu d'|ch de|chr de|hopital de|hopitaux de|site de|clinique de|centre anti-poison de|imprime en|fait a"
     r"|(?:viv(?:ant|ait)|vit|suivi\w{0,2}|opere\w{0,2}|hospitalise\w{0,2}|transfere\w{0,2}|adresse\w{0,2}|vue?s?|parti\w{0,2}"
     r"|consult\w{1,4}|travaill?\w{0,4}|retourn\w{1,4}|examen|scanner|irm) a) ?$"
 )
@@ -140,7 +145,7 @@ def _code_and_town(view: View, match: re.Match[str], following: int, beside_addr
 def _cedex(view: View, end: int) -> int:
     """End of a city with its "CEDEX 14" or its district "11"."""
     match = re.match(
-        r" \([a-z]{2}\)|[ \-](?:cedex(?: \d{1,2}(?!\d))?|\d{1,2}(?:e|er|eme)?(?![\d\w:/.,]|\s\d))",
+        r" \([a-z]{2}\)|[ \-](?:cedex(?: \d{1,2}(?!\d))?|\d{1,2}(?:e|er|eme)?(?![\d\w:/.]|,\d|\s\d))",
         view.masked[end : end + 12],
     )
     return end + match.end() if match else end
@@ -257,6 +262,8 @@ def city_match(view: View, index: int, any_case: bool = False) -> int | None:
 
 
 def _claim_cities(view: View) -> None:
+    if "date" in {one.kind for one in view.identifiers}:
+        _heads_of_letters(view)
     for index in view.marked if view.seen & Word.DEMONYM else ():
         if view.flags[index] & Word.DEMONYM and view.shapes[index] == LOWER:
             view.claim(view.starts[index], view.ends[index], "city", "gazetteer")
@@ -279,6 +286,23 @@ def _claim_cities(view: View) -> None:
             last = _named_city(view, index)
             if last is not None:
                 view.claim(view.starts[index], _cedex(view, view.ends[last]), "city", "gazetteer")
+
+
+def _heads_of_letters(view: View) -> None:
+    """Claim "Lyon" of "Lyon, le 6 juin" at the beginning of a line, in whatever capitals."""
+    for match in _HEAD_OF_LETTER.finditer(view.masked):
+        start, end = match.span("town")
+        first, stop = view.first_word_from(start), view.first_word_from(end)
+        if not view.text[start].isupper() or not all(view.free(index) for index in range(first, stop)):
+            continue
+        named = match["le"] is not None and not any(_is_no_part_of_town(view, index) for index in range(first, stop))
+        if named or city_match(view, first) == stop - 1:
+            view.claim(start, end, "city", "gazetteer")
+
+
+def _is_no_part_of_town(view: View, index: int) -> bool:
+    flag = view.flags[index]
+    return bool(flag & (Word.COMMON | Word.STOP)) and not flag & (Word.PARTICLE | Word.CITY_START)
 
 
 def _plural_of_common(view: View, index: int) -> bool:

@@ -28,7 +28,7 @@ NUMERIC = re.compile(
     rf"|(?P<spaced>\d ?\d ?\d ?\d ?(?:1 ?9|2 ?0) ?\d ?\d|(?:1 ?9|2 ?0) ?\d ?\d ?\d ?\d ?\d ?\d)"
     rf"|(?P<tight>[0-3]\d[01]\d\d\d|[0-3]\d [01]\d \d\d(?! \d))"
     rf"|(?P<day_month>0[1-9]/[1-9]\d|[0-3]?\d ?[./] ?[01]?\d|[0-3]\d-[01]\d)"
-    rf"|(?P<year>{YEAR}s?)"
+    rf"|(?P<year>{YEAR}s?(?!-\d{{3}}))"
     rf"){_DIGITS_AFTER}"
 )
 _MONTH = f"(?:{'|'.join(sorted(MONTHS, key=len, reverse=True))})"
@@ -76,7 +76,8 @@ _DATE_CUE = re.compile(
     r"|(?:date|rdv|rendez-vous)[^\n:]{0,40}: ?$|(?:^|\n)\s*[-•*]\s+$|[a-z] - $"
 )
 _DATED = re.compile(r"(?<!\w)(?:dated|date|since|depuis|jusqu'au|comparaison avec|compared (?:to|with))[ :,]*\(?$")
-_ON_THE_DAY = re.compile(r"(?:^|\s)(?:le|on) $")
+_ON_THE_DAY = re.compile(r"(?:^|\s)(?:le|du|on) $")
+_OPENS_LINE = re.compile(r"(?:^|\n) ?$")
 _PART_OF_BONE = re.compile(r" (?:sup|inf|moy|mo|prox|dis)")
 _BIRTH_CUE = re.compile(
     r"(?:\bnee?\b[^.\n]{0,12}|naiss\w*\.?|\bnais\b\.?|\bddn\b|\bdob\b|d\.o\.b\.?|\bborn\b|birth\w*"
@@ -96,7 +97,8 @@ _LEGAL = re.compile(
     r"(?:\bloi|\bdecret|\barrete|\bordonnance|\bdirective|\bcirculaire)s?(?: n[°o] ?[\d\-]+)?(?: du)? (?:n[°o] ?)?$"
 )
 _LIST_BEFORE = re.compile(r"(?:^|\n|\s)\s*[-•*:]\s+$|(?:^|\n)\s*[-•*]\s*$|\d{4}\)?\s?[-–/]\s?$|\(\s*$")
-_DATED_DASH = re.compile(r"(?:^|\s)(?:le|on|dated|exam(?:en|ination)? d[ue]|date(?: d'examen)?)[ :]*$")
+_DATED_DASH = re.compile(r"(?:^|\s)(?:le|du|on|dated|exam(?:en|ination)? of|date(?: d'examen)?)[ :]*$")
+_NOTED = re.compile(r" ?:(?!\d)")  # "12-03 : patient vu", at the beginning of a line
 _RANGE_AFTER = re.compile(r"\s?[-–/)]\s?(?:\d{4}|juil)")
 _LABEL_BEFORE = re.compile(r"(?<!\w)[a-z]\d{1,2} $")  # "S2 12/05, S3 20mar": a cycle's number, no measure
 _DIGIT_RUN = re.compile(r"\d+")
@@ -210,6 +212,8 @@ def _six_digits(text: str, start: int, end: int, before: str) -> bool:
         return False
     if _DATE_CUE.search(before) or before.endswith("("):
         return True
+    if _OPENS_LINE.search(before) and _NOTED.match(text, end):
+        return True
     if _FIELD[0].search(before.rpartition("\n")[2]) and _FIELD[1].match(text[end : end + 2].partition("\n")[0]):
         return True
     return " " in written and not re.search(r"\d ?$", _LABEL_BEFORE.sub("", before))
@@ -238,9 +242,8 @@ def _day_and_month(text: str, start: int, end: int, before: str, dated_line: boo
     if not _possible(day, month):
         return False
     if "-" in written:  # "12-03" is a range more often than a date
-        return (
-            re.fullmatch(r"[0-3]\d-(?:0[1-9]|1[0-2])", written) is not None and _DATED_DASH.search(before) is not None
-        )
+        told = _DATED_DASH.search(before) or (_OPENS_LINE.search(before) and _NOTED.match(text, end))
+        return told is not None and re.fullmatch(r"[0-3]\d-(?:0[1-9]|1[0-2])", written) is not None
     if re.fullmatch(r"[0-3]\d ?/ ?(?:0[1-9]|1[12])", written) and not measure:
         return True
     two_digits_each = _TWO_DIGITS_EACH.fullmatch(written) is not None

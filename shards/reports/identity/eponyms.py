@@ -1,6 +1,8 @@
-"""Whether a name stands for a disease, a sign or a device, and so for nobody: "maladie de Paget", "Carpentier ring"."""
+"""Whether a name stands for a disease, a sign or a device, and so for nobody: "maladie de Paget", "Garden IV"."""
 
 from __future__ import annotations
+
+import re
 
 from shards.reports.identity.gazetteers import Word, table
 from shards.reports.identity.view import LOWER, TITLE_CASE, View
@@ -9,12 +11,31 @@ _LINKS = table("eponym_links")  # between the head and the name: "signe de", "cl
 _NO_ENGLISH_HEADS = table("no_english_heads")  # words that follow a name without being named after it
 _LINKS_MAX = 4
 _NAMES_BEHIND_MAX = 2  # further names before an English head: "Legg-Calve-Perthes disease"
+_PERSON = Word.FIRST | Word.LAST
+# Behind a score: no age, no house number, no part of a date or of a longer number.
+_FIGURE = re.compile(
+    r" (?:[<>=] ?)?(?:\d{1,3}(?:[.,]\d{1,2})?(?: ?/ ?\d{1,3}|[ab])?|(?:i{1,3}|iv|vi{0,3}|i?x)[ab]?)"
+    r"(?![\w/]|[.,\-]\w| \d| ?(?:ans|mois|jours|bis|ter|rue|av|avenue|bd|boulevard|place|chemin|route"
+    r"|allee|impasse)(?!\w))"
+)
 _HEAD_DISTANCE_MAX = 24  # characters from the head's end to the name
 
 
 def eponym(view: View, index: int) -> bool:
-    """Whether the word stands in a disease, sign or device: "maladie de X", "X ring", "X's disease"."""
-    return _behind_head(view, index) or _before_head(view, index)
+    """Whether the word stands in a disease, sign or device: "maladie de X", "X ring", "X's disease", "X-Giemsa"."""
+    return _behind_head(view, index) or _before_head(view, index) or _beside_eponym(view, index)
+
+
+def measured(view: View, index: int) -> bool:
+    """Whether a name that no list of persons holds, or an eponym, stands before a figure: "Fazekas 2", "Garden IV"."""
+    last = index
+    while last + 1 < len(view.words) and last - index < _NAMES_BEHIND_MAX and _is_further_name(view, last + 1):
+        last += 1
+    for word in range(index, last + 1):
+        flag = view.flags[word]
+        if flag & _PERSON and not flag & (Word.EPONYM | Word.COMMON):
+            return False
+    return _FIGURE.match(view.masked, view.ends[last]) is not None and not view.in_capitals(index)
 
 
 def _behind_head(view: View, index: int) -> bool:
@@ -27,7 +48,9 @@ def _behind_head(view: View, index: int) -> bool:
     if before < 0 or not view.flags[before] & Word.EPONYM_HEAD:
         return False
     between = view.text[view.ends[before] : view.starts[index]]
-    return len(between) < _HEAD_DISTANCE_MAX and "\n" not in between and "." not in between
+    if len(between) >= _HEAD_DISTANCE_MAX or "." in between:
+        return False
+    return "\n" not in between or (links > 0 and between.count("\n") == 1)  # "maladie de" at the end of a line
 
 
 def _is_link_gap(gap: str) -> bool:
@@ -38,8 +61,8 @@ def _is_link(view: View, index: int) -> bool:
     """A preposition or article, or another name of the same eponym."""
     if view.words[index] in _LINKS:
         return True
-    named = view.shapes[index] == TITLE_CASE and view.flags[index] & Word.EPONYM
-    return bool(named) and view.gap(index) in ("-", " ")
+    gap = view.gap(index)
+    return view.shapes[index] == TITLE_CASE and (gap == "-" or (gap == " " and bool(view.flags[index] & Word.EPONYM)))
 
 
 def _before_head(view: View, index: int) -> bool:
@@ -57,6 +80,17 @@ def _before_head(view: View, index: int) -> bool:
         and view.gap(after - 1) in (" ", "-")
         and view.words[after] not in _NO_ENGLISH_HEADS
     )
+
+
+def _beside_eponym(view: View, index: int) -> bool:
+    """Whether a hyphen joins the word to one that is an eponym and nobody's name."""
+    for step in (-1, 1):
+        other = index + step
+        while 0 <= other < len(view.words) and view.gap(min(other, other - step)) == "-":
+            if view.flags[other] & (Word.EPONYM | _PERSON) == Word.EPONYM and view.shapes[other] != LOWER:
+                return True
+            other += step
+    return False
 
 
 def _is_further_name(view: View, index: int) -> bool:

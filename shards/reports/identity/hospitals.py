@@ -18,6 +18,7 @@ _NOT_BEFORE_HOSPITAL = table("not_before_hospital")
 KNOWN_HOSPITALS = frozenset(read_list("hospitals.txt"))
 _BEFORE_HOSPITAL = frozenset(["a", "au", "l", "la", "at", "from", "vers", "sur", "in", "de", "d"])
 _ACRONYMS = table("hospital_acronyms")
+_VAGUE_HOUSES = frozenset(["centre", "institut", "institute", "groupe", "groupement"])  # unless hospitalier, médical
 # "centre de dialyse Diaverum", "cabinet d'imagerie du Parc", "maison de retraite Les Lilas"
 _HOUSE_WORDS = frozenset(["centre", "center", "cabinet", "laboratoire", "maison", "institut", "groupe"])
 _HOUSE = re.compile(
@@ -85,7 +86,7 @@ def _french_hospital(view: View, index: int) -> None:
         return
     position = index + 1
     named_so = view.words[index] == "institut" and view.shapes[index] != LOWER  # "Institut Curie"
-    seen_kind = view.words[index] not in ("centre", "institut", "institute") or named_so
+    seen_kind = view.words[index] not in _VAGUE_HOUSES or named_so
     while (
         position < len(view.words)
         and view.words[position] in _GENERIC
@@ -232,7 +233,7 @@ def _known_hospitals(view: View) -> None:
                 if (
                     index + length <= len(view.words)
                     and " ".join(view.words[index : index + length]) in KNOWN_HOSPITALS
-                    and all(view.gap(index + i) in (" ", "-") for i in range(length - 1))
+                    and all(view.gap(index + i) in (" ", "-", ". ") for i in range(length - 1))  # "Mt. Sinai"
                     and (length > 1 or view.flags[index] & Word.HOSPITAL or not view.flags[index] & Word.COMMON)
                 ):
                     view.claim(view.starts[index], view.ends[index + length - 1], "hospital", "gazetteer")

@@ -108,11 +108,12 @@ def _listed_end(view: View, index: int, *, listed: bool, sure: bool) -> int | No
     """Last word of the name at `index` of a list, None where no name is."""
     flag, shape = view.flags[index], view.shapes[index]
     before_name = index + 1 < len(view.words) and view.flags[index + 1] & NAME
-    known = flag & Word.FIRST and (not flag & Word.COMMON or (listed and before_name))
+    field = listed and sure and shape != LOWER  # "Prénoms : Anne, Rose"
+    known = flag & Word.FIRST and (not flag & Word.COMMON or (listed and before_name) or field)
     looks_like_one = shape != LOWER and not flag & Word.COMMON and not view.in_capitals(index)
     if not (known or looks_like_one or shape == INITIAL):
         return None
-    end = name_end(view, index, sure=False, lower=listed)
+    end = name_end(view, index, sure=field and bool(flag & Word.FIRST), lower=listed)
     if end != index or known:
         return end
     # One word alone: an initial is none, an unknown word one only where names were announced.
@@ -237,26 +238,35 @@ class _Reading:
 
     def _takes_capitalised(self) -> bool:
         view, position = self.view, self.position
-        if self._is_particle_in_capitals():
+        particles = self._particles_in_capitals()
+        if particles:
             self.firsts_only = False
-            return self._take(2)
+            return self._take(particles + 1)
         if not self._may_be_part():
             return False
         if view.shapes[position] != INITIAL and not view.flags[position] & Word.FIRST:
             self.firsts_only = False
         return self._take()
 
-    def _is_particle_in_capitals(self) -> bool:
-        """ "Durègne Le Martelleur": a particle with a capital, before a word that may be a name."""
-        view, position, after = self.view, self.position, self.position + 1
+    def _particles_in_capitals(self) -> int:
+        """How many particles with a capital stand before a word that may be a name: "Durègne Le Martelleur"."""
+        view, after = self.view, self.position
+        if self.position == self.begin and not self.sure:
+            return 0
+        while after - self.position < 2 and self._is_particle_with_capital(after):
+            after += 1
+        if after == self.position or after >= len(view.words) or view.shapes[after] == LOWER:
+            return 0
+        named = not view.flags[after] & Word.COMMON or view.flags[after] & NAME
+        return after - self.position if named else 0
+
+    def _is_particle_with_capital(self, index: int) -> bool:
+        view = self.view
         return (
-            position > self.begin
-            and bool(view.flags[position] & Word.PARTICLE)
-            and view.shapes[position] in (TITLE_CASE, UPPER)
-            and after < len(view.words)
-            and joins(view.gap(position))
-            and view.shapes[after] != LOWER
-            and (not view.flags[after] & Word.COMMON or bool(view.flags[after] & NAME))
+            index < len(view.words)
+            and bool(view.flags[index] & Word.PARTICLE)
+            and view.shapes[index] in (TITLE_CASE, UPPER)
+            and joins(view.gap(index))
         )
 
     def _may_be_part(self) -> bool:
@@ -265,7 +275,7 @@ class _Reading:
         begins = position == self.begin
         if shape == INITIAL:
             return begins or not flag & Word.STOP or view.text[view.ends[position] : view.ends[position] + 1] == "."
-        if flag & Word.STOP and not self._is_first_name_for_sure():
+        if flag & Word.STOP and not (self._is_first_name_for_sure() or self._is_two_initials()):
             return False
         if flag & Word.STREET and not flag & NAME:
             return False
@@ -282,6 +292,20 @@ class _Reading:
         view, position = self.view, self.position
         capitals = view.in_capitals(position)
         return bool(view.flags[position] & Word.FIRST) and view.shapes[position] == TITLE_CASE and not capitals
+
+    def _is_two_initials(self) -> bool:
+        """ "Pr PA Sorensen": two letters right behind a title, before a word with a capital."""
+        view, position, after = self.view, self.position, self.position + 1
+        return (
+            self.sure
+            and position == self.begin
+            and view.shapes[position] == UPPER
+            and len(view.words[position]) == 2
+            and after < len(view.words)
+            and view.gap(position) == " "
+            and view.shapes[after] == TITLE_CASE
+            and not view.flags[after] & Word.COMMON
+        )
 
     def _common_may_begin(self) -> bool:
         """A common word opens a name after a title or field, or where it is also a name and a surname follows."""

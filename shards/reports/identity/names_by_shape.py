@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from shards.reports.identity.eponyms import eponym
+from shards.reports.identity.eponyms import eponym, measured
 from shards.reports.identity.gazetteers import Word, gazetteer, plain, table
 from shards.reports.identity.mentions import PERSON_VERBS
 from shards.reports.identity.names import NAME, TITLES_MAX, claim, claim_around, claim_list, joined_next, name_end
@@ -26,6 +26,8 @@ _CREDENTIALS = re.compile(r",? ?(?:M\.?D\.?|Ph\.? ?D\.?|R\.?N\.?|D\.?O\.?|FRCR|F
 _INITIAL_CLOSES = re.compile(r"\.?(?:[,;)/\n]|\Z)")
 _CAPITALS, _TITLE = r"([^\W\d_a-zß-ÿ]{3,})", r"([^\W\d_a-zß-ÿ][a-zß-ÿ]{2,})"
 _GLUED = re.compile(f"{_CAPITALS}{_TITLE}|{_TITLE}{_CAPITALS}")
+_INNER_CAPITAL = re.compile(r"(?!(?:Mc|Mac|Le|La|De|Du|Di|Da|Van|Fitz)[A-ZÀ-Ý])\w*[a-zß-ÿ][A-ZÀ-Ý]")
+_VOWEL = re.compile("[aeiouy]")
 _NO_INITIAL = frozenset(("a", "i", "o", "y"))  # words of their own
 
 
@@ -59,6 +61,8 @@ def _by_shape(view: View, index: int, told: set[str]) -> None:
         return
     if flag & Word.STOP or eponym(view, index) or _may_be_acronym(view, index):
         return
+    if measured(view, index) or _is_brand(view, index):
+        return
     if view.ends[index] - view.starts[index] < 3:
         if _is_surname_behind_two_letters(view, index):
             claim(view, index, index + 1, "person_name", told)
@@ -83,6 +87,12 @@ def _is_glued(view: View, index: int) -> bool:
         return False
     parts = [gazetteer().flags.get(plain(part), 0) for part in match.groups() if part]
     return any(flag & Word.FIRST for flag in parts) and not any(flag & Word.COMMON for flag in parts)
+
+
+def _is_brand(view: View, index: int) -> bool:
+    """ "TrueBeam", "BiPAP": capitals inside a word in small letters, unless behind a particle ("McBride", "LeGoff")."""
+    written = view.text[view.starts[index] : view.ends[index]]
+    return _INNER_CAPITAL.match(written) is not None and not view.flags[index] & NAME
 
 
 def _unknown_follows(view: View, index: int) -> bool:
@@ -252,7 +262,10 @@ def _capitals_beside_small_letters(view: View, index: int) -> bool:
     following = _unknown_next(view, index)
     if following is None or {view.shapes[index], view.shapes[following]} != {UPPER, TITLE_CASE}:
         return False
-    return len(view.words[index if view.shapes[index] == UPPER else following]) > 3
+    capitals = index if view.shapes[index] == UPPER else following
+    if (view.flags[index] | view.flags[following]) & NAME:
+        return len(view.words[capitals]) > 3
+    return len(view.words[capitals]) > 4 and _VOWEL.search(view.words[capitals]) is not None  # "IVSE" is an acronym
 
 
 def _has_credentials(view: View, index: int) -> bool:
@@ -438,7 +451,7 @@ def _surname_and_initial(view: View, index: int) -> None:
     closed = _INITIAL_CLOSES.match(view.text, view.ends[following]) is not None and _may_open_name(view, index)
     opens_line = not index or "\n" in view.gap(index - 1)
     if (
-        (shape == UPPER and dotted and not flag & Word.CITY_START)
+        (shape == UPPER and dotted and not flag & Word.CITY_START and (flag & NAME or len(view.words[index]) > 4))
         or (closed and flag & Word.LAST and not flag & Word.EPONYM)
         or (closed and shape == UPPER and opens_line and not flag & Word.EPONYM)
     ):

@@ -21,6 +21,11 @@ _MAIL = re.compile(
 _LOGIN_WORDS = frozenset(("login", "user", "username", "userid", "utilisateur", "connexion"))
 _LOGIN = re.compile(r"(?<!\w)(?:login|user(?: ?name| ?id)?|utilisateur|connexion) ?[:=] ?(?P<id>[\w.\-]{2,39}\w)")
 _URL = re.compile(r"(?:https?://|ftp://|www\.)[^\s<>\"')\]\0]+")
+# A page that anyone may read: no number, no query, no user; the site of one hospital or practice tells where it is.
+_PUBLIC_PAGE = re.compile(r"(?:https?://)?[\w.\-]+\.[a-z]{2,4}(?:/(?:[a-z]+(?:[.\-][a-z]+)*/?)*)?")
+_OF_A_HOUSE = re.compile(
+    r"(?<![a-z])(?:chr?u?s?|gh[tu]?)-|hopita|hospita|cliniq|clinic|cabinet|docteur|doctor|(?<![a-z])dr-"
+)
 
 # Digits with single separators between them, on one line: a phone number, an id, a social-security number.
 _CLUSTER = re.compile(
@@ -40,7 +45,16 @@ _MISREAD_PHONE = re.compile(r"(?<!\w)(?<!\d[.,:])[0o][\dlis](?:[ .,:\-]?[\dolisb
 _SECOND_PHONE = re.compile(
     r"(?<=\0) ?(?:/|-|–|ou|or|,? ?poste|,? ?ext\.?|,? ?x|,? ?bip|,? ?p\.) ?(\d{1,6}(?:[ .]\d\d){0,4})(?![\d/]|[.,]\d)"
 )
-_LEGAL_BEFORE = re.compile(r"\b(?:loi|decret|arrete|directive|ordonnance|law|act)s? ?(?:n[°o] ?)?$")
+# "0000", "00 00 00 00 00", "1111111": what a form or a copy leaves of a number.
+PLACEHOLDER = "~"  # stands for it in the masked text
+_NO_NUMBER = re.compile(
+    r"(?<![\w.,/])(?<!\d[ .\-])(?:0(?:[ .\-]?0){3,}|(?P<same>\d)(?:[ .\-]?(?P=same)){6,})(?![ .,/\-]?\d|\w)"
+)
+# Numbers of laws, forms, procedures, licences and of variants of a gene.
+_LEGAL_BEFORE = re.compile(
+    r"\b(?:loi|decret|arrete|directive|ordonnance|law|act|cerfa|procedure|norme|iso|agrement(?: ars)?|accreditation)s?"
+    r" ?(?:n[°o] ?)?$|(?<!\w)[cgmnp]\.$"
+)
 _LETTERED_PHONE = re.compile(r"(?<!\d)(?:[a-z]?\d\d[ .]){3,}[a-z]?\d\d(?!\d)")
 _LETTERED_PHONE_NUMBERS_MIN = 4
 _ID_CUE = re.compile(
@@ -125,11 +139,26 @@ def find_addresses_of_mail(view: View) -> None:
             view.claim(match.start("id"), match.end("id"), "id")
     if "://" in text or "www." in text:
         for match in _URL.finditer(view.masked):
-            view.claim(match.start(), match.start() + len(match.group().rstrip(".,;:")), "url")
+            written = match.group().rstrip(".,;:")
+            if not _is_public(written):
+                view.claim(match.start(), match.start() + len(written), "url")
+
+
+def public_pages(text: str) -> list[tuple[int, int]]:
+    """Where a plain text names pages of the web that anyone may read, and no hospital's or practice's own."""
+    if "http" not in text and "www." not in text:
+        return []
+    return [match.span() for match in _URL.finditer(text) if _is_public(match.group().rstrip(".,;:"))]
+
+
+def _is_public(address: str) -> bool:
+    return _PUBLIC_PAGE.fullmatch(address) is not None and _OF_A_HOUSE.search(address) is None
 
 
 def find(view: View) -> None:
     """Claim everything else with a shape, most telling shapes first."""
+    if view.longest_number >= 4 or view.dense:
+        view.masked = _NO_NUMBER.sub(lambda match: PLACEHOLDER * len(match.group()), view.masked)
     if view.dense:
         _social_security(view)
     for found in dates.find(view):
@@ -159,7 +188,7 @@ def _social_security(view: View) -> None:
         if len(set(match.group())) > 3:
             view.claim(match.start(), match.end(), "social_security" if count >= 12 else "id")
     for match in view.at_numbers(_NIR):
-        if nir_valid(match.group()) or sum(c.isdigit() for c in match.group()) in (13, 15):
+        if nir_valid(match.group()) or sum(c.isalnum() for c in match.group()) in (13, 15):
             view.claim(match.start(), match.end(), "social_security")
     for start, end, written in _clusters(view):
         if written[0] in "12" and set(written) <= set("0123456789 ") and 13 <= sum(map(str.isdigit, written)) <= 16:

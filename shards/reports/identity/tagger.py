@@ -30,6 +30,7 @@ import numpy as np
 from shards.errors import ConfigError
 from shards.reports.identity.eponyms import eponym
 from shards.reports.identity.gazetteers import LISTS, Word, gazetteer
+from shards.reports.identity.patterns import PLACEHOLDER, public_pages
 from shards.reports.identity.view import Identifier, Kind, View
 from shards.reports.language import detect
 
@@ -52,7 +53,9 @@ _NARROW: dict[Kind, Kind] = {"patient_name": "person_name", "birth_date": "date"
 _DOUBTFUL_TOKENS = 3
 _WORDY_KINDS = frozenset(("person_name", "city", "hospital", "address"))
 _DOSE = re.compile(r" {1,2}\d+(?:[.,]\d+)? ?(?:mg|g|[uµ]g|mcg|ml|m?ui)\b")
-_CITATION = re.compile(r"(?:[^\W\d_][\w'’\-]+\s[A-Z]{1,2}\.?,\s)+[^\n:;]{0,60}?\bet al\b")  # "Roy A, Lam B. et al."
+_CITATION = re.compile(
+    r"(?:[^\W\d_][\w'’\-]+\s[A-Z]{1,2}\.?,\s)+[^\n:;]{0,60}?\bet al\b(?:[^\n]{0,60}?\b(?:19|20)\d\d)?"
+)  # "Roy A, Lam B. et al., Lancet 2019"
 THRESHOLDS = ("found", "joined", "digits", "common", "ordinary")
 _MAKE = "make them with `python -m ci.data.identity_tagger`"
 _NUMBER_SHAPES, _MIXED_SHAPES = 32, 64
@@ -309,11 +312,14 @@ class Tagger:
                 if "\n" not in view.text[spans[first][1] : spans[first + 1][0]]:
                     known.add(index)
                     found.add(index)
-        cited = _cited(view.text)
+        cited, public = _cited(view.text), public_pages(view.plain)
         return sorted(
             index
             for index in found - covered
-            if kinds[index] not in _WORDY_KINDS or not _is_of_medicine(view, spans[index], cited)
+            if not _lies_in(spans[index], public)
+            and not (kinds[index] == "person_name" and _is_no_name(view.text, *spans[index]))
+            and view.masked[spans[index][0]] != PLACEHOLDER
+            and (kinds[index] not in _WORDY_KINDS or not _is_of_medicine(view, spans[index], cited))
         )
 
     def _let_go(self, view: View, spans: Sequence[tuple[int, int]], margin: np.ndarray) -> None:
@@ -368,10 +374,26 @@ def _cited(text: str) -> list[tuple[int, int]]:
 
 def _is_of_medicine(view: View, span: tuple[int, int], cited: Sequence[tuple[int, int]]) -> bool:
     """Whether the token's first word stands for a disease or a device, a drug before its dose, or a cited author."""
-    if _DOSE.match(view.plain, span[1]) or any(start <= span[0] < end for start, end in cited):
+    if _DOSE.match(view.plain, span[1]) or _lies_in(span, cited):
         return True
     index = view.first_word_from(span[0])
     return index < len(view.starts) and view.starts[index] < span[1] and eponym(view, index)
+
+
+def _is_no_name(text: str, start: int, end: int) -> bool:
+    """Whether a token is a number, a stop word in small letters ("vue") or an article cut to its letter ("c'est")."""
+    written = text[start:end]
+    if written.isdigit():
+        return True
+    if not written.islower():
+        return False
+    flag = gazetteer().flags.get(written, 0)
+    stops = flag & Word.AUTHOR or (flag & Word.STOP and not flag & (Word.PARTICLE | Word.FIRST | Word.LAST))
+    return bool(stops) or (end - start == 1 and text[end : end + 1] in ("'", "’"))
+
+
+def _lies_in(span: tuple[int, int], ranges: Sequence[tuple[int, int]]) -> bool:
+    return any(start <= span[0] < end for start, end in ranges)
 
 
 def _tokens_of(one: Identifier, spans: Sequence[tuple[int, int]]) -> range:

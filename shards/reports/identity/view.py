@@ -39,6 +39,13 @@ _VIETNAMESE = re.compile(
     r"(?:(?<![êÊ])|(?:(?<=\b[Ll]ê)|(?<=\bLÊ))\b)"
 )
 _DIGIT_RUN = re.compile(r"\d+")
+# Endings of words of medicine and of the language; a word of some length that no list holds is common by them.
+_DERIVED = re.compile(
+    r"(?:ments?|[st]ions?|ismes?|log(?:ie|iste|ue|ique)s?|[gr]raph(?:ie|ique|iste)s?|scop(?:ie|ique)s?|tomies?|plasties?"
+    r"|path(?:ie|ique)s?|[eu]mies?|uries?|algies?|ectasies?|therap(?:ie|eute|ique)s?|metr(?:ie|ique)s?|aires?|ivites?"
+    r"|iques?|oides?|oses|ement|ibles?|ables?|culture|ites?|istes?|eries?|ures|atoires?|isees?|elles)$"
+)
+_DERIVED_LETTERS_MIN = 9
 _CLOSE, _DENSE = 4, 6  # characters between digits; digits that make a phone number possible
 _TRIGGERS = (
     Word.TITLE | Word.ROLE | Word.KIN | Word.MONTH | Word.NUMBER | Word.STREET | Word.HOSPITAL | Word.DEMONYM
@@ -166,6 +173,10 @@ def view_of(text: str) -> View:
     shapes = [LOWER] * len(words)
     for index in compress(count(), map(ne, map(text.__getitem__, starts), map(itemgetter(0), words))):
         shapes[index] = _shape(text[starts[index] : ends[index]])
+    capitalised = [index for index, shape in enumerate(shapes) if shape]
+    for index in capitalised:
+        if not flags[index] and len(words[index]) >= _DERIVED_LETTERS_MIN and _DERIVED.search(words[index]):
+            flags[index] = Word.COMMON
     if text == plain_text or not text.isupper():
         _raise_lower_lines(text, starts, ends, flags, shapes)
     runs = _digit_runs(pieces[::2], chain((0,), ends))

@@ -20,12 +20,29 @@ HIDDEN = {
     "Cliniques universitaires Saint-Luc (Woluwe)": "Cliniques universitaires Saint-Luc;Woluwe",
     "12 rue Foch. Le patient va bien.": "12 rue Foch",
     "14 av. du Gal. Leclerc, 5 rue St. Pierre": "14 av. du Gal. Leclerc;5 rue St. Pierre",
+    "LYON, le 6 juin 2019": "LYON;6 juin 2019",
+    "Consultation du 12-03. Bilan du 6/10.": "12-03;6/10",
+    "12-03 : revu en consultation.": "12-03",
+    "Suivi par le Pr PA Sorensen at Mt. Sinai.": "PA Sorensen;Mt. Sinai",
+    "Dr Le Coz, 45, drève des Charmes": "Le Coz;45, drève des Charmes",
+    "Bonjour Kervadec, merci.": "Kervadec",
+    "Prénoms : Honorine, Blanche\n": "Honorine;Blanche",
+    "Dossier 2019-884512 reçu.": "2019-884512",
+    "https://www.ch-valmont.fr/consultations": "https://www.ch-valmont.fr/consultations",
+    "https://www.example.org/p/123": "https://www.example.org/p/123",
 }
 KEPT = """
 Pneumonia is not likely in the first place. Clinical correlation advised.
 Two lines in second place. Follow-up in 3 months.
 Salter-Harris II fracture. von Hippel-Lindau. Fractures de Lisfranc, Chopart, Rolando.
 Validé par échographie. Reviewed with contrast. Adressée par covid19.
+Hémorragie sous-arachnoïdienne, Fisher 4, Fazekas 2, Garden IV, Borg 17/20, Child-Pugh A5, Spetzler-Martin 2.
+Suivi d'une maladie de Paget et d'un syndrome de Di George, figure de Rey, anastomose de Van Velthoven.
+Coloration de May-Grünwald-Giemsa. Irradiation par TrueBeam, masque BiPAP.
+Le dr de garde est prévenu. Formulaire cerfa n° 15695. Variant c.1521_1523del.
+Chère Consœur, poste 00 00 00 00 00, code (0000), dossier 1111111111.
+Imprimé en France. Voir https://www.cnil.fr/plaintes et www.has-sante.fr.
+RÉUNION DE CONCERTATION PLURIDISCIPLINAIRE - Sénologie
 """
 
 
