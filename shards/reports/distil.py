@@ -63,7 +63,8 @@ def _tables() -> tuple[dict[str, _Word], dict[str, str], dict[str, str]]:
 ENTITIES = tuple(_tables()[0])
 
 _BOILERPLATE = {
-    "en": re.compile(r"\bthere (?:is|are) no(?: evidence of)?\b"),
+    # Letters first: a search for them is fast, one for the start of a word is not.
+    "en": re.compile(r"there(?<!\wthere) (?:is|are) no(?: evidence of)?\b"),
     "fr": re.compile(
         r"\b(?:il n'y a pas|on ne note pas|absence)"
         r"(?: (?:d'argument (?:pour\b|en faveur (?:d[eu]\b|d'))|(?:de signe |d'image )?(?:d[eu]\b|d')))?"
