@@ -340,7 +340,7 @@ def _loader(config: TrainConfig, site: Site, others_s: float) -> list[Line]:
     threads = "data.volume.threads" if volume is not None else "data.decode.threads"
     verdict = f"keeps up with {threads}={math.ceil(needed)}"
     if needed > have:
-        verdict = f"does NOT keep up: take nodes of {math.ceil(needed * site.gpus)} cores, or more nodes"
+        verdict = f"does NOT keep up: take nodes of {math.ceil(needed * site.gpus)} cores"
     return [
         Line("loader/cpu_ms", of_study, "ms", f"of a core, a study: {why}"),
         Line("loader/cores_per_gpu", needed, "cores",

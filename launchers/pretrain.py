@@ -52,7 +52,7 @@ from core.trainer import Evaluator, StopRequest, TooManySkipsError, train, valid
 from core.world import World
 from kernels.gaussian_similarity.expansion import Precision
 from launchers import past_run
-from shards.collate import check_masks
+from shards.collate import VOLUME_FIELDS
 from shards.dataset import DataSet
 from shards.decode import Decoder
 from shards.decode_check import levels_apart
@@ -307,25 +307,32 @@ def _tokenizer(config: TrainConfig, run_dir: str, folder: Path, world: World) ->
     problem: RoentgenError | None = None
     if leads and not path.is_dir():
         try:
-            _make_tokenizer(config, run_dir, path)
+            _make_tokenizer(config, run_dir, path, world)
         except RoentgenError as error:
             problem = error
     raise_together(problem, ConfigError("rank 0 has no tokenizer"), device=world.device)
     return load_tokenizer(path)
 
 
-def _make_tokenizer(config: TrainConfig, run_dir: str, path: Path) -> None:
+def _make_tokenizer(config: TrainConfig, run_dir: str, path: Path, world: World) -> None:
     tokenizer = _mirrored_tokenizer(run_dir) if run_dir.startswith("s3://") else None
     if tokenizer is None:
         sets = [
             DataSet(part.manifest, part.split, store=config.data.store)
             for part in as_mixture(config.data, config.global_batch_size)
         ]
-        for data in sets:  # before their text is learned, which the run would keep
-            check_masks(config.data, schema.task_class(config.task).fields, data.url, data.whole)
         if config.data.tokenizer or any(data.whole.tokenizer for data in sets):
             tokenizer = find_tokenizer(config.data, sets)
         else:
+            # A set that cannot be trained on is refused before its text is learned, which the run would keep.
+            Loader(
+                config.data,
+                global_batch_size=config.global_batch_size,
+                seed=config.seed,
+                rank=world.rank,
+                world_size=world.world_size,
+                fields=sorted(VOLUME_FIELDS.intersection(schema.task_class(config.task).fields)),
+            )
             log.info("no tokenizer named: training WordPiece on the reports")
             tokenizer = train_wordpiece(corpus(config.data, config.global_batch_size), config.tokenizer_words)
     temporary = path.with_name(f".{path.name}.tmp")

@@ -181,9 +181,14 @@ def test_bad_arguments_end_with_one_line_and_code_2(
 
 
 def test_a_set_that_does_not_fit_leaves_no_tokenizer_of_its_own(tmp_path: Path, manifest: Path) -> None:
-    config = schema.apply_overrides(schema.load_recipe("ct:fvlm_tiny"), [f"data.train={manifest}"])
-    with pytest.raises(ConfigError, match="its label maps do not know lung"):
-        pretrain._make_tokenizer(config, str(tmp_path), tmp_path / "tokenizer")
+    for recipe, batch, said in (
+        ("ct:fvlm_tiny", 48, "label maps do not know lung"),
+        ("chest:clip_tiny", 96, "60 units"),
+    ):
+        overrides = [f"data.train={manifest}", f"global_batch_size={batch}"]
+        config = schema.apply_overrides(schema.load_recipe(recipe), overrides)
+        with pytest.raises(ConfigError, match=said):
+            pretrain._make_tokenizer(config, str(tmp_path), tmp_path / "tokenizer", World())
     assert list(tmp_path.iterdir()) == []
 
 
