@@ -3,7 +3,7 @@
 (MAP, CVPR 2023.) The i-th row of the image stream meets the i-th row of the text stream; who is paired with whom is the
 caller's business. Blocks draw nothing at random, as in `core.models.transformer`.
 
-Letters: P = pairs, N = image tokens, L = text tokens, D = width.
+Letters: P = pairs, N = image tokens, L = text tokens, D = width, H = heads, K = D / H.
 """
 
 from __future__ import annotations
@@ -32,19 +32,39 @@ class CrossBlock(Block):
     def branch_ends(self) -> tuple[Linear, ...]:
         return *super().branch_ends(), self.cross_out
 
-    def look_at(self, x: Tensor, other: Tensor, other_mask: Tensor | None) -> Tensor:
-        """`x [P * n, D]`, `other [P, m, D]`, `other_mask [P, m]` -> `[P * n, D]`."""
+    def keys_of(self, other: Tensor) -> Tensor:
+        """Keys and values of another stream `[P, m, D]`, `[P, m, 2, H, K]`."""
         pairs, length, _ = other.shape
+        key_value: Tensor = self.key_value(self.norm_other(other.flatten(0, 1)))
+        return key_value.view(pairs, length, 2, self.heads, -1)
+
+    def look_at(self, x: Tensor, key_value: Tensor, other_mask: Tensor | None) -> Tensor:
+        """`x [P * n, D]`, `key_value [P, m, 2, H, K]`, `other_mask [P, m]` -> `[P * n, D]`."""
+        pairs = len(key_value)
         query = self.query(self.norm_cross(x)).view(pairs, len(x) // max(1, pairs), self.heads, -1)
-        key_value = self.key_value(self.norm_other(other.flatten(0, 1))).view(pairs, length, 2, self.heads, -1)
         mixed: Tensor = self.cross_out(cross_attention(query, key_value, other_mask).flatten(0, 1))
         return mixed
 
     def meet(self, x: Tensor, layout: Layout, other: Tensor, other_mask: Tensor | None) -> Tensor:
         """The whole block on `x [P * n, D]`."""
+        return self.meet_known(x, layout, self.keys_of(other), other_mask)
+
+    def meet_known(self, x: Tensor, layout: Layout, key_value: Tensor, other_mask: Tensor | None) -> Tensor:
+        """`meet` of a stream whose keys and values `[P, m, 2, H, K]` are there."""
         x = x + self.attend(self.norm1(x), layout)
-        x = x + self.look_at(x, other, other_mask)
+        x = x + self.look_at(x, key_value, other_mask)
         return x + self.mlp(self.norm2(x))
+
+    def meet_next(self, x: Tensor, past: Tensor, key_value: Tensor, other_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The whole block on the next token of a causal stream, `x [P, D]`.
+
+        `past [P, t, 2, H, K]`: keys and values of the tokens before it; given back with its own at the end.
+        """
+        qkv = self.qkv(self.norm1(x)).view(len(x), 3, self.heads, -1)
+        past = torch.cat([past, qkv[:, None, 1:]], dim=1)
+        x = x + self.attention_out(cross_attention(qkv[:, :1], past, None).flatten(0, 1))
+        x = x + self.look_at(x, key_value, other_mask)
+        return x + self.mlp(self.norm2(x)), past
 
 
 class CrossStack(nn.Module):
