@@ -172,6 +172,10 @@ class Tokenizer:
         """The vocabulary's spelling of each id."""
         return [self._backend.id_to_token(int(token)) or "" for token in ids]
 
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row of ids as far as the vocabulary holds it, without special tokens."""
+        return list(self._backend.decode_batch([list(row) for row in rows], skip_special_tokens=True))
+
     def to_files(self) -> dict[str, bytes]:
         """The two files of a tokenizer folder; equal tokenizers give equal bytes."""
         config = {"format": FORMAT, "tokenizer_class": "PreTrainedTokenizerFast"}

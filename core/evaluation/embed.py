@@ -20,8 +20,9 @@ PARTS = ("image_embeds", "text_embeds", "features")  # of every task
 GAUSSIAN_PARTS = ("image_mean", "image_logvar", "text_logvar")  # of a GaussianTask
 NORM_PART = "image_norm"  # of a task with `image_norms`
 ANATOMY_PARTS = ("anatomy_embeds", "anatomy_present")  # of a task with `embed_anatomies`; they come together
+PATCH_PARTS = ("patch_tokens", "patch_member")  # of a task with `embed_patches`, which gives ANATOMY_PARTS too
 LABEL_PART = "label_logits"  # of a task that is taught labels
-ALL_PARTS = (*PARTS, *GAUSSIAN_PARTS, NORM_PART, *ANATOMY_PARTS, LABEL_PART)
+ALL_PARTS = (*PARTS, *GAUSSIAN_PARTS, NORM_PART, *ANATOMY_PARTS, *PATCH_PARTS, LABEL_PART)
 METADATA = ("valid", "labels", "report_key", "patient_key", "sample_id")
 KNOWN_OF_SOME = ("degradation_grade", "uncertain_verdicts")  # batches of some loaders have them
 
@@ -62,7 +63,8 @@ class EmbeddedSplit:
 
     `image_embeds [n, E]`, `text_embeds [n, E]`, `features [n, D]` are float32, or None where not asked for, and so are
     `image_mean [n, E]`, `image_logvar [n, E]`, `text_logvar [n, E]`, `image_norm [n]`, `anatomy_embeds [n, A, E]`,
-    `anatomy_present [n, A]` (1 or 0), `label_logits [n, K]`;
+    `anatomy_present [n, A]` (1 or 0), `label_logits [n, K]`, but `patch_tokens [n, T, D]` is bfloat16 and
+    `patch_member [n, A, T]` bool;
     `labels [n, K] int8`, `report_key [n]`, `patient_key [n]`, `sample_id [n]` int64 are as in a batch, and so are
     `degradation_grade [n]` and `uncertain_verdicts [n]`, None where batches lack them.
     """
@@ -80,6 +82,8 @@ class EmbeddedSplit:
     image_norm: Tensor | None = None
     anatomy_embeds: Tensor | None = None
     anatomy_present: Tensor | None = None
+    patch_tokens: Tensor | None = None
+    patch_member: Tensor | None = None
     label_logits: Tensor | None = None
     degradation_grade: Tensor | None = None
     uncertain_verdicts: Tensor | None = None
@@ -96,7 +100,7 @@ class EmbeddedSplit:
         return replace(self, **taken)
 
     def need(self, part: str) -> Tensor:
-        """One of ALL_PARTS, float32. An evaluator that asks for a part which was not embedded is wrongly wired."""
+        """One of ALL_PARTS. An evaluator that asks for a part which was not embedded is wrongly wired."""
         value = getattr(self, part)
         assert value is not None, f"{part} was not embedded; name it in embed_split(parts=...)"
         return value
@@ -147,7 +151,7 @@ def embed_split(
 
 
 def _encode(task: Encoders, own: Batch, parts: set[str]) -> dict[str, Tensor]:
-    """The wanted parts of one batch, float32."""
+    """The wanted parts of one batch, float32 but for those of patches, which are many."""
     unknown = parts - set(ALL_PARTS)
     assert not unknown, f"{', '.join(sorted(unknown))}: no part of a split; there are {', '.join(ALL_PARTS)}"
     found: dict[str, Tensor] = {}
@@ -172,11 +176,16 @@ def _encode(task: Encoders, own: Batch, parts: set[str]) -> dict[str, Tensor]:
         found["features"] = task.image_features(own)
     if NORM_PART in parts:
         found[NORM_PART] = task.image_norms(own)  # type: ignore[attr-defined]
-    if set(ANATOMY_PARTS) & parts:
+    of_patches: dict[str, Tensor] = {}
+    if set(PATCH_PARTS) & parts:
+        *anatomies, tokens, member = task.embed_patches(own)  # type: ignore[attr-defined]
+        found |= zip(ANATOMY_PARTS, anatomies, strict=True)
+        of_patches = {"patch_tokens": tokens.bfloat16(), "patch_member": member}
+    elif set(ANATOMY_PARTS) & parts:
         found |= zip(ANATOMY_PARTS, task.embed_anatomies(own), strict=True)  # type: ignore[attr-defined]
     if LABEL_PART in parts:
         found[LABEL_PART] = task.label_logits(own)  # type: ignore[attr-defined]
-    return {name: rows.float() for name, rows in found.items() if name in parts}
+    return {name: rows.float() for name, rows in found.items() if name in parts} | of_patches
 
 
 def precision(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -69,6 +69,12 @@ class TwoTowers(Encoders):
         return unit_norm(self.text_projection(self.text(input_ids, attention_mask).pooled))
 
 
+def first_views(batch: Batch) -> Tensor:
+    """The row of each study's first view, `[B]`; every study has one, if only a void one."""
+    studies = torch.arange(len(batch["valid"]), device=batch["valid"].device)
+    return torch.searchsorted(batch["study_index"], studies)
+
+
 def mean_over_views(x: Tensor, study_index: Tensor, studies: int) -> Tensor:
     """`x [V, E]` fp32 -> `[studies, E]`; zero for a study without views.
 

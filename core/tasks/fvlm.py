@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from core import collectives
 from core.losses import contrast
 from core.losses.contrast import SoftTargets
-from core.models.anatomy_pool import AnatomyPool
+from core.models.anatomy_pool import AnatomyPool, mean_of_patches
 from core.models.average import RunningMean
 from core.models.gaussian import Gaussian, GaussianEncoder, unit_mean
 from core.models.heads import LogitScale, Projection, unit_norm
 from core.models.initialise import draw_weights
 from core.models.text import TextEncoder
-from core.models.towers import mean_over_present_views, mean_over_views
-from core.models.volume import VolumeEncoder
+from core.models.towers import first_views, mean_over_present_views, mean_over_views
+from core.models.volume import VolumeEncoder, VolumeOutput
 from core.tasks import Encoded, Gathered, LossOutput, Task, share_of_constant
 from kernels.gaussian_similarity.expansion import Precision
 from shards.batch import NOT_ANNOTATED, Batch
@@ -78,7 +78,11 @@ class AnatomyTowers(nn.Module):
 
     def images(self, batch: Batch) -> dict[str, Tensor]:
         """`image_embeds [b, A, E]` of unit norm, or `image_mean` and `image_logvar`; 0 for an anatomy not intact."""
-        pooled = self.pool(self.vision(batch["pixel_values"]), batch["anatomy_share"])  # [V, A, E]
+        return self.images_of(self.vision(batch["pixel_values"]), batch)
+
+    def images_of(self, volumes: VolumeOutput, batch: Batch) -> dict[str, Tensor]:
+        """`images` where the batch's volumes are encoded."""
+        pooled = self.pool(volumes, batch["anatomy_share"])  # [V, A, E]
 
         def of_studies(x: Tensor) -> Tensor:
             return mean_over_present_views(x, batch["anatomy_intact"], batch["study_index"], len(batch["valid"]))
@@ -96,6 +100,11 @@ class AnatomyTowers(nn.Module):
             return {"text_embeds": unit_norm(projected)}
         texts = _gaussian(self.text_gaussian, projected)
         return {"text_mean": texts.mean, "text_logvar": texts.logvar}
+
+
+def _embeds_of(images: dict[str, Tensor]) -> Tensor:
+    """The embeddings in what `AnatomyTowers.images` gives: Gaussian ones are their means."""
+    return images["image_embeds"] if "image_embeds" in images else images["image_mean"]
 
 
 def _gaussian(encoder: GaussianEncoder, x: Tensor) -> Gaussian:
@@ -182,10 +191,20 @@ class FVLM(Task):
 
     def embed_anatomies(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit-norm `[b, A, E]`, and which are there to be judged, `[b, A]` bool; reads no text."""
-        found = self.towers.images(batch)
-        embeds = found.get("image_embeds", found.get("image_mean"))
-        assert embeds is not None
-        return embeds, anatomies_of_studies(batch)
+        return _embeds_of(self.towers.images(batch)), anatomies_of_studies(batch)
+
+    def embed_patches(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`embed_anatomies`, tokens `[b, T, D]` of a study's first view, and which are of an anatomy, `[b, A, T]` bool.
+
+        The tokens are those of the last level.
+        """
+        volumes = self.towers.vision(batch["pixel_values"])
+        embeds = _embeds_of(self.towers.images_of(volumes, batch))
+        view, share = first_views(batch), batch["anatomy_share"]
+        if volumes.fine is not None:
+            share = mean_of_patches(share, volumes)
+        member = (share[view] > 0) & batch["anatomy_intact"][view][:, :, None]
+        return embeds, anatomies_of_studies(batch), volumes.levels[-1][view], member & batch["valid"][:, None, None]
 
     def embed_images(self, batch: Batch) -> Tensor:
         """Of a study, `[b, E]`: the mean over its anatomies that are there, at unit norm."""

@@ -24,6 +24,7 @@ from core.optim import OptimConfig
 from core.tasks import Task
 from core.tasks.fvlm import FVLM, DistinctTexts, TextTower
 from core.tasks.supervised import Supervised
+from core.tasks.volume_clip import VolumeCLIP
 from core.world import World
 from shards.batch import NOT_ANNOTATED, Batch
 from shards.errors import ConfigError
@@ -205,6 +206,24 @@ def test_a_batch_without_any_intact_anatomy_has_no_loss_and_gradients_of_zero() 
     assert out.loss == 0
     for name, parameter in task.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_patches_are_those_of_a_studys_first_view() -> None:
+    task, batch = build(), volume_batch()
+    embeds, present, tokens, member = task.embed_patches(batch)
+    for found, expected in zip((embeds, present), task.embed_anatomies(batch), strict=True):
+        torch.testing.assert_close(found, expected)
+    first = torch.tensor([0, 1, 3, 4, 5, 6])  # study 1 has views 1 and 2
+    torch.testing.assert_close(tokens, task.towers.vision(batch["pixel_values"]).levels[-1][first])
+    assert torch.equal(member, (batch["anatomy_share"][first] > 0) & batch["anatomy_intact"][first][:, :, None])
+    assert member.any() and not member[-1].any()
+    config = VolumeCLIP.Config(vision=VISION, text=TEXT, embed_dim=8)
+    whole = config.build(vocab_size=WORDS)
+    pooled, present, tokens, member = whole.embed_patches(batch)
+    mean = F.normalize(whole.image_features(batch), dim=1)
+    torch.testing.assert_close(pooled[:-1, 0], mean[:-1])
+    assert torch.equal(present[:, 0], batch["valid"]) and tokens.shape == (STUDIES, 8, 16)
+    assert torch.equal(member, batch["valid"][:, None, None].expand(-1, 1, 8))
 
 
 def test_anatomies_of_which_nothing_is_known_are_not_contrasted() -> None:
