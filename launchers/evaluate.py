@@ -16,7 +16,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,19 +32,23 @@ from core.evaluation.corruption import Words
 from core.evaluation.embed import (
     ANATOMY_PARTS,
     LABEL_PART,
+    PATCH_PARTS,
     EmbeddedSplit,
     Encoders,
     GaussianTask,
     embed_split,
     parts_of_uncertainty,
 )
+from core.evaluation.generation import MEASURES, Generation
 from core.evaluation.probe import LinearProbe
 from core.evaluation.retrieval import Retrieval
 from core.evaluation.uncertainty import Uncertainty
 from core.evaluation.zero_shot import Prompts, ZeroShot, check_prompts
 from core.metrics import Metrics
+from core.models.report_decoder import ReportDecoder
 from core.world import World
 from launchers.past_run import PastRun, open_run
+from launchers.report_generation import keys_of, labeller_for, with_reports
 from shards.batch import Batch
 from shards.collate import Collator
 from shards.dataset import DataSet
@@ -60,7 +64,9 @@ PROTOCOLS = (
     Uncertainty.protocol,
     AnatomyZeroShot.protocol,
     LabelAreas.protocol,
+    Generation.protocol,
 )
+TRAINED = {LinearProbe.protocol, Generation.protocol}  # on the training split
 PROMPTED = {ZeroShot.protocol, Uncertainty.protocol, AnatomyZeroShot.protocol}
 COVERAGES = (1.0, 0.9, 0.7, 0.5)  # of retrieval with abstention
 EPILOG = """\
@@ -79,6 +85,10 @@ protocols:
   anatomy       zero_shot of a model of anatomies: each label is looked for in its own anatomy
                 (evaluation.anatomy_of); coverage is the share of studies that show it uncut
   supervised    AUC of the predictions of a task that was taught the labels
+  generation    a small decoder is trained to write reports from the frozen anatomies of volumes; BLEU, ROUGE-L and F1
+                of clinical labels of what it writes for held-out studies, beside the report of the nearest training
+                study, the most frequent one, and what it writes from another study's anatomies. Only when named.
+                Definitions: core/evaluation/generation.py
 By default: those that the run's task can be asked.
 
 exit codes: 0 done, 2 bad arguments or configuration, 3 bad data or damaged checkpoint, 4 embeddings not finite
@@ -96,6 +106,11 @@ class Options:
     limit: int | None = None
     probe_studies: int = 20_000  # of the training split; the probe gains little from more
     corruption_studies: int = 256  # first ones, encoded anew for every level of every corruption
+    decoder_studies: int = 4000  # of the training split, for generation; the tokens of their patches are held in memory
+    decoder_steps: int = Generation.Config.steps
+    report_length: int = ReportDecoder.Config.max_length  # tokens
+    beams: int = Generation.Config.beams
+    keep_reports: bool = False  # generated ones, in Evaluation.written
     batch_size: int = 96
     threads: int = 0  # of the decoder; 0: all cores
     replicates: int = 1000
@@ -106,12 +121,13 @@ class Options:
 class Evaluation:
     """`reports`: protocol -> what its evaluator says, ready for JSON; `figures`: TensorBoard name -> value.
 
-    `pictures`: TensorBoard name -> image [3, H, W] in [0, 1].
+    `pictures`: TensorBoard name -> image [3, H, W] in [0, 1]. `written`: (study, generated report), if asked for.
     """
 
     reports: dict[str, dict[str, Any]]
     figures: dict[str, float]
     pictures: dict[str, Tensor]
+    written: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Splits:
@@ -133,6 +149,8 @@ class Splits:
             here["device"] = "cpu"
         volume = None if config.volume is None else replace(config.volume, **here)
         self._config = replace(config, decode=replace(config.decode, **here), volume=volume)
+        # Those that the task tells apart, in its order.
+        self.anatomies = volume.anatomies if volume is not None and "anatomy_share" in run.task.fields else ()
         self._sets: dict[str, DataSet] = {}
         self.skipped: Counter[str] = Counter()
         whole = self.open(options.split).whole
@@ -158,17 +176,17 @@ class Splits:
 
         `change` is made to every batch before it is encoded. `quiet`: no progress is shown.
         """
-        run, data = self._run, self.open(split)
+        run, data, config = self._run, self.open(split), self._config
         reads_text = bool(parts & {"text_embeds", "text_logvar"})
-        embeds_anatomies = AnatomyZeroShot.protocol in protocols_of(run, None)
-        reads_masks = embeds_anatomies and bool(parts & {"image_embeds", *ANATOMY_PARTS})
+        reads_masks = bool(self.anatomies) and bool(parts & {"image_embeds", *ANATOMY_PARTS})
         fields = ("anatomy_share", "anatomy_intact") if reads_masks else ()
-        collate = Collator(self._config, run.tokenizer if reads_text else None, self.labels, run.config.seed, fields)
+        if config.volume is not None and set(PATCH_PARTS) & parts:
+            # What is to be written must not say which anatomies there are to write it from.
+            config = replace(config, volume=replace(config.volume, keep_cut_if_mentioned=False))
+        collate = Collator(config, run.tokenizer if reads_text else None, self.labels, run.config.seed, fields)
         limits = [value for value in (limit, self._options.limit) if value is not None]
         total = min([data.table.total, *limits])
-        batches = evaluation_batches(
-            data, collate, self._config, self._note, min(self._options.batch_size, total), total
-        )
+        batches = evaluation_batches(data, collate, config, self._note, min(self._options.batch_size, total), total)
         done = 0
 
         def advance(studies: int) -> None:
@@ -201,7 +219,7 @@ def evaluate(
     """
     wanted = protocols_of(run, options.protocols)
     splits = Splits(run, options, progress)
-    if LinearProbe.protocol in wanted:  # a split that is not there is said before minutes of embedding
+    if wanted & TRAINED:  # a split that is not there is said before minutes of embedding
         splits.open(splits.train_split)
     common: dict[str, Any] = {"seed": options.seed, "replicates": options.replicates}
     measures_uncertainty = Uncertainty.protocol in wanted
@@ -235,7 +253,7 @@ def evaluate(
     pictures: dict[str, Tensor] = {}
 
     def take(
-        evaluator: ZeroShot | Retrieval | LinearProbe | Uncertainty | AnatomyZeroShot | LabelAreas,
+        evaluator: ZeroShot | Retrieval | LinearProbe | Uncertainty | AnatomyZeroShot | LabelAreas | Generation,
         found: Iterator[tuple[str, float]],
     ) -> dict[str, Any]:
         figures.update({f"eval/{evaluator.protocol}/{name}": value for name, value in found})
@@ -286,6 +304,12 @@ def evaluate(
         )  # fmt: skip
         take(uncertainty, found)["prompts_from"] = source
         pictures = {f"eval/{Uncertainty.protocol}/{name}": image for name, image in uncertainty.pictures().items()}
+    written: list[tuple[str, str]] = []
+    if Generation.protocol in wanted:
+        splits.skipped.clear()
+        generation, studies, scores = generate_reports(run, splits, options, progress)
+        take(generation, scores)["skipped"] = dict(splits.skipped)
+        written = list(zip(studies, generation.written, strict=True)) if options.keep_reports else []
     for protocol, report in reports.items():
         report |= {
             "step": run.step,
@@ -293,10 +317,29 @@ def evaluate(
             "data": splits.url,
             "manifest_sha256": splits.manifest.sha256,
             "split": options.split,
-            "skipped": skipped_with_text if protocol == Retrieval.protocol else skipped,
+            "skipped": report.get("skipped", skipped_with_text if protocol == Retrieval.protocol else skipped),
             "seed": options.seed,
         }
-    return Evaluation(reports=reports, figures=figures, pictures=pictures)
+    return Evaluation(reports=reports, figures=figures, pictures=pictures, written=written)
+
+
+def generate_reports(
+    run: PastRun, splits: Splits, options: Options, progress: Callable[[str, int, int], None]
+) -> tuple[Generation, list[str], Iterator[tuple[str, float]]]:
+    """(the evaluator, keys of the held-out studies, its figures, which train the decoder when they are asked for)."""
+    config = Generation.Config(
+        decoder=ReportDecoder.Config(max_length=options.report_length), steps=options.decoder_steps,
+        beams=options.beams, replicates=options.replicates, seed=options.seed,
+    )  # fmt: skip
+    reported = []
+    for split, limit in ((splits.train_split, options.decoder_studies), (options.split, None)):
+        embedded = splits.embed(split, {*ANATOMY_PARTS, *PATCH_PARTS}, limit)
+        data, sections = splits.open(split), run.config.data.sections
+        reported.append(with_reports(embedded, data, sections, splits.anatomies, splits.skipped))
+    train, test = reported
+    generation = Generation(config)
+    found = generation.run(train, test, run.tokenizer, labeller_for(splits.labels), run.device, progress)
+    return generation, keys_of(test.split, splits.open(options.split)), found
 
 
 def protocols_of(run: PastRun, asked: Sequence[str] | None) -> set[str]:
@@ -309,6 +352,7 @@ def protocols_of(run: PastRun, asked: Sequence[str] | None) -> set[str]:
     fit = set(PROTOCOLS[:4]) if has("embed_images", "embed_texts") else set()
     fit |= {AnatomyZeroShot.protocol} if has("embed_anatomies", "embed_texts") else set()
     fit |= {LabelAreas.protocol} if has("label_logits") else set()
+    fit |= {Generation.protocol} if has("embed_patches") else set()
     for name in asked or ():
         if name not in PROTOCOLS:
             raise ConfigError(f"--protocol {name}: unknown; use {', '.join(PROTOCOLS)}")
@@ -316,7 +360,7 @@ def protocols_of(run: PastRun, asked: Sequence[str] | None) -> set[str]:
             raise ConfigError(
                 f"--protocol {name}: {type(task).__name__} cannot be asked; use {', '.join(sorted(fit)) or 'none'}"
             )
-    return set(asked or fit)
+    return set(asked or fit - {Generation.protocol})  # which trains for minutes
 
 
 def words_of(tokenizer: Tokenizer) -> Words | None:
@@ -405,6 +449,15 @@ def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
                 found = [report["abstention"][direction].get(by) for direction in report["directions"]]
                 shown = ("" if one is None else _interval(one[percent][name]) for one in found)
                 table.add_row(f"R@{name.removeprefix('r')}, surest {percent} % by {by}", *shown)
+        elif "less" in report:
+            counts = report["studies"]
+            table = Table(title=f"{protocol}: {counts['train']} studies read, {counts['test']} written, {where}")
+            for name in ("", *report["reports"]):
+                table.add_column(name, justify="right" if name else "left")
+            for measure in MEASURES:
+                shown = (_interval(one[measure], undefined="no label") for one in report["reports"].values())
+                table.add_row(measure.replace("_", " "), *shown)
+            table.add_row("distinct reports", *map(str, report["distinct_reports"].values()))
         elif "figures" in report:
             table = Table(title=f"{protocol}: {report['studies']} studies, {where}")
             table.add_column("")
@@ -488,6 +541,24 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="uncertainty: first N studies, encoded anew for every level of every corruption; default: 256",
     )
+    add("--decoder-steps", type=_positive, default=Options.decoder_steps, metavar="N", help="generation: of training")
+    add(
+        "--decoder-studies",
+        type=_positive,
+        default=Options.decoder_studies,
+        metavar="N",
+        help=f"generation: first N of training, patches in memory; default: {Options.decoder_studies}",
+    )
+    add("--report-length", type=_positive, default=Options.report_length, metavar="N", help="generation: in tokens")
+    add(
+        "--beams", type=_positive, default=Options.beams, metavar="N", help="generation: width of the search; 1: greedy"
+    )
+    add(
+        "--generated-reports",
+        metavar="FILE",
+        help="generation: write each study's key and the text generated for it, JSON lines. The text may repeat what "
+        "training reports say: treat the file like reports. Without it no text is kept",
+    )
     add("--batch-size", type=_positive, default=96, metavar="N")
     add("--replicates", type=_positive, default=1000, metavar="N", help="of the bootstrap")
     add("--seed", type=int, default=0, help="of the bootstrap")
@@ -508,6 +579,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     console = Console(highlight=False)
     try:
+        if arguments.generated_reports and Generation.protocol not in (arguments.protocol or ()):
+            raise ConfigError("--generated-reports: nothing is generated without --protocol generation; name it")
         options = Options(
             protocols=tuple(arguments.protocol) if arguments.protocol else None,
             data=arguments.data,
@@ -515,6 +588,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompts=read_prompts(arguments.prompts) if arguments.prompts else None,
             limit=arguments.limit,
             corruption_studies=arguments.corruption_studies,
+            decoder_studies=arguments.decoder_studies,
+            decoder_steps=arguments.decoder_steps,
+            report_length=arguments.report_length,
+            beams=arguments.beams,
+            keep_reports=arguments.generated_reports is not None,
             batch_size=arguments.batch_size,
             replicates=arguments.replicates,
             seed=arguments.seed,
@@ -532,6 +610,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if report["skipped"]:
                 causes = ", ".join(f"{count} {cause}" for cause, count in sorted(report["skipped"].items()))
                 console.print(f"{protocol}: studies left out: {causes}", soft_wrap=True)
+        if arguments.generated_reports:
+            lines = (json.dumps({"study": study, "report": text}) for study, text in evaluation.written)
+            Path(arguments.generated_reports).write_text("".join(f"{line}\n" for line in lines))
         if arguments.json:
             Path(arguments.json).write_text(json.dumps(evaluation.reports, indent=1) + "\n")
         console.print(f"written to {arguments.run_dir}: {', '.join(names)}, eval/tb", soft_wrap=True)

@@ -179,7 +179,7 @@ class Generation:
             longest = int(mask[chosen].sum(dim=1).max())
             told = (ids[chosen, :longest].to(device), mask[chosen, :longest].to(device))
             loss = decoder.loss(seen.rows(chosen).to(device), *told)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             if not np.isfinite(losses[-1]):
                 raise FloatingPointError(f"generation: loss {losses[-1]} at step {step}; lower the learning rate")
             optimizer.zero_grad(set_to_none=True)

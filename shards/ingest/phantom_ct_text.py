@@ -5,8 +5,10 @@ Every sentence is chosen by numbers passed in, so a report is a pure function of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 ORGANS = ("lung", "heart", "aorta", "liver", "spleen", "kidney")  # of shards.reports.anatomy.ANATOMIES
@@ -275,6 +277,37 @@ def write_report(findings: Sequence[Finding], draw: Callable[[int], Any]) -> Rep
         "impression": " ".join(concluded.values()) or pick(NORMAL_IMPRESSIONS),
     }
     return Report(sections=sections, findings=said, impression=concluded)
+
+
+def stated_diseases(text: str) -> set[str]:
+    """Names of the diseases that a report in the phantom's words states, whatever its case and white space.
+
+    Sentence by sentence: one that is not whole, or in other words, states nothing.
+    """
+    sentences = {_plain(sentence) for sentence in text.split(".")}
+    return {name for name, stated in _stated().items() if any(map(stated.fullmatch, sentences))}
+
+
+@cache
+def _stated() -> dict[str, re.Pattern[str]]:
+    """Of each disease what all of its sentences match."""
+    found = {}
+    for name, disease in DISEASES.items():
+        words = {"side": disease.sides, "place": disease.places, "size": disease.sizes}
+        choices = {kind: f"({'|'.join(map(_plain, options))})" for kind, options in words.items()}
+        templates = (*disease.stated, *disease.concluded)
+        sentences = [" ".join(template.format(**choices).split()) for template in map(_plain_template, templates)]
+        found[name] = re.compile("|".join(sentences))
+    return found
+
+
+def _plain_template(template: str) -> str:
+    return re.sub(r"[^\w{}]+", " ", template.lower()).strip()
+
+
+def _plain(text: str) -> str:
+    """Its words in lower case, a space between them."""
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def _prompts(name: str) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,18 @@ def pack(folder: Path) -> Path:
     return folder / "manifest.json"
 
 
-def make_run(folder: Path, manifest: Path, config: TrainConfig | None = None, **of_data: Any) -> Path:
-    """`folder` with config.json, tokenizer, one checkpoint (step 4, latest and best) and events.jsonl."""
+def make_run(
+    folder: Path, manifest: Path, config: TrainConfig | None = None, corpus: Sequence[str] = (), **of_data: Any
+) -> Path:
+    """`folder` with config.json, tokenizer, one checkpoint (step 4, latest and best) and events.jsonl.
+
+    Of `tiny:clip` on SENTENCES, or of another `config` whose tokenizer is trained on `corpus`.
+    """
     config = config or replace(tiny.clip(), recipe="tiny:clip")
     config = replace(config, data=replace(config.data, train=str(manifest), sections=("findings",), **of_data))
     folder.mkdir(parents=True)
-    tokenizer = train_wordpiece([text for texts in SENTENCES.values() for text in texts] * 2, 128, folder / "tokenizer")
+    texts = list(corpus) or [text for texts in SENTENCES.values() for text in texts]
+    tokenizer = train_wordpiece(texts * 2, 400 if corpus else 128, folder / "tokenizer")
     (folder / "config.json").write_text(schema.dumps(config))
     task = config.task.build(vocab_size=tokenizer.vocab_size, seed=7)
     checkpoint = folder / "checkpoints" / f"step-{STEP}"

@@ -14,6 +14,7 @@ from core.models.gaussian import Gaussian
 from core.tasks.clip import CLIP
 from launchers import evaluate
 from shards.ingest.phantom_ct import CtPhantom
+from shards.ingest.phantom_ct_text import PROMPTS
 from shards.manifest import Manifest
 from shards.store import open_store
 from shards.tokenizer import Tokenizer, train_wordpiece
@@ -99,6 +100,40 @@ def test_a_task_with_log_variance_is_measured_in_full(
     assert "error: image_logvar of sample 0 is nan" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["anatomies", "whole volumes"])
+def test_reports_are_generated_and_kept_only_when_asked_for(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = CtPhantom(CtPhantom.Config(train=12, validation=2, test=8, shape=(24, 32, 32), normal=0.5))
+    write_shards(source, str(tmp_path / "set"), WriterConfig(shard_samples=8, workers=1))
+    config = ct.fvlm_tiny() if kind == "anatomies" else ct.clip_tiny()
+    vision = replace(config.task.vision, volume_size=(24, 32, 32), width=16, heads=2)
+    volume = replace(config.data.volume, size=(24, 32, 32))
+    config = replace(config, task=replace(config.task, vision=vision), data=replace(config.data, volume=volume))
+    corpus = [text for sides in PROMPTS.values() for texts in sides.values() for text in texts]
+    run = make_run(tmp_path / "run", tmp_path / "set" / "manifest.json", config, corpus)
+    options = ["--run-dir", str(run), "--protocol", "generation", "--device", "cpu", "--replicates", "20"]
+    options += ["--decoder-steps", "4", "--report-length", "64", "--limit", "8"]
+    assert evaluate.main([*options, "--generated-reports", str(tmp_path / "reports.jsonl")]) == 0
+    shown = capsys.readouterr()
+    assert "generation: 8 studies read, 8 written" in shown.out and "bleu 4" in shown.out
+    kept = [json.loads(line) for line in (tmp_path / "reports.jsonl").read_text().splitlines()]
+    keys = {source.plan().items[place].key for place in range(14, 22)}
+    assert {one["study"] for one in kept} == keys and all(set(one) == {"study", "report"} for one in kept)
+    report = json.loads((run / "eval" / "generation.json").read_text())
+    assert report["labels_from"] == "sentences of the CT phantom" and set(report["labels"]) == set(PROMPTS)
+    assert (report["abnormal"] is None) == (kind == "whole volumes")
+    # Reports are nowhere else, neither those that were read nor those that were written.
+    texts = [one["report"] for one in kept if len(one["report"].split()) > 4]
+    for item in source.plan().items:
+        texts += source.load(item).sample.record.report.values()
+    everything = shown.out + shown.err + json.dumps(report)
+    assert texts and not any(text in everything for text in texts)
+    assert evaluate.main(options) == 0
+    assert json.loads((run / "eval" / "generation.json").read_text()) == report
+
+
 def test_words_of_a_vocabulary() -> None:
     tokenizer = train_wordpiece(["Left pleural effusion.", "The heart is normal."] * 3, 96)
     words = evaluate.words_of(tokenizer)
@@ -159,6 +194,8 @@ def test_a_run_on_structured_reports_is_asked_in_their_parts(
         (["--checkpoint", "../x"], 2, "names no checkpoint"),
         (["--data", "missing/manifest.json"], 2, "missing"),
         (["--prompts", "missing.toml"], 2, "cannot be read"),
+        (["--protocol", "generation"], 2, "CLIP cannot be asked"),
+        (["--generated-reports", "a.jsonl"], 2, "nothing is generated without --protocol generation"),
     ],
 )
 def test_bad_arguments_are_one_line(

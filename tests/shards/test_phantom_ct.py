@@ -22,6 +22,7 @@ from shards.ingest.phantom_ct_text import (
     ORGANS,
     PROMPTS,
     Finding,
+    stated_diseases,
     write_report,
 )
 from shards.ingest.volume import whole_hu
@@ -205,3 +206,22 @@ def test_labels_and_prompts_cover_every_organ() -> None:
 def test_wrong_options_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong)) if "train" not in wrong else "counts"):
         CtPhantom(CtPhantom.Config(**wrong))  # type: ignore[arg-type]
+
+
+def test_the_diseases_of_a_report_are_read_back_from_its_sentences() -> None:
+    stated = 0
+    for index in range(60):
+        scene = scene_of(index)
+        sections = write_report(scene.findings, lambda count, at=index: uniform(3, "words", at, draws=count)).sections
+        names = {finding.name for finding in scene.findings}
+        stated += len(names)
+        for text in sections.values():
+            loose = text.lower().replace("-", " - ").replace(".", " .")  # as a vocabulary spells it
+            assert stated_diseases(text) == stated_diseases(loose) == names
+    assert stated > 60
+    assert not stated_diseases(
+        " ".join((*(text for many in NORMAL_SENTENCES.values() for text in many), *NORMAL_IMPRESSIONS))
+    )
+    assert stated_diseases("There is mild emphysema. No kidney stone. Small pericardial effusion") == {
+        "pericardial effusion"
+    }

@@ -1,0 +1,88 @@
+"""What the protocol `generation` needs of the data: reports of a split, and a reader of clinical labels.
+
+Reports are read from the shards beside the embeddings, since batches hold no text. None is printed or logged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from core.evaluation.embed import EmbeddedSplit
+from core.evaluation.generation import Labeller, ReportedSplit
+from shards.dataset import DataSet, Found, read_units
+from shards.errors import BadSampleError, DataError, EmptyReportError
+from shards.ingest.phantom_ct_text import LABELS as CT_PHANTOM_LABELS
+from shards.ingest.phantom_ct_text import stated_diseases
+from shards.reports.extract import by_rules
+from shards.reports.labels import ONTOLOGIES, label_names
+from shards.tokenizer import report_text
+from shards.transforms.anatomy import anatomy_texts
+
+DEFAULT_ONTOLOGY = "ct_rate18"
+
+
+def with_reports(
+    split: EmbeddedSplit, data: DataSet, sections: Sequence[str], anatomies: Sequence[str], skipped: Counter[str]
+) -> ReportedSplit:
+    """The studies of an embedded split that have a report; the causes of the others are counted in `skipped`.
+
+    `anatomies` in the model's order, none where it does not tell them apart. Raises DataError where no report is left.
+    """
+    units = split.sample_id.numpy()
+    chunk = chunks_of(data, units)
+    found: dict[int, Found] = {}
+    for number in np.unique(chunk):
+        found |= read_units(data, int(number), units[chunk == number].tolist(), lambda unit, views: ())
+    kept: list[int] = []
+    reports: list[str] = []
+    states: list[np.ndarray] = []
+    for row, unit in enumerate(units.tolist()):
+        try:
+            members = found[unit]
+            if isinstance(members, BadSampleError):
+                raise members
+            record = members.record(data.manifest.adopted)
+            reports.append(report_text(record, sections))
+        except (BadSampleError, EmptyReportError) as error:
+            skipped[error.cause if isinstance(error, BadSampleError) else "empty report"] += 1
+            continue
+        kept.append(row)
+        states.append(anatomy_texts(record, anatomies).state)
+    if not kept:
+        raise DataError(f"{data.url}: no study with a report in sections {', '.join(sections)}; nothing to generate")
+    if len(kept) < len(split):
+        split = split.rows(torch.tensor(kept))
+    return ReportedSplit(split=split, reports=reports, state=np.stack(states) if anatomies else None)
+
+
+def keys_of(split: EmbeddedSplit, data: DataSet) -> list[str]:
+    """Of each study, safe to log."""
+    units = split.sample_id.numpy()
+    return [
+        data.key(chunk, unit)[1] for chunk, unit in zip(chunks_of(data, units).tolist(), units.tolist(), strict=True)
+    ]
+
+
+def chunks_of(data: DataSet, units: np.ndarray) -> np.ndarray:
+    """The chunk that each unit [n] lies in."""
+    return np.searchsorted(data.table.first_unit, units, "right") - 1
+
+
+def labeller_for(labels: Sequence[str]) -> Labeller:
+    """Of the CT phantom's diseases by its own sentences where `labels` are of them, else by rules of shards.reports.
+
+    Their ontology is the first that has all of `labels`, else CT-RATE's.
+    """
+    if labels and set(labels) <= set(CT_PHANTOM_LABELS):
+        return Labeller(names=CT_PHANTOM_LABELS, states=stated_diseases, source="sentences of the CT phantom")
+    fits = (name for name in ONTOLOGIES if labels and set(labels) <= set(label_names(name)))
+    ontology = next(fits, DEFAULT_ONTOLOGY)
+
+    def present(text: str) -> set[str]:
+        return {name for name, value in by_rules(text).labels[ontology].items() if value == 1}
+
+    return Labeller(names=label_names(ontology), states=present, source=f"rules of shards.reports, {ontology}")
