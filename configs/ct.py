@@ -66,7 +66,7 @@ def supervised_b() -> TrainConfig:
 def fvlm_tiny() -> TrainConfig:
     """fVLM with towers of about a million weights on phantoms of 48 x 64 x 64 voxels: learns on two CPU cores."""
     windows_hu = ((-1000.0, -600.0), (-150.0, 250.0), (200.0, 1000.0))  # lung, soft tissue, bone and calcification
-    vision = replace(vit_tiny_volume(), channels=len(windows_hu), stem=(32, 64), depth=1, levels=(1,))
+    vision = replace(vit_tiny_volume(), channels=len(windows_hu), stem=(16, 64), depth=1, levels=(1,))
     volume = VolumeDecoder.Config(
         size=vision.volume_size,
         patch_size=vision.fine_size,

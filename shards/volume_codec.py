@@ -27,6 +27,7 @@ AIR_HU = -1024  # what lies outside of a volume
 
 _MAGIC = b"RVP1"
 _HEADER = struct.Struct("<4sIIII")  # magic, bytes a voxel, slices, rows, columns
+_ZSTD = pa.Codec("zstd")  # to decode with; it keeps no state
 _ZSTD_LEVEL = 1  # noise does not compress better at higher levels, and takes longer to decode
 _SLICE_VOXELS_MAX = 1 << 24  # 4096 x 4096: what a header says is believed up to here
 
@@ -126,7 +127,7 @@ class Part:
         body = self._data[self._edges[frame] : self._edges[frame + 1]]
         size = self.rows * self.columns
         try:
-            plane = pa.Codec("zstd").decompress(body, size)
+            plane = _ZSTD.decompress(body, size)
         except (OSError, ValueError) as error:  # also for a frame of another size than the header says
             raise ValueError(f"a slice that does not decode ({type(error).__name__})") from None
         return np.frombuffer(plane, np.uint8).reshape(self.rows, self.columns)

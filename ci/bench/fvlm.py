@@ -32,7 +32,7 @@ DESCRIPTION = "fVLM against CLIP on whole reports and its own ablations: zero-sh
 SEEDS = (0, 1, 2)
 DIFFICULTY, NORMAL = "standard", 0.9
 OTHER_NORMALS = (0.8, 0.95)
-FULL = Size(samples=(1200, 120, 400), steps=300, warmup_steps=30)
+FULL = Size(samples=(1200, 120, 400), steps=240, warmup_steps=30)
 QUICK = Size(samples=(96, 12, 48), steps=4, warmup_steps=1, log_every=1)
 FOLDER = REPOSITORY / "runs" / "bench_fvlm"
 OURS, CLIP, UNCORRECTED = "fvlm", "clip on whole reports", "no normal correction"
