@@ -46,7 +46,10 @@ def fvlm_b() -> TrainConfig:
         ),
         checkpoint=CheckpointConfig(keep_last=2, keep_every=10_000),
         evaluation=EvaluationConfig(
-            protocols=("anatomy",), prompts=prompts.CT_RATE_PROMPTS, anatomy_of=prompts.CT_RATE_ANATOMY
+            protocols=("anatomy",),
+            prompts=prompts.CT_RATE_PROMPTS,
+            anatomy_of=prompts.CT_RATE_ANATOMY,
+            paraphrases=prompts.paraphrased(prompts.CT_RATE_ANATOMY),
         ),
     )
 
@@ -88,7 +91,10 @@ def fvlm_tiny() -> TrainConfig:
         engine=EngineConfig(zero_stage=2, precision="bf16"),
         trainer=TrainerConfig(steps=400, log_every=20, evaluate_every=200, save_every=200, picture_every=None),
         evaluation=EvaluationConfig(
-            protocols=("anatomy",), prompts=prompts.CT_PHANTOM_PROMPTS, anatomy_of=prompts.CT_PHANTOM_ANATOMY
+            protocols=("anatomy",),
+            prompts=prompts.CT_PHANTOM_PROMPTS,
+            anatomy_of=prompts.CT_PHANTOM_ANATOMY,
+            paraphrases=prompts.paraphrased(prompts.CT_PHANTOM_ANATOMY),
         ),
     )
 

@@ -6,7 +6,7 @@ reports has read no plain ones: its prompts are what such a report says of the o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from core.evaluation.zero_shot import Prompt, Prompts
 from shards.ingest.phantom_chest_text import PROMPTS as PHANTOM_PROMPTS
@@ -168,6 +168,24 @@ CT_PHANTOM_ANATOMY = {name: disease.anatomy for name, disease in CT_PHANTOM_DISE
 CT_PHANTOM_PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
     label: {side: tuple(texts) for side, texts in sides.items()} for label, sides in CT_PHANTOM.items()
 }
+
+_WORDINGS = (
+    ("There is {}.", "There is no {}."),
+    ("Findings are consistent with {}.", "No evidence of {}."),
+    ("Signs of {} are seen.", "No signs of {} are seen."),
+)
+
+
+def paraphrased(labels: Iterable[str]) -> tuple[dict[str, dict[str, tuple[str, ...]]], ...]:
+    """Three more ways to ask for each label, for how far figures hang on the words of prompts (fvlm.md, 6.4)."""
+    return tuple(
+        {
+            label: {"positive": (stated.format(label.lower()),), "negative": (denied.format(label.lower()),)}
+            for label in labels
+        }
+        for stated, denied in _WORDINGS
+    )
+
 
 PLAIN_PROMPTS: Prompts = {**NIH_PROMPTS, **PHANTOM_PROMPTS}
 # ChestX-ray14 spells the same diseases with a capital.

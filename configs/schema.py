@@ -81,6 +81,8 @@ class EvaluationConfig:
     `protocols`: `uncertainty` costs no more encoding than the other two, and corrupts nothing (evaluate.py does).
     `prompts`: label -> {"positive": sentences, "negative": sentences}, for zero-shot classification; other labels get
     those of configs/prompts.py. `anatomy_of`: label -> anatomy in whose embedding the `anatomy` protocol looks for it.
+    `paraphrases`: other wordings of the prompts, for how far its figures hang on the words.
+    `around_anatomies`: evaluate.py crops volumes so that it sees every anatomy whole, not at their centre.
     """
 
     protocols: tuple[Literal["zero_shot", "retrieval", "uncertainty", "anatomy", "supervised"], ...] = (
@@ -89,6 +91,8 @@ class EvaluationConfig:
     )
     prompts: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     anatomy_of: dict[str, str] = field(default_factory=dict)
+    paraphrases: tuple[dict[str, dict[str, tuple[str, ...]]], ...] = ()
+    around_anatomies: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

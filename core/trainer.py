@@ -86,6 +86,10 @@ class Source(Protocol):
 Evaluator = Callable[[TrainState], Iterator[tuple[str, float | torch.Tensor]]]
 
 
+# Yields (name, picture [3, H, W] in [0, 1]), asked every `picture_every` steps.
+Pictures = Callable[[], Iterator[tuple[str, torch.Tensor]]]
+
+
 class EvaluationStoppedError(Exception):
     """Raised on all ranks by an evaluator that was asked to stop: the run saves and ends with `code`."""
 
@@ -220,6 +224,7 @@ def train(
     global_batch_size: int,
     max_skip_rate: float,
     evaluators: Sequence[Evaluator] = (),
+    pictures: Pictures | None = None,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     stop: StopRequest | None = None,
 ) -> int:
@@ -279,6 +284,9 @@ def train(
                 progress.show(state.step, figures)
             if config.picture_every and (state.step == 1 or state.step % config.picture_every == 0):
                 metrics.picture(state.step, "batch/pixel_values", measures.contact_sheet(batch["pixel_values"]))
+                if pictures is not None:
+                    for name, image in pictures():
+                        metrics.picture(state.step, name, image)
 
             # All ranks saw the same sums, so all leave here together.
             code = _agreed_code(output.sums["stop"], output.sums["wants_stop"])

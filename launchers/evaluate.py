@@ -31,16 +31,20 @@ from core.evaluation.anatomy import AnatomyZeroShot, LabelAreas
 from core.evaluation.corruption import Words
 from core.evaluation.embed import (
     ANATOMY_PARTS,
+    ANATOMY_TEXT_PARTS,
     LABEL_PART,
     PATCH_PARTS,
     EmbeddedSplit,
     Encoders,
     GaussianTask,
     embed_split,
+    parts_of_retrieval,
     parts_of_uncertainty,
 )
 from core.evaluation.generation import MEASURES, Generation
-from core.evaluation.probe import LinearProbe
+from core.evaluation.heat_map import Explained, HeatMaps
+from core.evaluation.pictures import as_png
+from core.evaluation.probe import AnatomyProbe, LinearProbe
 from core.evaluation.retrieval import Retrieval
 from core.evaluation.uncertainty import Uncertainty
 from core.evaluation.zero_shot import Prompts, ZeroShot, check_prompts
@@ -50,7 +54,7 @@ from core.world import World
 from launchers.past_run import PastRun, open_run
 from launchers.report_generation import keys_of, labeller_for, with_reports
 from shards.batch import Batch
-from shards.collate import Collator
+from shards.collate import ANATOMY_TEXT_FIELDS, Collator
 from shards.dataset import DataSet
 from shards.errors import ConfigError, NonFiniteError, RoentgenError
 from shards.loader import as_mixture, evaluation_batches
@@ -64,16 +68,19 @@ PROTOCOLS = (
     Uncertainty.protocol,
     AnatomyZeroShot.protocol,
     LabelAreas.protocol,
+    AnatomyProbe.protocol,
     Generation.protocol,
 )
-TRAINED = {LinearProbe.protocol, Generation.protocol}  # on the training split
+TRAINED = {LinearProbe.protocol, AnatomyProbe.protocol, Generation.protocol}  # on the training split
 PROMPTED = {ZeroShot.protocol, Uncertainty.protocol, AnatomyZeroShot.protocol}
+Evaluated = ZeroShot | Retrieval | LinearProbe | Uncertainty | AnatomyZeroShot | LabelAreas | AnatomyProbe | Generation
 COVERAGES = (1.0, 0.9, 0.7, 0.5)  # of retrieval with abstention
 EPILOG = """\
 protocols:
   zero_shot     AUC of each label: is the image nearer to sentences that state it than to those that deny it?
                 A model of structured reports is asked with parts of such reports for the diseases they know.
-  retrieval     recall of the right report among all, and the other way; also over the queries it is surest of
+  retrieval     recall of the right report among all, and the other way; also over the queries it is surest of.
+                A model of anatomies is asked for the mean similarity of those that volume and report both have
   linear_probe  AUC of a logistic regression on frozen image features
   uncertainty   does the model know when it is wrong? Calibration error and Brier score of zero-shot probabilities;
                 risk over coverage when it leaves the least sure studies to a person, by log-variance, by maximum
@@ -83,7 +90,12 @@ protocols:
                 A task without log-variance gets the baselines. A constant log-variance is reported as FAILED.
                 Definitions: core/evaluation/uncertainty.py. Curves: TensorBoard, eval/uncertainty/risk_coverage.
   anatomy       zero_shot of a model of anatomies: each label is looked for in its own anatomy
-                (evaluation.anatomy_of); coverage is the share of studies that show it uncut
+                (evaluation.anatomy_of); coverage is the share of studies that show it uncut. Volumes are cropped
+                around anatomies, unless evaluation.around_anatomies is off. Also: macro AUC under other wordings of
+                the prompts, decisions at thresholds of the validation split, and for each label a picture of where
+                in the anatomy the score comes from (eval/anatomy/heat_map/*.png)
+  anatomy_probe AUC of a logistic regression on the frozen embedding of each label's anatomy, taught with the labels
+                of 1, 10 and 100 % of the patients
   supervised    AUC of the predictions of a task that was taught the labels
   generation    a small decoder is trained to write reports from the frozen anatomies of volumes; BLEU, ROUGE-L and F1
                 of clinical labels of what it writes for held-out studies, beside the report of the nearest training
@@ -154,6 +166,10 @@ class Splits:
         self._sets: dict[str, DataSet] = {}
         self.skipped: Counter[str] = Counter()
         whole = self.open(options.split).whole
+        # Patients held out of training who are not those that are tested: thresholds and strengths are chosen on them.
+        self.held_out: str | None = config.validation_split
+        if config.validation_split not in whole.splits or config.validation_split == options.split:
+            self.held_out = None
         self.manifest, self.labels = whole, whole.labels
 
     def open(self, split: str) -> DataSet:
@@ -176,17 +192,10 @@ class Splits:
 
         `change` is made to every batch before it is encoded. `quiet`: no progress is shown.
         """
-        run, data, config = self._run, self.open(split), self._config
-        reads_text = bool(parts & {"text_embeds", "text_logvar"})
-        reads_masks = bool(self.anatomies) and bool(parts & {"image_embeds", *ANATOMY_PARTS})
-        fields = ("anatomy_share", "anatomy_intact") if reads_masks else ()
-        if config.volume is not None and set(PATCH_PARTS) & parts:
-            # What is to be written must not say which anatomies there are to write it from.
-            config = replace(config, volume=replace(config.volume, keep_cut_if_mentioned=False))
-        collate = Collator(config, run.tokenizer if reads_text else None, self.labels, run.config.seed, fields)
+        run, data = self._run, self.open(split)
         limits = [value for value in (limit, self._options.limit) if value is not None]
         total = min([data.table.total, *limits])
-        batches = evaluation_batches(data, collate, config, self._note, min(self._options.batch_size, total), total)
+        batches = self._batches(data, parts, total)
         done = 0
 
         def advance(studies: int) -> None:
@@ -203,6 +212,30 @@ class Splits:
             autocast=run.autocast,
             on_batch=advance,
         )
+
+    def with_anatomies(self, split: str) -> Iterator[Batch]:
+        """The studies of a split as pictures need them: volumes, and which voxels are whose."""
+        data = self.open(split)
+        total = min(data.table.total, self._options.limit or data.table.total)
+        return self._batches(data, {*ANATOMY_PARTS, "anatomy_labels"}, total)
+
+    def _batches(self, data: DataSet, parts: set[str], total: int) -> Iterator[Batch]:
+        reads_masks = bool(self.anatomies) and bool(parts & {"image_embeds", *ANATOMY_PARTS})
+        fields = ["anatomy_share", "anatomy_intact"] if reads_masks else []
+        fields += ["anatomy_labels"] if "anatomy_labels" in parts else []
+        fields += ANATOMY_TEXT_FIELDS if set(ANATOMY_TEXT_PARTS) & parts else []
+        reads_text = bool(parts & {"text_embeds", "text_logvar", *ANATOMY_TEXT_PARTS})
+        run, config, of_patches = self._run, self._config, bool(parts & set(PATCH_PARTS))
+        if config.volume is not None and of_patches:
+            # What is to be written must not say which anatomies there are to write it from.
+            config = replace(config, volume=replace(config.volume, keep_cut_if_mentioned=False))
+        # Tokens of patches are of one crop a volume.
+        around = run.config.evaluation.around_anatomies and bool(parts & set(ANATOMY_PARTS)) and not of_patches
+        collate = Collator(
+            config, run.tokenizer if reads_text else None, self.labels, run.config.seed, fields,
+            around_anatomies=run.config.task.vision.patch_size if around else None,
+        )  # fmt: skip
+        return evaluation_batches(data, collate, config, self._note, min(self._options.batch_size, total), total)
 
     def _note(self, event: Mapping[str, Any]) -> None:
         if event.get("event") == "skip":
@@ -227,16 +260,16 @@ def evaluate(
     parts = {"image_embeds"} if wanted & {ZeroShot.protocol, Uncertainty.protocol} else set()
     parts |= {"features"} if LinearProbe.protocol in wanted else set()
     parts |= parts_of_uncertainty(run.task) if measures_uncertainty else set()
-    parts |= set(ANATOMY_PARTS) if AnatomyZeroShot.protocol in wanted else set()
     parts |= {LABEL_PART} if LabelAreas.protocol in wanted else set()
     text_parts = {"image_embeds", "text_embeds"} | ({"image_logvar", "text_logvar"} if gaussian else set())
+    compares_whole_reports = Retrieval.protocol in wanted and "text_embeds" in parts_of_retrieval(run.task)
     prompts, source = None, ""
     if wanted & PROMPTED:  # wrong prompts are said before minutes of embedding
         prompts, source = choose_prompts(run, options.prompts, splits.labels)
         check_prompts(prompts)
     test: EmbeddedSplit | None = None
     with_text: EmbeddedSplit | None = None
-    if Retrieval.protocol in wanted or (measures_uncertainty and gaussian):
+    if compares_whole_reports or (measures_uncertainty and gaussian):
         with_text = splits.embed(options.split, text_parts | parts)
         test = with_text if not splits.skipped["empty report"] else None
     skipped_with_text = dict(splits.skipped)
@@ -244,18 +277,13 @@ def evaluate(
         splits.skipped.clear()
         test = splits.embed(options.split, parts)
     skipped = dict(splits.skipped)
-    held_out: str | None = run.config.data.validation_split
-    if held_out not in splits.manifest.splits or held_out == options.split:
-        held_out = None
+    held_out = splits.held_out
 
     reports: dict[str, dict[str, Any]] = {}
     figures: dict[str, float] = {}
     pictures: dict[str, Tensor] = {}
 
-    def take(
-        evaluator: ZeroShot | Retrieval | LinearProbe | Uncertainty | AnatomyZeroShot | LabelAreas | Generation,
-        found: Iterator[tuple[str, float]],
-    ) -> dict[str, Any]:
+    def take(evaluator: Evaluated, found: Iterator[tuple[str, float]]) -> dict[str, Any]:
         figures.update({f"eval/{evaluator.protocol}/{name}": value for name, value in found})
         reports[evaluator.protocol] = evaluator.report()
         return reports[evaluator.protocol]
@@ -264,18 +292,10 @@ def evaluate(
         zero_shot = ZeroShot(prompts, ZeroShot.Config(text_length=run.text_length, **common))
         scores = zero_shot.run(run.encoders, run.tokenizer, test, splits.labels, run.device, run.autocast)
         take(zero_shot, scores)["prompts_from"] = source
-    if AnatomyZeroShot.protocol in wanted and prompts is not None and test is not None:
-        of_anatomies = AnatomyZeroShot(
-            prompts, run.config.evaluation.anatomy_of, ZeroShot.Config(text_length=run.text_length, **common)
-        )
-        scores = of_anatomies.run(
-            run.encoders, run.tokenizer, test, splits.labels, run.config.task.anatomies, run.device, run.autocast
-        )
-        take(of_anatomies, scores)["prompts_from"] = source
     if LabelAreas.protocol in wanted and test is not None:
         taught = LabelAreas(ZeroShot.Config(**common))
         take(taught, taught.run(test, splits.labels))
-    if Retrieval.protocol in wanted and with_text is not None:
+    if compares_whole_reports and with_text is not None:
         retrieval = Retrieval(Retrieval.Config(coverages=COVERAGES, **common))
         take(retrieval, retrieval.run(with_text))
     if LinearProbe.protocol in wanted and test is not None:
@@ -311,13 +331,19 @@ def evaluate(
         take(generation, scores)["skipped"] = dict(splits.skipped)
         written = list(zip(studies, generation.written, strict=True)) if options.keep_reports else []
     for protocol, report in reports.items():
+        report.setdefault("skipped", skipped_with_text if protocol == Retrieval.protocol else skipped)
+    by_anatomy = wanted & {AnatomyZeroShot.protocol, AnatomyProbe.protocol}
+    if Retrieval.protocol in wanted and not compares_whole_reports:
+        by_anatomy.add(Retrieval.protocol)
+    if by_anatomy:
+        pictures |= evaluate_anatomies(run, splits, by_anatomy, options, (prompts, source), progress, take)
+    for report in reports.values():
         report |= {
             "step": run.step,
             "recipe": run.recipe,
             "data": splits.url,
             "manifest_sha256": splits.manifest.sha256,
             "split": options.split,
-            "skipped": report.get("skipped", skipped_with_text if protocol == Retrieval.protocol else skipped),
             "seed": options.seed,
         }
     return Evaluation(reports=reports, figures=figures, pictures=pictures, written=written)
@@ -342,6 +368,75 @@ def generate_reports(
     return generation, keys_of(test.split, splits.open(options.split)), found
 
 
+def evaluate_anatomies(
+    run: PastRun,
+    splits: Splits,
+    wanted: set[str],
+    options: Options,
+    prompts: tuple[Prompts | None, str],
+    progress: Callable[[str, int, int], None],
+    take: Callable[[Evaluated, Iterator[tuple[str, float]]], dict[str, Any]],
+) -> dict[str, Tensor]:
+    """The protocols of a model of anatomies, each split embedded once; returns pictures by TensorBoard name.
+
+    `prompts`: and where they are from. `take` is given each evaluator with what it yields, and returns its report.
+    """
+    common: dict[str, Any] = {"seed": options.seed, "replicates": options.replicates}
+    anatomies, anatomy_of = run.config.task.anatomies, run.config.evaluation.anatomy_of
+    parts = parts_of_retrieval(run.task) if Retrieval.protocol in wanted else set(ANATOMY_PARTS)
+    splits.skipped.clear()
+    test = splits.embed(options.split, parts)
+    skipped = dict(splits.skipped)
+    validation = None
+    if splits.held_out and wanted & {AnatomyZeroShot.protocol, AnatomyProbe.protocol}:
+        validation = splits.embed(splits.held_out, set(ANATOMY_PARTS))
+    reports: list[dict[str, Any]] = []
+    pictures: dict[str, Tensor] = {}
+    if Retrieval.protocol in wanted:
+        retrieval = Retrieval(Retrieval.Config(coverages=COVERAGES, **common))
+        reports.append(take(retrieval, retrieval.run(test)))
+    if AnatomyZeroShot.protocol in wanted:
+        chosen, source = prompts
+        assert chosen is not None
+        # Other wordings are the recipe's of its own prompts: they say nothing of those that were given instead.
+        paraphrases = () if options.prompts is not None else run.config.evaluation.paraphrases
+        zero_shot = AnatomyZeroShot(
+            chosen, anatomy_of, ZeroShot.Config(text_length=run.text_length, **common), paraphrases
+        )
+        reports.append(
+            take(
+                zero_shot,
+                zero_shot.run(
+                    run.encoders, run.tokenizer, test, splits.labels, anatomies, run.device, run.autocast,
+                    validation=validation,
+                ),
+            )
+        )  # fmt: skip
+        reports[-1]["prompts_from"] = source
+        asked = zero_shot.asked(splits.labels, anatomies)
+        names = [name for name, known in zip(asked.names, asked.truth(test).T, strict=True) if (known == 1).any()]
+        drawn = HeatMaps(names, anatomy_of, anatomies).run(
+            cast(Explained, run.task),
+            zero_shot.directions(run.encoders, run.tokenizer, names, run.device, run.autocast),
+            splits.with_anatomies(options.split), splits.labels, run.config.task.vision.fine_size, run.device,
+            run.autocast,
+        )  # fmt: skip
+        for number, (name, image) in enumerate(drawn, start=1):
+            pictures[f"eval/{HeatMaps.name_of(name)}"] = image
+            progress("heat maps", number, len(names))
+    if AnatomyProbe.protocol in wanted:
+        probe = AnatomyProbe(anatomy_of, LinearProbe.Config(**common))
+        train = splits.embed(splits.train_split, set(ANATOMY_PARTS), limit=options.probe_studies)
+        fits = probe.run(
+            train, validation, test, splits.labels, anatomies,
+            lambda done, total: progress("anatomy probe: fits", done, total),
+        )  # fmt: skip
+        reports.append(take(probe, fits))
+    for report in reports:
+        report["skipped"] = skipped
+    return pictures
+
+
 def protocols_of(run: PastRun, asked: Sequence[str] | None) -> set[str]:
     """Those `asked` for, or all that the run's task can be asked. Raises ConfigError naming one that it cannot."""
     task = run.task
@@ -350,7 +445,7 @@ def protocols_of(run: PastRun, asked: Sequence[str] | None) -> set[str]:
         return all(callable(getattr(task, name, None)) for name in methods)
 
     fit = set(PROTOCOLS[:4]) if has("embed_images", "embed_texts") else set()
-    fit |= {AnatomyZeroShot.protocol} if has("embed_anatomies", "embed_texts") else set()
+    fit |= {AnatomyZeroShot.protocol, AnatomyProbe.protocol} if has("embed_anatomies", "embed_texts") else set()
     fit |= {LabelAreas.protocol} if has("label_logits") else set()
     fit |= {Generation.protocol} if has("embed_patches") else set()
     for name in asked or ():
@@ -406,7 +501,7 @@ def read_prompts(path: str) -> Prompts:
 
 
 def write(run_dir: str, evaluation: Evaluation, step: int) -> list[str]:
-    """`eval/<protocol>.json` and TensorBoard scalars under `eval/tb` of the run directory; returns the names written.
+    """`eval/<protocol>.json`, pictures as PNG and TensorBoard's files under `eval/tb`; returns the names written.
 
     A folder of its own: TensorBoard follows only the newest file of a folder, and training may still be writing its.
     """
@@ -419,6 +514,8 @@ def write(run_dir: str, evaluation: Evaluation, step: int) -> list[str]:
         metrics.scalars(step, evaluation.figures)
         for name, image in evaluation.pictures.items():
             metrics.picture(step, name, image)
+            names.append(f"{name}.png")
+            store.put(names[-1], as_png(image))
         metrics.close()
         for file in sorted((Path(scratch) / "tb").iterdir()):
             store.put(f"eval/tb/{file.name}", file)
@@ -449,6 +546,14 @@ def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
                 found = [report["abstention"][direction].get(by) for direction in report["directions"]]
                 shown = ("" if one is None else _interval(one[percent][name]) for one in found)
                 table.add_row(f"R@{name.removeprefix('r')}, surest {percent} % by {by}", *shown)
+        elif "shares" in report:
+            table = Table(title=f"{protocol}: AUC by share of labels, {where}")
+            table.add_column("label")
+            for percent in report["shares"]:
+                table.add_column(f"{percent} %", justify="right")
+            for label in report["anatomy_of"]:
+                table.add_row(label, *(_interval(one["labels"][label]) for one in report["shares"].values()))
+            table.add_row("macro", *(_interval(one["macro"]) for one in report["shares"].values()), style="bold")
         elif "less" in report:
             counts = report["studies"]
             table = Table(title=f"{protocol}: {counts['train']} studies read, {counts['test']} written, {where}")
@@ -472,6 +577,10 @@ def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
                 counted = "" if label in report["macro_over"] else " (not in macro)"
                 table.add_row(label + counted, _interval(area), str(area["positives"]), str(area["negatives"]))
             table.add_row("macro", _interval(report["macro"]), "", "", style="bold")
+            if "paraphrases" in report and report["paraphrases"]["macro"]["mean"] is not None:
+                wordings = report["paraphrases"]["macro"]
+                spread = f"{wordings['mean']:.3f} ± {wordings['deviation']:.3f}"
+                table.add_row(f"macro, {len(wordings['each'])} other wordings", spread, "", "")
         yield table
 
 

@@ -40,15 +40,17 @@ from core.evaluation.embed import (
     Encoders,
     GaussianTask,
     embed_split,
+    parts_of_retrieval,
     parts_of_uncertainty,
 )
+from core.evaluation.heat_map import Explained, HeatMaps
 from core.evaluation.retrieval import Retrieval
 from core.evaluation.uncertainty import Uncertainty
 from core.evaluation.zero_shot import ZeroShot
 from core.losses.contrast import DEFAULT_PRECISION, Similarity
 from core.metrics import Events, Metrics, Uploader
 from core.models.contrast import GaussianContrast
-from core.trainer import Evaluator, StopRequest, TooManySkipsError, train, validation_loss
+from core.trainer import Evaluator, Pictures, StopRequest, TooManySkipsError, train, validation_loss
 from core.world import World
 from kernels.gaussian_similarity.expansion import Precision
 from launchers import past_run
@@ -255,6 +257,7 @@ def _train(
                 global_batch_size=config.global_batch_size,
                 max_skip_rate=config.data.max_skip_rate,
                 evaluators=_evaluators(config, engine, loader, world, stop) if has_validation else [],
+                pictures=_heat_maps(config, engine, loader, world) if has_validation else None,
                 on_event=events.write if world.is_first else lambda event: None,
                 stop=stop,
             )
@@ -383,7 +386,9 @@ def _evaluators(
     if tokenizer is None or not all(callable(getattr(task, name, None)) for name in ("embed_images", "embed_texts")):
         return found
     chosen, _ = prompts.choose(loader.labels, config.evaluation.prompts, config.data.report)
-    parts = {"image_embeds", "text_embeds"} if set(protocols) - {AnatomyZeroShot.protocol} else set()
+    parts = parts_of_retrieval(task) if Retrieval.protocol in protocols else set()
+    if {ZeroShot.protocol, Uncertainty.protocol} & set(protocols):
+        parts |= {"image_embeds", "text_embeds"}
     if AnatomyZeroShot.protocol in protocols:
         parts |= set(ANATOMY_PARTS)
     if Uncertainty.protocol in protocols:
@@ -425,6 +430,37 @@ def _evaluators(
                 yield f"{Uncertainty.protocol}/{name}", image
 
     return [*found, held_out]
+
+
+def _heat_maps(config: TrainConfig, engine: Engine, loader: Loader, world: World) -> Pictures | None:
+    """Of studies of rank 0's share of the first held-out batch: where in an anatomy the scores of diseases come from.
+
+    None where the task cannot say, and under ZeRO 3, which has no whole weights outside of a module's forward.
+    """
+    asked = config.evaluation
+    explains = callable(getattr(engine.task, "evidence", None)) and AnatomyZeroShot.protocol in asked.protocols
+    tokenizer = loader.tokenizer
+    if not world.is_first or not explains or tokenizer is None or config.engine.zero_stage == 3:
+        return None
+    chosen, _ = prompts.choose(loader.labels, asked.prompts, config.data.report)
+    if not chosen or not config.trainer.picture_every:
+        return None
+    zero_shot = AnatomyZeroShot(chosen, asked.anatomy_of, ZeroShot.Config(text_length=config.data.text_length))
+    anatomies = config.task.anatomies
+    names = zero_shot.asked(loader.labels, anatomies).names
+    maps = HeatMaps(names, asked.anatomy_of, anatomies)
+
+    def pictures() -> Iterator[tuple[str, torch.Tensor]]:
+        size = config.global_batch_size
+        batches = loader.evaluate(batch_size=size, limit=size, more_fields=("anatomy_labels",))
+        with engine.evaluating() as task:
+            directions = zero_shot.directions(cast(Encoders, task), tokenizer, names, world.device)
+            size_of_place = config.task.vision.fine_size
+            drawn = maps.run(cast(Explained, task), directions, batches, loader.labels, size_of_place, world.device)
+            for name, image in drawn:
+                yield f"eval/{HeatMaps.name_of(name)}", image
+
+    return pictures
 
 
 def _held_out_labels(config: TrainConfig, engine: Engine, loader: Loader, world: World, stop: StopRequest) -> Evaluator:

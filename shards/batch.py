@@ -181,6 +181,7 @@ FIELDS: dict[str, str] = {
     "draw_key": "[B] int64, what a model keys its own random numbers for this study and epoch by",
     "anatomy_share": "[V, A, T] float32, share of a patch's voxels that an anatomy has",
     "anatomy_intact": "[V, A] bool, in the crop, not cut by it (or mentioned, if so configured), and annotated",
+    "anatomy_labels": "[V, D, H, W] uint8, 1 + the number of a voxel's anatomy, 0 for none: for pictures",
     "anatomy_input_ids": "[B, A, L] int64, what the report says of each anatomy; a template where it is silent",
     "anatomy_attention_mask": "[B, A, L] bool",
     "anatomy_text_key": "[B, A] int64, equal for equal texts",

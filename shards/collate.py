@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from shards import keyed
+from shards.anatomy_crops import crops_of_study
 from shards.batch import NOT_ANNOTATED, Batch, StudyRecord, ViewRecord
 from shards.dataset import Found, Members, View
 from shards.decode import Decoder, PendingBatch
@@ -32,7 +33,7 @@ from shards.reports.structured import (
 )
 from shards.tokenizer import EmptyReportError, Tokenizer, report_text
 from shards.transforms import augment
-from shards.transforms.anatomy import ABNORMAL, AnatomyTexts, anatomy_texts, plain_name, text_keys
+from shards.transforms.anatomy import ABNORMAL, AnatomyTexts, Sides, anatomy_texts, plain_name, text_keys
 from shards.transforms.masking import draw_key, draw_patches, draw_text, patches_of
 from shards.volume_codec import part_count
 
@@ -43,7 +44,7 @@ TOKENS_PER_DISEASE = 16  # below this a structured report's verdict could be cut
 
 ZERO_IN_VOID = frozenset({"report_key", "patient_key", "uncertain_verdicts", "finding_key", "draw_key"})
 
-VOLUME_FIELDS = frozenset({"anatomy_share", "anatomy_intact"})
+VOLUME_FIELDS = frozenset({"anatomy_share", "anatomy_intact", "anatomy_labels"})
 ANATOMY_TEXT_FIELDS = frozenset(
     {"anatomy_input_ids", "anatomy_attention_mask", "anatomy_text_key", "anatomy_key", "anatomy_state"}
 )
@@ -107,12 +108,20 @@ class Collator:
         labels: Sequence[str],
         seed: int,
         fields: Sequence[str] = (),
+        *,
+        around_anatomies: Sides | None = None,
     ):
         """`fields`: of `shards.batch.FIELDS`; the optional ones are made only if named.
+
+        `around_anatomies`: volumes that are not for training are cropped so that every anatomy is seen whole
+        (`shards.anatomy_crops`), several views a volume if need be, and whatever their report says of it; the value is
+        the encoder's patch. Studies may differ in the size of their crops: batches are then of one study. None: they
+        are cropped at their centre.
 
         Raises ConfigError where configuration or tokenizer cannot give them.
         """
         self.config, self.tokenizer, self.seed, self.fields = config, tokenizer, seed, frozenset(fields)
+        self.around_anatomies = around_anatomies
         self.labels = {name: column for column, name in enumerate(labels)}
         self._decoder: Decoder | None = None
         self._volume_decoder: VolumeDecoder | None = None
@@ -219,33 +228,39 @@ class Collator:
             if self._reads_anatomies or self.reads_masks:
                 assert self.config.volume is not None
                 result.anatomy[i] = anatomy_texts(record, self.config.volume.anatomies)
-            for view, chosen in zip(views, members.views, strict=True):
+            for view, chosen, crops_of_view in zip(views, members.views, crops, strict=True):
                 window = view.window or (0.0, 255.0 if view.bits == 8 else 65535.0)
-                self._add_image(result, i, chosen.number, chosen.parts[0], window, view.bits)
-            result.crops += crops
+                for crop in crops_of_view:
+                    self._add_image(result, i, chosen.number, chosen.parts[0], window, view.bits)
+                    result.crops.append(crop)
         return result
 
-    def _crops(self, members: Members, views: list[ViewRecord], key: tuple[int, int] | None) -> list[Crop]:
-        """Where each chosen volume is cropped. Raises BadSampleError where record and members disagree."""
+    def _crops(
+        self, members: Members, views: list[ViewRecord], key: tuple[int, int] | None
+    ) -> Sequence[Sequence[Crop | None]]:
+        """Where each view is cropped, None for an image. Raises BadSampleError where record and members disagree."""
         config = self.config.volume
         volumes = [view.depth is not None for view in views]
         if config is None:
             if any(volumes):
                 raise BadSampleError("", "", "a volume, and the recipe has no data.volume")
-            return []
+            return [[None]] * len(views)
         if not all(volumes):
             raise BadSampleError("", "", "an image where the recipe reads volumes")
+        around = self.around_anatomies if key is None else None
+        size, places = (None, []) if around is None else crops_of_study(config, views, around)
         crops = []
-        for view, chosen in zip(views, members.views, strict=True):
+        for number, (view, chosen) in enumerate(zip(views, members.views, strict=True)):
             parts, maps = _read_parts(view, chosen, view.mask_maps if self.reads_masks else 0)
+            crop = Crop(
+                view=view, parts=chosen.parts, first_part=parts.start, maps=maps, mask_ids=members.mask_ids, size=size
+            )
+            if around is not None:
+                crops.append([replace(crop, start=place.start, shows=place.shows) for place in places[number]])
+                continue
             view_key = None if key is None else (*key, chosen.number)
             start, flip = place_crop(config, view, parts, view_key, self.seed)
-            crops.append(
-                Crop(
-                    view=view, parts=chosen.parts, first_part=parts.start, maps=maps, mask_ids=members.mask_ids,
-                    start=start, flip=flip,
-                )
-            )  # fmt: skip
+            crops.append([replace(crop, start=start, flip=flip)])
         return crops
 
     def _structure(self, record: StudyRecord) -> StructuredReport | None:
@@ -287,7 +302,7 @@ class Collator:
         present = np.flatnonzero(columns["valid"][study_index])
         if self.config.volume is not None:
             crops = [crop for crop in prepared.crops if crop is not None]
-            volumes = self.volume_decoder.submit(crops)
+            volumes = self.volume_decoder.submit(crops, labels="anatomy_labels" in self.fields)
             return Decoding(prepared=prepared, pending=volumes, present=present, study_index=study_index)
         if prepared.train:
             parameters = augment.draw(
@@ -361,14 +376,19 @@ class Collator:
         anatomies = len(config.anatomies)
         batch: Batch = {}
         if self.reads_masks:
-            share = np.zeros((len(study_index), anatomies, config.patches), np.float32)
+            share = np.zeros((len(study_index), *volumes.share.shape[1:]), np.float32)
             intact = np.zeros((len(study_index), anatomies), bool)
             share[present], intact[present] = volumes.share, volumes.whole
             rows = [prepared.anatomy[row] for row in study_index[present]]
             if config.keep_cut_if_mentioned:
                 mentioned = [row.mentioned for row in rows if row is not None]
                 intact[present] |= volumes.present & np.array(mentioned, bool).reshape(-1, anatomies)
-            if self._reads_anatomies:
+            if self.around_anatomies:
+                shown = [crop.shows for crop in prepared.crops if crop is not None]
+                names = [plain_name(name) for name in config.anatomies]
+                made_for = [[names_shown is None or name in names_shown for name in names] for names_shown in shown]
+                intact[present] &= np.array(made_for, bool).reshape(-1, anatomies)
+            elif self._reads_anatomies:
                 state = np.stack([row.state for row in rows if row is not None]) if len(present) else intact[:0]
                 intact[present] &= state != NOT_ANNOTATED
             share[~valid[study_index]], intact[~valid[study_index]] = 0.0, False
@@ -377,6 +397,10 @@ class Collator:
             for row in np.flatnonzero(valid & ~seen):
                 on_cut(int(row))
             batch |= {"anatomy_share": torch.from_numpy(share), "anatomy_intact": torch.from_numpy(intact)}
+            if volumes.labels is not None:
+                labels = np.zeros((len(study_index), *volumes.labels.shape[1:]), np.uint8)
+                labels[present] = volumes.labels
+                batch["anatomy_labels"] = torch.from_numpy(labels)
         if self._reads_anatomies:
             usable = [one if ok else None for one, ok in zip(prepared.anatomy, valid, strict=True)]
             batch |= self._anatomy_texts(usable, anatomies)

@@ -8,6 +8,7 @@ Every choice comes in as a number; bad volumes are reported, never raised; this 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,8 @@ class Crop:
 
     `parts` [K] are numbers `first_part` ... of the volume; `maps` [M][K] those of its label maps, none if no shares are
     wanted. `mask_ids`: anatomy -> id in the maps. `flip`: axes that are mirrored after everything else.
+    `size`: voxels cut, where they are not the recipe's; alike for all crops of a batch. `shows`: the anatomies it was
+    made for, None for all.
     """
 
     view: ViewRecord
@@ -45,17 +48,21 @@ class Crop:
     mask_ids: Mapping[str, int] = field(default_factory=dict)
     start: Sides = (0, 0, 0)
     flip: tuple[bool, bool, bool] = (False, False, False)
+    size: Sides | None = None
+    shows: frozenset[str] | None = None
 
 
 class VolumeBatch(PendingBatch):
     """Crops on their way through the decoder; `result` waits for them.
 
     After it `share` [V, A, T] float32, `present` and `whole` [V, A] bool are filled, zero where no maps were given.
+    `labels` [V, D, H, W] uint8, if wanted: 1 + the number of a voxel's anatomy, of several the last, 0 for none.
     """
 
-    def __init__(self, pixel_values: Tensor, anatomies: int, patches: int) -> None:
+    def __init__(self, pixel_values: Tensor, anatomies: int, patches: int, *, labels: bool = False) -> None:
         super().__init__(pixel_values)
         views = len(pixel_values)
+        self.labels = np.zeros((views, *pixel_values.shape[2:]), np.uint8) if labels else None
         self.share = np.zeros((views, anatomies, patches), np.float32)
         self.present = np.zeros((views, anatomies), bool)
         self.whole = np.zeros((views, anatomies), bool)
@@ -106,8 +113,7 @@ class VolumeDecoder:
 
         @property
         def patches(self) -> int:
-            nz, ny, nx = patch_grid(self.size, self.patch_size)
-            return nz * ny * nx
+            return math.prod(patch_grid(self.size, self.patch_size))
 
     def __init__(self, config: Config, *, whole_graph: bool = False) -> None:
         """`whole_graph`: on the CPU, too, windows in DALI, as on a GPU; the same pixels to rounding, slower."""
@@ -119,15 +125,21 @@ class VolumeDecoder:
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="decode-volume")
         self._of_worker = threading.local()
 
-    def submit(self, crops: Sequence[Crop]) -> VolumeBatch:
-        """Start decoding; the bytes must not change before the result is taken."""
+    def submit(self, crops: Sequence[Crop], *, labels: bool = False) -> VolumeBatch:
+        """Start decoding; the bytes must not change before the result is taken. `labels`: give those of voxels, too."""
         config = self.config
-        shape = (len(crops), len(config.windows_hu), *config.size)
+        sizes = {crop.size or config.taken for crop in crops} or {config.taken}
+        assert len(sizes) == 1, f"crops of {len(sizes)} sizes make no batch"
+        (taken,) = sizes
+        size = config.size if taken == config.taken else taken
+        assert size == taken or config.cut is not None, "only crops of the recipe's own size are resized"
+        shape = (len(crops), len(config.windows_hu), *size)
         if self._mixed:
             room = torch.empty(shape, device=torch.device("cuda", config.device_id))
         else:
             room = torch.from_numpy(np.empty(shape, np.float32))
-        batch = VolumeBatch(room, len(config.anatomies), config.patches)
+        patches = math.prod(patch_grid(size, config.patch_size))
+        batch = VolumeBatch(room, len(config.anatomies), patches, labels=labels)
         batch.runs = [self._pool.submit(self._decode, batch, row, crop) for row, crop in enumerate(crops)]
         return batch
 
@@ -154,7 +166,7 @@ class VolumeDecoder:
         return hu, [self._assemble(crop, parts, 1, 0) for parts in crop.maps]
 
     def _assemble(self, crop: Crop, parts: Sequence[memoryview], itemsize: int, outside: int) -> np.ndarray:
-        view, size = crop.view, self.config.taken
+        view, size = crop.view, crop.size or self.config.taken
         what = "" if itemsize == 2 else "label map: "
         depth = view.depth or 1
         low = [max(0, start) for start in crop.start]
@@ -212,15 +224,21 @@ class VolumeDecoder:
         config, view = self.config, crop.view
         known = {plain_name(name): number for name, number in crop.mask_ids.items()}
         names = [plain_name(name) for name in config.anatomies]
-        place = Place(start=crop.start, size=config.taken, stored=(view.depth or 1, view.height, view.width))
+        taken = crop.size or config.taken
+        place = Place(start=crop.start, size=taken, stored=(view.depth or 1, view.height, view.width))
         faces = [faces[::-1] if axis in flipped else faces for axis, faces in enumerate(place.cut_faces)]
-        boxes: list[tuple[Sides, Sides] | None] = [((0, 0, 0), config.size)] * len(names)
+        depth, height, width = maps[0].shape
+        boxes: list[tuple[Sides, Sides] | None] = [((0, 0, 0), (depth, height, width))] * len(names)
         if view.anatomy_boxes is not None and config.cut is None and not flipped:
             found = {plain_name(name): box for name, box in view.anatomy_boxes.items()}
             boxes = [_within(found[name], crop.start) if name in found else None for name in names]
         ids = [known[name] for name in names]
         share, present, whole = shares(maps, ids, config.patch_size, faces, boxes)
         batch.share[row], batch.present[row], batch.whole[row] = share, present, whole
+        if batch.labels is not None:
+            for number, wanted in enumerate(ids, start=1):
+                for one in maps:
+                    batch.labels[row][one == wanted] = number
 
     # ---- the DALI graph ----
 

@@ -174,15 +174,24 @@ class Loader:
         return LoaderRun(self, step)
 
     def evaluate(
-        self, split: str | None = None, *, manifest: str | None = None, batch_size: int = 96, limit: int | None = None
+        self,
+        split: str | None = None,
+        *,
+        manifest: str | None = None,
+        batch_size: int = 96,
+        limit: int | None = None,
+        more_fields: Sequence[str] = (),
     ) -> Iterator[Batch]:
         """Every study of a split once, in manifest order, no augmentation; the last batch is filled with void rows.
 
         `batch_size` counts all ranks: each reads and decodes its equal share, and the shares joined in the order of
         ranks are the batch. It is rounded up to a multiple of the ranks. `manifest` defaults to the validation
         manifest, `split` to the validation split. All views of a study are given (up to max_views). Label columns are
-        `self.labels`.
+        `self.labels`. `more_fields` are made beside those that the objective reads.
         """
+        collate = self._collate
+        if more_fields:
+            collate = Collator(self.config, self.tokenizer, self.labels, self.seed, (*collate.fields, *more_fields))
         first = self.sets[0].url
         data = DataSet(
             manifest or self.config.validation or first,
@@ -194,7 +203,7 @@ class Loader:
 
         def batches() -> Iterator[Batch]:
             with closing(data):
-                yield from evaluation_batches(data, self._collate, self.config, self.on_event, batch_size, limit, place)
+                yield from evaluation_batches(data, collate, self.config, self.on_event, batch_size, limit, place)
 
         return batches()
 
@@ -456,6 +465,11 @@ def _choose_parts(config: Loader.Config, seed: int, key: tuple[int, int] | None)
     return lambda unit, view, parts: parts_to_read(volume, parts, None if key is None else (*key, unit, view), seed)
 
 
+def _all_parts(unit: int, view: int, parts: int) -> range:
+    """Of a volume whose crops follow from boxes, which are known only once it is read."""
+    return range(parts)
+
+
 _Submitted = tuple[Decoding, Callable[[int, str], None]]
 _FILLING = BadSampleError("", "", "fills up the last batch")
 
@@ -471,12 +485,13 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Studies 0, 1, 2, ... of a set in batches of `batch_size`, of which rank and world size `place` take one share.
 
+    Where `collate` crops around anatomies, a rank's batches are of one study.
     One batch is read ahead and one is decoded ahead of the caller.
     """
     check_masks(config, collate.fields, data.url, data.whole)
     total = min(data.table.total, limit or data.table.total)
     rank, world_size = place
-    share = -(-batch_size // world_size)
+    share = 1 if collate.around_anatomies else -(-batch_size // world_size)
     firsts = range(rank * share, rank * share + total, share * world_size)  # as many on every rank
 
     def read(first: int) -> tuple[Slots, list[Future[dict[int, Found]]]]:
@@ -490,7 +505,7 @@ def evaluation_batches(
                 int(number),
                 unit[chunk == number].tolist(),
                 choose,
-                choose_parts=_choose_parts(config, 0, None),
+                choose_parts=_all_parts if collate.around_anatomies else _choose_parts(config, 0, None),
                 masks=collate.reads_masks,
             )
             for number in np.unique(chunk)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from core.evaluation.pictures import as_image, new_figure
 from core.evaluation.statistics import TiedOrder
 
 POINTS = 100  # of a drawn curve
@@ -81,11 +81,7 @@ def oracle(values: np.ndarray) -> Selective:
 
 def picture(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str, risk: str) -> Tensor:
     """Curves by name -> image [3, H, W] float32 in [0, 1] for TensorBoard; `risk` names the vertical axis."""
-    # Imported here, since it takes a second that runs without such pictures need not wait.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), dpi=100, layout="constrained")
+    figure = new_figure(6.4, 4.4)
     axes = figure.add_subplot()
     for name, (coverage, values) in curves.items():
         axes.plot(100 * coverage, values, label=name, linestyle="--" if name == "oracle" else "-")
@@ -93,7 +89,4 @@ def picture(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str, 
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # [H, W, 3]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+    return as_image(figure)

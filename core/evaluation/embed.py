@@ -20,11 +20,12 @@ PARTS = ("image_embeds", "text_embeds", "features")  # of every task
 GAUSSIAN_PARTS = ("image_mean", "image_logvar", "text_logvar")  # of a GaussianTask
 NORM_PART = "image_norm"  # of a task with `image_norms`
 ANATOMY_PARTS = ("anatomy_embeds", "anatomy_present")  # of a task with `embed_anatomies`; they come together
+ANATOMY_TEXT_PARTS = ("anatomy_text_embeds", "anatomy_said")  # of a task with `embed_anatomy_texts`, likewise
 PATCH_PARTS = ("patch_tokens", "patch_member")  # of a task with `embed_patches`, which gives ANATOMY_PARTS too
 LABEL_PART = "label_logits"  # of a task that is taught labels
-ALL_PARTS = (*PARTS, *GAUSSIAN_PARTS, NORM_PART, *ANATOMY_PARTS, *PATCH_PARTS, LABEL_PART)
+ALL_PARTS = (*PARTS, *GAUSSIAN_PARTS, NORM_PART, *ANATOMY_PARTS, *ANATOMY_TEXT_PARTS, *PATCH_PARTS, LABEL_PART)
 METADATA = ("valid", "labels", "report_key", "patient_key", "sample_id")
-KNOWN_OF_SOME = ("degradation_grade", "uncertain_verdicts")  # batches of some loaders have them
+KNOWN_OF_SOME = ("degradation_grade", "uncertain_verdicts", "anatomy_text_key")  # batches of some loaders have them
 
 
 class Encoders(Protocol):
@@ -57,16 +58,22 @@ def parts_of_uncertainty(task: object) -> set[str]:
     return gaussian | ({NORM_PART} if callable(getattr(task, "image_norms", None)) else set())
 
 
+def parts_of_retrieval(task: object) -> set[str]:
+    """What of images and reports is compared: anatomy by anatomy, where the task can."""
+    by_anatomy = callable(getattr(task, "embed_anatomy_texts", None))
+    return {*ANATOMY_PARTS, *ANATOMY_TEXT_PARTS} if by_anatomy else {"image_embeds", "text_embeds"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedSplit:
     """The valid studies of a split, in its order, on the CPU. n = studies, K = labels.
 
     `image_embeds [n, E]`, `text_embeds [n, E]`, `features [n, D]` are float32, or None where not asked for, and so are
     `image_mean [n, E]`, `image_logvar [n, E]`, `text_logvar [n, E]`, `image_norm [n]`, `anatomy_embeds [n, A, E]`,
-    `anatomy_present [n, A]` (1 or 0), `label_logits [n, K]`, but `patch_tokens [n, T, D]` is bfloat16 and
-    `patch_member [n, A, T]` bool;
+    `anatomy_present [n, A]` (1 or 0), `anatomy_text_embeds [n, A, E]`, `anatomy_said [n, A]` (1 or 0),
+    `label_logits [n, K]`, but `patch_tokens [n, T, D]` is bfloat16 and `patch_member [n, A, T]` bool;
     `labels [n, K] int8`, `report_key [n]`, `patient_key [n]`, `sample_id [n]` int64 are as in a batch, and so are
-    `degradation_grade [n]` and `uncertain_verdicts [n]`, None where batches lack them.
+    `degradation_grade [n]`, `uncertain_verdicts [n]` and `anatomy_text_key [n, A]`, None where batches lack them.
     """
 
     image_embeds: Tensor | None
@@ -84,6 +91,9 @@ class EmbeddedSplit:
     anatomy_present: Tensor | None = None
     patch_tokens: Tensor | None = None
     patch_member: Tensor | None = None
+    anatomy_text_embeds: Tensor | None = None
+    anatomy_said: Tensor | None = None
+    anatomy_text_key: Tensor | None = None
     label_logits: Tensor | None = None
     degradation_grade: Tensor | None = None
     uncertain_verdicts: Tensor | None = None
@@ -183,6 +193,8 @@ def _encode(task: Encoders, own: Batch, parts: set[str]) -> dict[str, Tensor]:
         of_patches = {"patch_tokens": tokens.bfloat16(), "patch_member": member}
     elif set(ANATOMY_PARTS) & parts:
         found |= zip(ANATOMY_PARTS, task.embed_anatomies(own), strict=True)  # type: ignore[attr-defined]
+    if set(ANATOMY_TEXT_PARTS) & parts:
+        found |= zip(ANATOMY_TEXT_PARTS, task.embed_anatomy_texts(own), strict=True)  # type: ignore[attr-defined]
     if LABEL_PART in parts:
         found[LABEL_PART] = task.label_logits(own)  # type: ignore[attr-defined]
     return {name: rows.float() for name, rows in found.items() if name in parts} | of_patches

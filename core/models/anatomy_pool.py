@@ -73,14 +73,20 @@ class AnatomyPool(nn.Module):
             return float(self.stem_projection.shape[2] ** -0.5)
         return 0.02 if name == "level_tokens" else self.width**-0.5
 
-    def forward(self, seen: VolumeOutput, anatomy_share: Tensor) -> Tensor:
-        """`anatomy_share [V, A, T]`, or `[V, A, F]` with a stem -> `[V, A, E]` fp32, 0 for an anatomy without any."""
-        if seen.fine is None:
-            return self._of_tokens(seen.levels, anatomy_share)
-        share_of_patches = mean_of_patches(anatomy_share, seen)
-        return self._of_tokens(seen.levels, share_of_patches) + self._of_stem(seen.fine, anatomy_share)
+    def forward(self, seen: VolumeOutput, anatomy_share: Tensor, emphasis: Tensor | None = None) -> Tensor:
+        """`anatomy_share [V, A, T]`, or `[V, A, F]` with a stem -> `[V, A, E]` fp32, 0 for an anatomy without any.
 
-    def _of_tokens(self, levels: Sequence[Tensor], anatomy_share: Tensor) -> Tensor:
+        `emphasis`, shaped as the shares, multiplies the weight that a place has in its anatomy: the slope of a score by
+        it, at 1, says what the place does to the score.
+        """
+        stressed = anatomy_share if emphasis is None else anatomy_share * emphasis
+        if seen.fine is None:
+            return self._of_tokens(seen.levels, anatomy_share, stressed)
+        of_patches, stressed_patches = mean_of_patches(anatomy_share, seen), mean_of_patches(stressed, seen)
+        return self._of_tokens(seen.levels, of_patches, stressed_patches) + self._of_stem(seen.fine, stressed)
+
+    def _of_tokens(self, levels: Sequence[Tensor], anatomy_share: Tensor, stressed: Tensor) -> Tensor:
+        """`stressed`: the shares under an emphasis, itself without one."""
         volumes, anatomies, patches = anatomy_share.shape
         if anatomies != len(self.query_tokens) or levels[0].shape[:2] != (volumes, patches):
             raise ConfigError(
@@ -97,7 +103,10 @@ class AnatomyPool(nn.Module):
             scores = (asked @ tokens.transpose(1, 2)).float()  # [V, A * H, L * T]
             scores = scores.view(volumes, anatomies, heads, len(levels), patches)
             if self.config.weighting == "share":
-                scores = scores + anatomy_share.float().clamp(min=1e-6).log()[:, :, None, None]
+                scores = scores + stressed.float().clamp(min=1e-6).log()[:, :, None, None]
+            elif stressed is not anatomy_share:
+                emphasis = torch.where(member, stressed / anatomy_share.clamp(min=1e-6), 1.0)
+                scores = scores + emphasis.float().log()[:, :, None, None]
             # An anatomy that is not there takes all patches, which is finite, and is left out below.
             hidden = ~member & present[:, :, None]
             scores = scores.masked_fill(hidden[:, :, None, None], -torch.inf)

@@ -76,6 +76,10 @@ class AnatomyTowers(nn.Module):
             self.text_gaussian = GaussianEncoder(config.gaussian, config.embed_dim)
         self.logit_scale = LogitScale(config.scale_init, config.scale_max, SCALE_MIN)
 
+    def of_pooled(self, pooled: Tensor) -> Tensor:
+        """What the pool gives `[..., E]` -> the embedding that is compared, of unit norm."""
+        return unit_norm(pooled if self.image_gaussian is None else _gaussian(self.image_gaussian, pooled).mean)
+
     def images(self, batch: Batch) -> dict[str, Tensor]:
         """`image_embeds [b, A, E]` of unit norm, or `image_mean` and `image_logvar`; 0 for an anatomy not intact."""
         return self.images_of(self.vision(batch["pixel_values"]), batch)
@@ -205,6 +209,31 @@ class FVLM(Task):
             share = mean_of_patches(share, volumes)
         member = (share[view] > 0) & batch["anatomy_intact"][view][:, :, None]
         return embeds, anatomies_of_studies(batch), volumes.levels[-1][view], member & batch["valid"][:, None, None]
+
+    def embed_anatomy_texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Unit-norm `[b, A, E]` of what reports say of each anatomy, and of which they say something, `[b, A]` bool."""
+        said = (batch["anatomy_state"] != NOT_ANNOTATED) & batch["valid"][:, None]
+        texts = DistinctTexts.of(batch, said)
+        return texts.spread({"embeds": self.embed_texts(texts.input_ids, texts.attention_mask)})["embeds"], said
+
+    def evidence(self, batch: Batch, place: Sequence[int], directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Where scores come from: `[V, K, F]` of the places that shares are counted in, and the scores `[V, K]`.
+
+        Score k of a view: the embedding of its anatomy `place[k]` along `directions[:, k]` `[E, K]`. The evidence of a
+        place is the slope of the score by the emphasis that the pool puts on it (`AnatomyPool.forward`): its weight in
+        the anatomy times what it says beyond what the rest says. It adds up to 0 over an anatomy.
+        """
+        towers, share = self.towers, batch["anatomy_share"]
+        seen = towers.vision(batch["pixel_values"])
+        with torch.enable_grad():
+            emphasis = torch.ones_like(share, requires_grad=True)
+            pooled = towers.pool(seen, share, emphasis)[:, list(place)]  # [V, K, E]
+            score = (towers.of_pooled(pooled) * directions.T).sum(dim=2)
+            slopes = [
+                torch.autograd.grad(score[:, k].sum(), emphasis, retain_graph=True)[0][:, anatomy]
+                for k, anatomy in enumerate(place)
+            ]
+        return torch.stack(slopes, dim=1), score.detach()
 
     def embed_images(self, batch: Batch) -> Tensor:
         """Of a study, `[b, E]`: the mean over its anatomies that are there, at unit norm."""

@@ -257,8 +257,18 @@ def test_a_run_of_anatomies_is_asked_by_every_protocol(
     options = ["--run-dir", str(run_dir), "--batch-size", "8", "--replicates", "10", "--device", "cpu"]
     assert evaluate.main([*options, "--json", str(tmp_path / "all.json")]) == 0
     found = json.loads((tmp_path / "all.json").read_text())
-    assert set(found) == {"zero_shot", "retrieval", "linear_probe", "uncertainty", "anatomy"}
+    assert set(found) == {"zero_shot", "retrieval", "linear_probe", "uncertainty", "anatomy", "anatomy_probe"}
     assert all(report["skipped"] == {} for report in found.values())
+    assert found["retrieval"]["compared_by"] == "anatomies" and set(found["anatomy_probe"]["shares"]) == {
+        "1",
+        "10",
+        "100",
+    }
+    assert len(found["anatomy"]["paraphrases"]["macro"]["each"] or []) in (0, 3)
+    assert found["anatomy"]["decisions"]["validation_studies"] == 8
+    assert set(found["anatomy"]["coverage"].values()) == {1.0}
+    drawn = list((run_dir / "eval" / "anatomy" / "heat_map").iterdir())
+    assert drawn and all(file.read_bytes().startswith(b"\x89PNG") for file in drawn)
     capsys.readouterr()
     assert evaluate.main([*options, "--protocol", "zero_shot"]) == 0  # no other protocol asks for the label maps
     assert "macro" in capsys.readouterr().out

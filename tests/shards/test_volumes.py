@@ -17,14 +17,15 @@ import torch
 
 from core.engine import split
 from shards.adopt import adopt
+from shards.anatomy_crops import crops_of_study
 from shards.batch import FIELDS, NOT_ANNOTATED, Batch, EncodedImage, EncodedVolume, Sample, StudyRecord, ViewRecord
-from shards.collate import _read_parts
+from shards.collate import Collator, _read_parts
 from shards.dataset import DataSet, Members, read_units
 from shards.decode_volume import Crop, VolumeDecoder, parts_to_read, place_crop
 from shards.errors import BadSampleError, ConfigError
 from shards.ingest import Item, Loaded, Plan, hashed_key
 from shards.keyed import integers, text_key
-from shards.loader import Loader
+from shards.loader import Loader, evaluation_batches
 from shards.tokenizer import train_wordpiece
 from shards.transforms.anatomy import anatomy_texts, shares
 from shards.volume_codec import PART_SLICES, encode_labels, encode_volume, part_count
@@ -225,6 +226,38 @@ def test_evaluation_takes_the_centre(manifest: str) -> None:
         pixels, share = reference(item.payload, start, CONFIG)
         np.testing.assert_allclose(batch["pixel_values"][row].numpy(), pixels, atol=1e-5)
         np.testing.assert_allclose(batch["anatomy_share"][row].numpy(), share, atol=1e-6)
+
+
+def test_evaluation_sees_every_anatomy_whole_where_boxes_are_known(manifest: str) -> None:
+    config = Loader.Config(volume=CONFIG, train=manifest)
+    fields = ("anatomy_share", "anatomy_intact", "anatomy_labels")
+    collate = Collator(config, None, (), 3, fields, around_anatomies=CONFIG.patch_size)
+    with closing(DataSet(manifest, "train")) as data:
+        found = list(evaluation_batches(data, collate, config, print, 5))
+    order = sorted(Volumes().plan().items, key=lambda item: item.key)
+    crops, larger = 0, 0
+    for item, batch in zip(order, found, strict=True):
+        number, size = item.payload, tuple(batch["pixel_values"].shape[2:])
+        view = study(item.key, number).record.views[0]
+        asked = replace(CONFIG, size=size)
+        expected, (placed,) = crops_of_study(CONFIG, [view], CONFIG.patch_size)
+        assert len(placed) == len(batch["study_index"]) and size == expected
+        for row, crop in enumerate(placed):
+            pixels, share = reference(number, crop.start, asked)
+            np.testing.assert_allclose(batch["pixel_values"][row].numpy(), pixels, atol=1e-5)
+            np.testing.assert_allclose(batch["anatomy_share"][row].numpy(), share, atol=1e-6)
+        if view.anatomy_boxes is not None:
+            maps = volume(number)[1]
+            for column, name in enumerate(ANATOMIES):
+                voxels = int(np.logical_or.reduce([one == IDS[name] for one in maps]).sum())
+                shown = batch["anatomy_intact"][:, column]
+                assert int(shown.sum()) == int(voxels > 0)  # whatever the report says of it
+                seen = batch["anatomy_share"][shown, column].sum() * np.prod(CONFIG.patch_size)
+                assert round(float(seen)) == voxels
+                if voxels and name == "adrenal_gland":
+                    assert int((batch["anatomy_labels"][shown] == column + 1).sum()) == voxels
+            crops, larger = crops + len(placed), larger + (size != CONFIG.size)
+    assert crops >= 6 and larger >= 2
 
 
 def test_bad_volumes_are_void_with_their_cause(tmp_path: Path) -> None:
