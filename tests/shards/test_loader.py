@@ -345,7 +345,8 @@ def test_evaluations_leave_no_descriptor_and_no_thread_behind(config: Loader.Con
 
 def test_an_evaluation_of_nothing_gives_nothing(config: Loader.Config):
     loader = Loader(config, global_batch_size=BATCH, seed=5)
-    nothing: Any = SimpleNamespace(table=SimpleNamespace(total=0))
+    data = loader.sets[0]
+    nothing: Any = SimpleNamespace(table=SimpleNamespace(total=0), url=data.url, whole=data.whole)
     assert list(evaluation_batches(nothing, loader._collate, config, print, 8)) == []
 
 
