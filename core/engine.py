@@ -381,11 +381,12 @@ class Engine:
     @contextlib.contextmanager
     def _others_resting(self) -> Iterator[None]:
         """Parameters whose turn it is not ask for no gradient: ZeRO-3 would take that of an earlier step for theirs."""
-        named = self.task.named_parameters()
-        others = [
-            parameter for name, parameter in named if turn_of(name, self.task.turns) not in (None, self.task.turn)
+        turns = self.task.turns
+        resting = [
+            parameter
+            for name, parameter in (self.task.named_parameters() if turns else ())
+            if turn_of(name, turns) not in (None, self.task.turn) and parameter.requires_grad
         ]
-        resting = [parameter for parameter in others if parameter.requires_grad]
         for parameter in resting:
             parameter.requires_grad_(False)
         try:

@@ -82,7 +82,8 @@ class AnatomyPool(nn.Module):
         stressed = anatomy_share if emphasis is None else anatomy_share * emphasis
         if seen.fine is None:
             return self._of_tokens(seen.levels, anatomy_share, stressed)
-        of_patches, stressed_patches = mean_of_patches(anatomy_share, seen), mean_of_patches(stressed, seen)
+        of_patches = mean_of_patches(anatomy_share, seen)
+        stressed_patches = of_patches if emphasis is None else mean_of_patches(stressed, seen)
         return self._of_tokens(seen.levels, of_patches, stressed_patches) + self._of_stem(seen.fine, stressed)
 
     def _of_tokens(self, levels: Sequence[Tensor], anatomy_share: Tensor, stressed: Tensor) -> Tensor:
