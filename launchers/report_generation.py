@@ -33,7 +33,7 @@ def with_reports(
     `anatomies` in the model's order, none where it does not tell them apart. Raises DataError where no report is left.
     """
     units = split.sample_id.numpy()
-    chunk = chunks_of(data, units)
+    chunk = data.table.chunk_of(units)
     found: dict[int, Found] = {}
     for number in np.unique(chunk):
         found |= read_units(data, int(number), units[chunk == number].tolist(), lambda unit, views: ())
@@ -62,14 +62,8 @@ def with_reports(
 def keys_of(split: EmbeddedSplit, data: DataSet) -> list[str]:
     """Of each study, safe to log."""
     units = split.sample_id.numpy()
-    return [
-        data.key(chunk, unit)[1] for chunk, unit in zip(chunks_of(data, units).tolist(), units.tolist(), strict=True)
-    ]
-
-
-def chunks_of(data: DataSet, units: np.ndarray) -> np.ndarray:
-    """The chunk that each unit [n] lies in."""
-    return np.searchsorted(data.table.first_unit, units, "right") - 1
+    chunks = data.table.chunk_of(units)
+    return [data.key(chunk, unit)[1] for chunk, unit in zip(chunks.tolist(), units.tolist(), strict=True)]
 
 
 def labeller_for(labels: Sequence[str]) -> Labeller:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shards.batch import ViewRecord
-from shards.decode_volume import VolumeDecoder
+from shards.decode_volume import VolumeDecoder, stored_sides
 from shards.transforms.anatomy import Sides, plain_name
 
 Box = tuple[int, int, int, int, int, int]  # z0, y0, x0, z1, y1, x1, the ends outside
@@ -53,11 +53,6 @@ def crops_of_study(
         )
         crops.append(placed or [centre])
     return size, crops
-
-
-def stored_sides(view: ViewRecord) -> Sides:
-    """Slices, rows and columns of a stored volume."""
-    return view.depth or 1, view.height, view.width
 
 
 def _boxes_with_rim(view: ViewRecord, wanted: Sequence[str]) -> dict[str, Box]:

@@ -31,6 +31,11 @@ from shards.volume_codec import AIR_HU, PART_SLICES, Part, part_count
 _CACHED_VOXELS = 1 << 16  # float32 voxels that one pass after the other finds in the cache
 
 
+def stored_sides(view: ViewRecord) -> Sides:
+    """Slices, rows and columns of a stored volume."""
+    return view.depth or 1, view.height, view.width
+
+
 @dataclass(frozen=True, kw_only=True)
 class Crop:
     """One crop to decode: the parts that hold its slices, of the volume and of each label map, and where it lies.
@@ -225,7 +230,7 @@ class VolumeDecoder:
         known = {plain_name(name): number for name, number in crop.mask_ids.items()}
         names = [plain_name(name) for name in config.anatomies]
         taken = crop.size or config.taken
-        place = Place(start=crop.start, size=taken, stored=(view.depth or 1, view.height, view.width))
+        place = Place(start=crop.start, size=taken, stored=stored_sides(view))
         faces = [faces[::-1] if axis in flipped else faces for axis, faces in enumerate(place.cut_faces)]
         depth, height, width = maps[0].shape
         boxes: list[tuple[Sides, Sides] | None] = [((0, 0, 0), (depth, height, width))] * len(names)

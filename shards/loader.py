@@ -496,7 +496,7 @@ def evaluation_batches(
 
     def read(first: int) -> tuple[Slots, list[Future[dict[int, Found]]]]:
         unit = np.arange(first, max(first, min(first + share, total)))
-        chunk = np.searchsorted(data.table.first_unit, unit, "right") - 1
+        chunk = data.table.chunk_of(unit)
         zero = np.zeros(share, dtype=np.int64)
         reads = [
             pool.submit(

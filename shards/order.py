@@ -41,6 +41,10 @@ class UnitTable:
     def total(self) -> int:
         return int(self.first_unit[-1] + self.units[-1])
 
+    def chunk_of(self, units: np.ndarray) -> np.ndarray:
+        """The chunk that each unit [n] lies in."""
+        return np.searchsorted(self.first_unit, units, "right") - 1
+
     @classmethod
     def of(cls, manifest: Manifest, *, every_image: bool = False) -> UnitTable:
         """Units are studies, or images if `every_image`."""
