@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any
 
 ORGANS = ("lung", "heart", "aorta", "liver", "spleen", "kidney")  # of shards.reports.anatomy.ANATOMIES
@@ -148,36 +149,63 @@ LABELS_OF_ORGAN = {
     organ: tuple(name for name, disease in DISEASES.items() if disease.anatomy == organ) for organ in ORGANS
 }
 
-NORMAL_SENTENCES: dict[str, tuple[str, ...]] = {
+# What reports say of a normal organ, aspect by aspect, each in some wordings. Like reports of CT-RATE, a report names
+# most normal organs and words them in many ways; `python -m ci.data.normal_texts` measures both, and the shares below.
+NORMAL_ASPECTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "lung": (
-        "The lungs are clear.", "No focal consolidation or nodule in the lungs.",
-        "Both lungs are normally aerated without pleural effusion.", "No pleural effusion or pneumothorax.",
+        ("The lungs are clear.", "Both lungs are normally aerated.", "Aeration of both lungs is normal."),
+        (
+            "No focal consolidation or nodule in the lungs.", "No consolidation in either lung.",
+            "No infiltration or mass was detected in the lungs.",
+        ),
+        ("No pleural effusion or pneumothorax.", "Pleural effusion was not detected.", "No pleural effusion."),
+        ("No emphysema.", "The lungs show no emphysematous changes."),
     ),
     "heart": (
-        "Heart size is normal.", "The heart is normal in size without pericardial effusion.",
-        "No pericardial effusion.", "The cardiac chambers are of normal size.",
+        ("Heart size is normal.", "The heart is normal in size.", "Heart contour and size are normal."),
+        ("No pericardial effusion.", "Pericardial effusion was not observed.", "No fluid in the pericardium."),
+        ("The cardiac chambers are of normal size.", "The cardiac chambers are not dilated."),
+        ("The heart is unremarkable.",),
     ),
     "aorta": (
-        "The aorta is normal in caliber.", "No aortic aneurysm.",
-        "The thoracic and abdominal aorta are of normal diameter.",
+        (
+            "The aorta is normal in caliber.", "The thoracic and abdominal aorta are of normal diameter.",
+            "The diameter of the aorta is normal.",
+        ),
+        ("No aortic aneurysm.", "No aneurysm or dissection of the aorta.", "The aorta is not dilated."),
+        ("No aortic calcification.", "No calcified plaque in the aorta."),
+        ("The aorta is unremarkable.",),
     ),
     "liver": (
-        "The liver is normal in size and attenuation.", "No focal liver lesion.",
-        "The liver is unremarkable.", "Normal liver without focal lesion.",
+        ("The liver is normal in size and attenuation.", "Liver size is normal.", "Liver contours are regular."),
+        ("The liver is homogeneous.", "Liver attenuation is normal.", "No hepatic steatosis."),
+        ("No focal liver lesion.", "No mass in the liver.", "No space-occupying lesion was detected in the liver."),
+        ("The liver is unremarkable.",),
     ),
-    "spleen": ("The spleen is normal in size.", "The spleen is unremarkable.", "No focal splenic lesion."),
+    "spleen": (
+        ("The spleen is normal in size.", "Spleen size is within normal limits.", "No splenomegaly."),
+        ("No focal splenic lesion.", "No space-occupying lesion in the spleen.", "No splenic infarct."),
+        ("The spleen is homogeneous.", "Spleen contours are regular."),
+        ("The spleen is unremarkable.",),
+    ),
     "kidney": (
-        "Both kidneys are normal in size.", "No hydronephrosis or renal calculus.", "The kidneys are unremarkable.",
-        "No renal stone on either side.",
+        ("Both kidneys are normal in size.", "The size of both kidneys is normal.", "Kidney contours are regular."),
+        ("No hydronephrosis.", "Hydronephrosis was not observed on either side."),
+        ("No renal stone on either side.", "No calculus in the kidneys.", "No renal calculus was detected."),
+        ("The kidneys are unremarkable.",),
     ),
 }  # fmt: skip
+NORMAL_SENTENCES = {organ: tuple(chain.from_iterable(aspects)) for organ, aspects in NORMAL_ASPECTS.items()}
+USUAL_ASPECTS = 2  # of a report that says the usual: the first wordings of the first aspects
+USUAL_SHARE = 0.3
 # Said of two normal organs at once.
 JOINT_NORMAL = {
     ("heart", "aorta"): ("The heart and the aorta are unremarkable.",),
     ("liver", "spleen"): ("The liver and spleen are normal in size.", "Liver and spleen are unremarkable."),
 }
 JOINT_SHARE = 0.15
-MENTIONED_SHARE = 0.4  # of normal organs that the report names
+# Of the normal organs of a kind, those that a report names.
+MENTIONED_SHARE = {"lung": 0.99, "heart": 0.97, "aorta": 0.87, "liver": 0.70, "spleen": 0.62, "kidney": 0.64}
 NORMAL_IMPRESSIONS = (
     "No acute abnormality.",
     "No significant abnormality on this examination.",
@@ -245,12 +273,19 @@ def write_report(findings: Sequence[Finding], draw: Callable[[int], Any]) -> Rep
     """The report of a scene, organ by organ. `draw(count)` gives `count` numbers in [0, 1): the choice of words.
 
     Every disease is stated in findings and impression; of the normal organs `MENTIONED_SHARE` are named in findings
-    only, and the rest go unsaid. No report is silent on all of them.
+    only, by one to all of their aspects, and the rest go unsaid. No report is silent on all of them.
     """
-    numbers = iter(draw(64).tolist())
+    numbers = iter(draw(96).tolist())
 
     def pick(options: Sequence[str]) -> str:
         return options[int(next(numbers) * len(options))]
+
+    def normal(organ: str) -> str:
+        aspects = NORMAL_ASPECTS[organ]
+        if next(numbers) < USUAL_SHARE:
+            return " ".join(wordings[0] for wordings in aspects[:USUAL_ASPECTS])
+        chosen = 1 + int(next(numbers) * (2 ** len(aspects) - 1))  # a bit for each aspect, never none
+        return " ".join(pick(wordings) for place, wordings in enumerate(aspects) if chosen >> place & 1)
 
     abnormal = {finding.anatomy for finding in findings}
     said: dict[str, str] = {}  # sentence of findings for each organ that is named
@@ -265,11 +300,11 @@ def write_report(findings: Sequence[Finding], draw: Callable[[int], Any]) -> Rep
         if next(numbers) < JOINT_SHARE and not abnormal.intersection(pair):
             said |= dict.fromkeys(pair, pick(sentences))
     for organ in ORGANS:
-        if organ not in said and next(numbers) < MENTIONED_SHARE:
-            said[organ] = pick(NORMAL_SENTENCES[organ])
+        if organ not in said and next(numbers) < MENTIONED_SHARE[organ]:
+            said[organ] = normal(organ)
     if not said:  # a report without findings would not be annotated by anatomy
         organ = pick(ORGANS)
-        said[organ] = pick(NORMAL_SENTENCES[organ])
+        said[organ] = normal(organ)
     said = {organ: said[organ] for organ in ORGANS if organ in said}
     concluded = {organ: concluded[organ] for organ in ORGANS if organ in concluded}
     sections = {

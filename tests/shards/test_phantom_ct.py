@@ -33,7 +33,7 @@ from shards.volume_codec import decode_labels, decode_volume
 
 # `easy` and `standard` are fixed: figures of different hashes must not be compared. A change here needs a reason in the
 # commit and all learning figures anew.
-GENERATOR_HASH = "82b4d71c6af7433c"
+GENERATOR_HASH = "f82eefb69d30a83d"
 SMALL = (24, 32, 32)
 
 

@@ -59,6 +59,7 @@ def test_there_are_36_anatomies_and_the_lexicon_names_each() -> None:
     ("text", "expected"),
     [
         ("The heart is normal in size.", {"heart": "normal"}),
+        ("Both lungs are normally aerated.", {"lung": "normal"}),
         ("There is a small cyst in the left kidney.", {"kidney": "abnormal"}),
         ("No pleural or pericardial effusion.", {"lung": "normal", "heart": "normal"}),
         ("Small right pleural effusion.", {"lung": "abnormal"}),
