@@ -1,4 +1,4 @@
-"""What the protocol `generation` needs of the data: reports of a split, and a reader of clinical labels.
+"""The protocol `generation` on a run: reports of its splits, a reader of clinical labels, and the decoder's evaluator.
 
 Reports are read from the shards beside the embeddings, since batches hold no text. None is printed or logged.
 """
@@ -6,13 +6,16 @@ Reports are read from the shards beside the embeddings, since batches hold no te
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from core.evaluation.embed import EmbeddedSplit
-from core.evaluation.generation import Labeller, ReportedSplit
+from core.evaluation.embed import ANATOMY_PARTS, PATCH_PARTS, EmbeddedSplit
+from core.evaluation.generation import Generation, Labeller, ReportedSplit
+from core.models.report_decoder import ReportDecoder
+from launchers.evaluation_splits import Options, Progress, Splits
+from launchers.past_run import PastRun
 from shards.dataset import DataSet, Found, read_units
 from shards.errors import BadSampleError, DataError, EmptyReportError
 from shards.ingest.phantom_ct_text import LABELS as CT_PHANTOM_LABELS
@@ -23,6 +26,25 @@ from shards.tokenizer import report_text
 from shards.transforms.anatomy import anatomy_texts
 
 DEFAULT_ONTOLOGY = "ct_rate18"
+
+
+def generate_reports(
+    run: PastRun, splits: Splits, options: Options, progress: Progress
+) -> tuple[Generation, list[str], Iterator[tuple[str, float]]]:
+    """(the evaluator, keys of the held-out studies, its figures, which train the decoder when they are asked for)."""
+    config = Generation.Config(
+        decoder=ReportDecoder.Config(max_length=options.report_length), steps=options.decoder_steps,
+        beams=options.beams, replicates=options.replicates, seed=options.seed,
+    )  # fmt: skip
+    reported = []
+    for split, limit in ((splits.train_split, options.decoder_studies), (options.split, None)):
+        embedded = splits.embed(split, {*ANATOMY_PARTS, *PATCH_PARTS}, limit)
+        data, sections = splits.open(split), run.config.data.sections
+        reported.append(with_reports(embedded, data, sections, splits.anatomies, splits.skipped))
+    train, test = reported
+    generation = Generation(config)
+    found = generation.run(train, test, run.tokenizer, labeller_for(splits.labels), run.device, progress)
+    return generation, keys_of(test.split, splits.open(options.split)), found
 
 
 def with_reports(

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from configs import ct
 from core.models.gaussian import Gaussian
 from core.tasks.clip import CLIP
-from launchers import evaluate
+from launchers import evaluate, evaluation_protocols
 from shards.ingest.phantom_ct import CtPhantom
 from shards.ingest.phantom_ct_text import PROMPTS
 from shards.manifest import Manifest
@@ -136,7 +136,7 @@ def test_reports_are_generated_and_kept_only_when_asked_for(
 
 def test_words_of_a_vocabulary() -> None:
     tokenizer = train_wordpiece(["Left pleural effusion.", "The heart is normal."] * 3, 96)
-    words = evaluate.words_of(tokenizer)
+    words = evaluation_protocols.words_of(tokenizer)
     assert words is not None and words.mask_id == tokenizer.mask_id and words.special_ids == tokenizer.special_ids
     spelled = tokenizer.tokens(range(tokenizer.vocab_size))
     assert [token for token, on in zip(spelled, words.continues, strict=True) if on] == [
@@ -209,7 +209,7 @@ def test_bad_arguments_are_one_line(
 def test_labels_without_any_prompt_are_named_before_anything_is_embedded(
     manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate.built_in, "PLAIN_PROMPTS", {})
+    monkeypatch.setattr(evaluation_protocols.built_in, "PLAIN_PROMPTS", {})
     run_dir = make_run(tmp_path / "run", manifest)
     assert evaluate.main(["--run-dir", str(run_dir)]) == 2
     shown = capsys.readouterr().err
