@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -462,16 +462,22 @@ def _print_summary(manifest: Manifest, output: str, seconds: float, console: Con
             f"{sum(shard.bytes for shard in shards) / 1e6:.1f}",
         )
     console.print(table)
-    if manifest.refused:
-        refused = Table(title="left out", title_justify="left")
-        refused.add_column("inputs", justify="right")
-        refused.add_column("reason")
-        for reason, count in sorted(manifest.refused.items(), key=lambda pair: -pair[1]):
-            refused.add_row(str(count), escape(reason))
-        console.print(refused)
+    _print_reasons("left out", manifest.refused, console)
+    _print_reasons("packed, with a remark", manifest.noted, console)
     place = output.rstrip("/")
     console.print(f"{manifest.samples} samples in {seconds:.1f} s; sha256 {manifest.sha256[:16]}", highlight=False)
     console.print(f"{escape(place)}/manifest.json", highlight=False, soft_wrap=True)
+
+
+def _print_reasons(title: str, reasons: Mapping[str, int], console: Console) -> None:
+    if not reasons:
+        return
+    table = Table(title=title, title_justify="left")
+    table.add_column("inputs", justify="right")
+    table.add_column("reason")
+    for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]):
+        table.add_row(str(count), escape(reason))
+    console.print(table)
 
 
 def _verify(arguments: argparse.Namespace, console: Console) -> int:

@@ -44,6 +44,11 @@ TOKENS_PER_DISEASE = 16  # below this a structured report's verdict could be cut
 
 ZERO_IN_VOID = frozenset({"report_key", "patient_key", "uncertain_verdicts", "finding_key", "draw_key"})
 
+# Why nothing of a study counts in an objective by anatomy.
+NONE_THERE = "no anatomy in the crop"
+ALL_CUT = "all anatomies cut by the crop"
+TELLS_OF_NONE = "report without any anatomy in the crop"
+
 VOLUME_FIELDS = frozenset({"anatomy_share", "anatomy_intact", "anatomy_labels"})
 ANATOMY_TEXT_FIELDS = frozenset(
     {"anatomy_input_ids", "anatomy_attention_mask", "anatomy_text_key", "anatomy_key", "anatomy_state"}
@@ -326,11 +331,11 @@ class Collator:
         self,
         decoding: Decoding,
         on_void: Callable[[int, str], None],
-        on_cut: Callable[[int], None] = lambda row: None,
+        on_unseen: Callable[[int, str], None] = lambda row, cause: None,
     ) -> Batch:
         """Wait for the pixels, make void what did not decode, and join the tensors of the batch.
 
-        `on_cut(row)` is told of each valid row in which no anatomy is intact.
+        `on_unseen(row, cause)` is told of each valid row in which no anatomy counts.
         """
         prepared, present, study_index = decoding.prepared, decoding.present, decoding.study_index
         columns = prepared.columns
@@ -362,13 +367,13 @@ class Collator:
             mask = draw_patches(self.config.masking, self.seed, epoch, sample_key, view, self._patches)
             batch["patch_mask"] = torch.from_numpy(mask & valid[study_index][:, None])
         if isinstance(decoding.pending, VolumeBatch):
-            batch |= self._anatomy_fields(decoding, decoding.pending, on_cut)
+            batch |= self._anatomy_fields(decoding, decoding.pending, on_unseen)
         if self.tokenizer is not None and self._reads_report:
             parts = [parts if ok else [] for parts, ok in zip(prepared.parts, valid, strict=True)]
             batch |= self._tokens(self.tokenizer, parts, prepared)
         return batch
 
-    def _anatomy_fields(self, decoding: Decoding, volumes: VolumeBatch, on_cut: Callable[[int], None]) -> Batch:
+    def _anatomy_fields(self, decoding: Decoding, volumes: VolumeBatch, on_unseen: Callable[[int, str], None]) -> Batch:
         """Shares of the crops and texts by anatomy; zero in void slots but for the tokens of an empty text."""
         config, prepared, present = self.config.volume, decoding.prepared, decoding.present
         assert config is not None
@@ -388,14 +393,15 @@ class Collator:
                 names = [plain_name(name) for name in config.anatomies]
                 made_for = [[names_shown is None or name in names_shown for name in names] for names_shown in shown]
                 intact[present] &= np.array(made_for, bool).reshape(-1, anatomies)
-            elif self._reads_anatomies:
+            whole = intact.copy()
+            if self._reads_anatomies and not self.around_anatomies:
                 state = np.stack([row.state for row in rows if row is not None]) if len(present) else intact[:0]
                 intact[present] &= state != NOT_ANNOTATED
             share[~valid[study_index]], intact[~valid[study_index]] = 0.0, False
-            seen = np.zeros(len(valid), bool)
-            np.logical_or.at(seen, study_index, intact.any(axis=1))
-            for row in np.flatnonzero(valid & ~seen):
-                on_cut(int(row))
+            counts, seen = (_any_of_study(marked, study_index, len(valid)) for marked in (intact, whole))
+            there = _any_of_study(volumes.present, study_index[present], len(valid))
+            for row in np.flatnonzero(valid & ~counts).tolist():
+                on_unseen(row, TELLS_OF_NONE if seen[row] else ALL_CUT if there[row] else NONE_THERE)
             batch |= {"anatomy_share": torch.from_numpy(share), "anatomy_intact": torch.from_numpy(intact)}
             if volumes.labels is not None:
                 labels = np.zeros((len(study_index), *volumes.labels.shape[1:]), np.uint8)
@@ -472,6 +478,13 @@ def _view_records(record: StudyRecord, members: Members) -> list[ViewRecord]:
     if not known.keys() >= set(names):
         raise BadSampleError("", "", "an image that the record does not list")
     return [known[name] for name in names]
+
+
+def _any_of_study(marked: np.ndarray, study_index: np.ndarray, studies: int) -> np.ndarray:
+    """[V, A] bool of views -> [b] bool: is anything marked in some view of the study."""
+    found = np.zeros(studies, bool)
+    np.logical_or.at(found, study_index, marked.any(axis=1))
+    return found
 
 
 def _read_parts(view: ViewRecord, chosen: View, mask_maps: int) -> tuple[range, list[list[memoryview]]]:

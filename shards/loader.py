@@ -356,7 +356,7 @@ class LoaderRun(Iterator[Batch]):
             ]
             adopted = [loader.sets[set_index].manifest.adopted for set_index in slots.set_index]
             prepared = loader._collate.prepare(
-                step, slots, found, places, adopted, self._on_void(step, places), train=True
+                step, slots, found, places, adopted, self._telling("skip", step, places), train=True
             )
             decoding = loader._collate.submit(prepared)
             self._submitted.append(decoding.pending)
@@ -373,25 +373,18 @@ class LoaderRun(Iterator[Batch]):
                 continue
             if isinstance(decoding, BaseException):
                 raise decoding
-            on_void = self._on_void(decoding.prepared.step, decoding.prepared.places)
-            on_cut = self._on_cut(decoding.prepared.step, decoding.prepared.places)
-            batch = self._loader._collate.finish(decoding, on_void, on_cut)
+            on_void = self._telling("skip", decoding.prepared.step, decoding.prepared.places)
+            on_unseen = self._telling("no_anatomy", decoding.prepared.step, decoding.prepared.places)
+            batch = self._loader._collate.finish(decoding, on_void, on_unseen)
             self._submitted.popleft()
             self._first_decoded.set()
             if not self._put(self._batches, batch):
                 return
 
-    def _on_void(self, step: int, places: Sequence[Place]) -> Callable[[int, str], None]:
+    def _telling(self, event: str, step: int, places: Sequence[Place]) -> Callable[[int, str], None]:
         def report(row: int, cause: str) -> None:
             shard, key = places[row]()
-            self._loader.on_event({"event": "skip", "step": step, "shard": shard, "key": key, "cause": cause})
-
-        return report
-
-    def _on_cut(self, step: int, places: Sequence[Place]) -> Callable[[int], None]:
-        def report(row: int) -> None:
-            shard, key = places[row]()
-            self._loader.on_event({"event": "anatomies_cut", "step": step, "shard": shard, "key": key})
+            self._loader.on_event({"event": event, "step": step, "shard": shard, "key": key, "cause": cause})
 
         return report
 

@@ -85,6 +85,7 @@ class Manifest:
     sections: dict[str, int] = field(default_factory=dict)  # report section -> number of samples that have it
     patients: dict[str, int] = field(default_factory=dict)  # split -> number of patients
     refused: dict[str, int] = field(default_factory=dict)  # reason -> inputs refused while packing
+    noted: dict[str, int] = field(default_factory=dict)  # remark -> inputs that it is made on, which were packed
     source: str = ""
     tokenizer: str | None = None  # file or folder beside the manifest
     key_fingerprint: str | None = None
@@ -114,6 +115,8 @@ class Manifest:
             "patients", "refused",
         ):  # fmt: skip
             body[name] = getattr(self, name)
+        if self.noted:  # most sets have none, and those of before it was counted keep their hash
+            body["noted"] = self.noted
         body["samples"] = self.samples
         body["shards"] = [
             {
@@ -160,7 +163,7 @@ class Manifest:
                 shards=shards, labels=tuple(body["labels"]), masks=body["masks"], fields=body["fields"],
                 sections=body["sections"], patients=body["patients"], refused=body["refused"], source=body["source"],
                 tokenizer=body["tokenizer"], key_fingerprint=body["key_fingerprint"], creator=body["creator"],
-                adopted=body["adopted"],
+                adopted=body["adopted"], noted=body.get("noted", {}),
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             raise DataError(

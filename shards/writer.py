@@ -494,7 +494,8 @@ def _write_manifest(
     store: Store,
 ) -> Manifest:
     refusals = [*planned, *(refusal for span in spans for refusal in span.refusals)]
-    reasons = Counter(refusal.reason for refusal in refusals)
+    reasons = Counter(refusal.reason for refusal in refusals if not refusal.kept)
+    noted = Counter(refusal.reason for refusal in refusals if refusal.kept)
     lost: dict[str, set[int]] = {}
     for span in spans:
         lost.setdefault(span.split, set()).update(span.lost)
@@ -516,13 +517,18 @@ def _write_manifest(
         sections=dict(sorted(sections.items())),
         patients={split: count for split, count in patients.items() if count},
         refused=dict(sorted(reasons.items())),
+        noted=dict(sorted(noted.items())),
         source=source.name,
         key_fingerprint=source.key_fingerprint,
     )
-    lines = [json.dumps({"input": refusal.name, "reason": refusal.reason}, ensure_ascii=True) for refusal in refusals]
-    if lines:
-        store.put(REFUSED, ("\n".join(lines) + "\n").encode())
+    if refusals:
+        store.put(REFUSED, "".join(map(_refused_line, refusals)).encode())
     store.put(MANIFEST, manifest.to_bytes())
     for shard in shards:
         store.delete(f"{RECEIPTS}{shard.name}.json")
     return manifest
+
+
+def _refused_line(refusal: Refusal) -> str:
+    kept = {"kept": True} if refusal.kept else {}
+    return json.dumps({"input": refusal.name, "reason": refusal.reason} | kept, ensure_ascii=True) + "\n"

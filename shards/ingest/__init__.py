@@ -24,14 +24,16 @@ PUBLIC_SECRET = b"roentgen: names of a public set"
 
 @dataclass(frozen=True)
 class Refusal:
-    """An input that gives no sample, or a view left out of one.
+    """An input that gives no sample, or a view or a report left out of one.
 
     `name` may be logged: a relative file name for public sets, a keyed hash for clinical ones. `reason` is short and
-    one of few (it is counted in the manifest); it holds no value taken from the input.
+    one of few (it is counted in the manifest); it holds no value taken from the input. `kept`: the input is in its
+    sample all the same, and the reason says what of it is missing or was done to it.
     """
 
     name: str
     reason: str
+    kept: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

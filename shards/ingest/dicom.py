@@ -235,7 +235,7 @@ class DicomRadiographs:
                 if self.structured is not None and known is None:
                     known = _known_patient(first, item.patient)
             provenance |= {f"view {view.record.id} {name}": fact for name, fact in view.provenance.items()}
-            refusals += [Refusal(self._log_name(paths[0]), note) for note in view.notes]
+            refusals += [Refusal(self._log_name(paths[0]), note, kept=True) for note in view.notes]
             images.append(view.image)
             masks |= view.masks
             views.append(view.record)
@@ -244,7 +244,7 @@ class DicomRadiographs:
         if study_by is not None:
             provenance["study told by"] = study_by
             reason = f"no StudyInstanceUID: study told by its {study_by}"
-            refusals.append(Refusal(self._log_name(groups[0][0][0]), reason))
+            refusals.append(Refusal(self._log_name(groups[0][0][0]), reason, kept=True))
         stated = bool(report) and self.structured is None
         record = StudyRecord(
             study=item.key, patient=item.patient, report=dict(report) if stated else {}, views=views,

@@ -438,7 +438,7 @@ class TableSource:
             except ImageRefusedError as error:
                 refusals.append(Refusal(self._shown(view.file), str(error)))
                 continue
-            refusals += [Refusal(self._shown(view.file), note) for note in opened.notes]
+            refusals += [Refusal(self._shown(view.file), note, kept=True) for note in opened.notes]
             provenance |= {f"view {opened.record.id} {name}": fact for name, fact in opened.provenance.items()}
             views.append(opened.record)
             images.append(opened.image)

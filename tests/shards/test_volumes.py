@@ -19,7 +19,7 @@ from core.engine import split
 from shards.adopt import adopt
 from shards.anatomy_crops import crops_of_study
 from shards.batch import FIELDS, NOT_ANNOTATED, Batch, EncodedImage, EncodedVolume, Sample, StudyRecord, ViewRecord
-from shards.collate import Collator, _read_parts
+from shards.collate import ALL_CUT, NONE_THERE, Collator, _read_parts
 from shards.dataset import DataSet, Members, read_units
 from shards.decode_volume import Crop, VolumeDecoder, parts_to_read, place_crop
 from shards.errors import BadSampleError, ConfigError
@@ -346,8 +346,9 @@ def test_no_whole_anatomy_is_told(tmp_path: Path) -> None:
     config = replace(CONFIG, size=(8, 6, 8), anatomies=("liver",))
     one = loader(pack(tmp_path, Volumes()), config, events=events)
     steps = batches(one, 0, 3)
-    told = [event for event in events if event["event"] == "anatomies_cut" and event["step"] < 3]
+    told = [event for event in events if event["event"] == "no_anatomy" and event["step"] < 3]
     assert len(told) == sum(int((~batch["anatomy_intact"].any(dim=1)).sum()) for batch in steps) > 0
+    assert {event["cause"] for event in told} == {ALL_CUT, NONE_THERE}
     assert all(batch["valid"].all() for batch in steps)
 
 
