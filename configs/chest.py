@@ -16,10 +16,13 @@ from core.optim import OptimConfig
 from core.tasks.clip import CLIP
 from core.tasks.dmlm import DMLM, Weights
 from core.tasks.siglip import SigLIP
+from core.tasks.umcl import UMCL
 from core.trainer import TrainerConfig
 from shards.decode import Decoder
+from shards.ingest.phantom_chest_text import LABELS as PHANTOM_LABELS
+from shards.label_union import NO_FINDING, THORAX, class_of
 from shards.loader import Loader
-from shards.transforms import masking
+from shards.transforms import label_text, masking
 
 
 def clip_b16() -> TrainConfig:
@@ -113,3 +116,51 @@ def dmlm_tiny() -> TrainConfig:
     )
     data = replace(base.data, masking=masking.Config(patch_size=8))
     return replace(base, task=task, data=data, evaluation=dmlm_b16().evaluation)
+
+
+def umcl_b16() -> TrainConfig:
+    """UMCL with ViT-B/16 at 224 px and BERT-base, batch 1024 of reports, labels and both: for GPUs.
+
+    Meant to start from pre-trained towers (`init.vision`, `init.text`). `data.train` is a mixture: 60 % of a batch from
+    sets with reports, 20 % from sets with labels, 20 % from sets with both teach best where reports are to be read.
+    """
+    classes = tuple(THORAX)
+    return TrainConfig(
+        global_batch_size=1024,
+        task=UMCL.Config(vision=vit_b16(), text=bert_base(), classes=classes),
+        data=Loader.Config(
+            decode=Decoder.Config(image_size=224),
+            text_length=128,
+            lanes=64,
+            label_text=label_text.Config(classes=classes),
+        ),
+        optim=OptimConfig(
+            learning_rate=1e-4,
+            epsilon=1e-6,
+            weight_decay=0.1,
+            warmup_steps=1000,
+            final_factor=0.01,
+            multipliers={
+                "towers.text.": 0.2,
+                "towers.vision_projection": 5.0,
+                "towers.text_projection": 5.0,
+                "logit_scale": 5.0,
+                "context_tokens": 20.0,
+            },
+        ),
+        engine=EngineConfig(zero_stage=1, precision="bf16", micro_batch=64),
+        trainer=TrainerConfig(steps=30_000, log_every=20, evaluate_every=1000, save_every=1000, picture_every=5000),
+        checkpoint=CheckpointConfig(keep_last=2, keep_every=10_000),
+    )
+
+
+def umcl_tiny() -> TrainConfig:
+    """UMCL with the towers of clip_tiny, for the findings of phantoms."""
+    base = clip_tiny()
+    classes = (NO_FINDING, *(name for label in PHANTOM_LABELS if (name := class_of(label)) is not None))
+    return replace(
+        base,
+        task=UMCL.Config(vision=vit_tiny(), text=text_tiny(), embed_dim=128, classes=classes),
+        data=replace(base.data, label_text=label_text.Config(classes=classes)),
+        optim=replace(base.optim, multipliers={"context_tokens": 2.0}),
+    )

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from core.evaluation.zero_shot import Prompt, Prompts
+from shards.batch import NO_FINDING
 from shards.ingest.phantom_chest_text import PROMPTS as PHANTOM_PROMPTS
 from shards.ingest.phantom_chest_text import STRUCTURED_PROMPTS as PHANTOM_STRUCTURED
 from shards.ingest.phantom_ct_text import DISEASES as CT_PHANTOM_DISEASES
 from shards.ingest.phantom_ct_text import PROMPTS as CT_PHANTOM
+from shards.label_union import THORAX, class_of
 
 _NORMAL = ["No acute cardiopulmonary abnormality.", "Normal chest radiograph.", "The lungs are clear."]
 
@@ -187,7 +189,21 @@ def paraphrased(labels: Iterable[str]) -> tuple[dict[str, dict[str, tuple[str, .
     )
 
 
-PLAIN_PROMPTS: Prompts = {**NIH_PROMPTS, **PHANTOM_PROMPTS}
+def _of_classes(prompts: Prompts) -> Prompts:
+    """Under the names that the union of label tables gives their labels."""
+    return {name: sides for label, sides in prompts.items() if (name := class_of(label)) is not None}
+
+
+PLAIN_PROMPTS: Prompts = {**_of_classes(NIH_PROMPTS), **_of_classes(PHANTOM_PROMPTS), **NIH_PROMPTS, **PHANTOM_PROMPTS}
+# What stands for the report of a study that has only labels: a plain sentence, as data sets are turned to text.
+LABEL_SENTENCES: dict[str, tuple[str, ...]] = {
+    NO_FINDING: ("No acute cardiopulmonary abnormality.", "The lungs are clear.", "No acute finding."),
+    **{
+        name: (f"There is {name}.", f"Findings are consistent with {name}.", f"{name.capitalize()} is present.")
+        for name in THORAX
+        if name != NO_FINDING
+    },
+}
 # ChestX-ray14 spells the same diseases with a capital.
 STRUCTURED_PROMPTS: Prompts = PHANTOM_STRUCTURED | {
     label: PHANTOM_STRUCTURED[label.lower()] for label in NIH_PROMPTS if label.lower() in PHANTOM_STRUCTURED

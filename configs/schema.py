@@ -145,6 +145,8 @@ class TrainConfig:
                 raise ConfigError(
                     f"data.masking.patch_size={masked} but task.vision.patch_size={encoded}; set both to one value"
                 )
+        if "text_is_report" in task_class(self.task).fields:
+            self._check_classes()
         self._check_protocols()
         text = getattr(self.task, "text", None)
         if text is not None and self.data.text_length > text.max_length:
@@ -166,6 +168,25 @@ class TrainConfig:
             raise ConfigError(
                 f"evaluation.protocols={sorted(asked)}: batches of {task.__name__} hold no whole report; use anatomy "
                 "here, and launchers/evaluate.py for the others"
+            )
+
+    def _check_classes(self) -> None:
+        """Raises ConfigError where data and task do not speak of the same classes in the same way."""
+        task, texts = self.task, self.data.label_text
+        if texts is None:
+            raise ConfigError("the task reads labels as texts, but data.label_text is not set; see configs/chest.py")
+        if task.classes != texts.classes:
+            apart = [
+                name for name in (*task.classes, *texts.classes) if (name in task.classes) != (name in texts.classes)
+            ]
+            raise ConfigError(
+                "task.classes and data.label_text.classes differ in "
+                f"{', '.join(apart) or 'their order'}; set both to one list"
+            )
+        if (task.prompts == "hand") != bool(texts.sentences):
+            raise ConfigError(
+                f"task.prompts={task.prompts}, but data.label_text.sentences is {'not ' * bool(texts.sentences)}empty; "
+                "sentences are for task.prompts=hand, and only for it"
             )
 
     def _check_volumes(self) -> None:

@@ -10,6 +10,7 @@ from core.checkpoint import CheckpointConfig
 from core.models.contrast import GaussianContrast
 from core.models.fusion import Fusion
 from core.models.gaussian import GaussianEncoder
+from core.models.prompts import PromptBank
 from core.models.text import TextEncoder, text_tiny
 from core.models.vision import VisionEncoder, vit_tiny
 from core.tasks.dmlm import Weights
@@ -62,3 +63,10 @@ def dmlm() -> TrainConfig:
         weights=Weights(),
     )
     return replace(shrunk, task=task)
+
+
+def umcl() -> TrainConfig:
+    """chest:umcl_tiny, smaller still, with a negative bank."""
+    shrunk = _shrunk(chest.umcl_tiny())
+    bank = PromptBank.Config(length=4)
+    return replace(shrunk, task=replace(shrunk.task, bank=bank, negative_bank=True, class_weight=0.1))

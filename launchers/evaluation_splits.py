@@ -25,7 +25,7 @@ from launchers.past_run import PastRun
 from shards.batch import Batch
 from shards.collate import ANATOMY_TEXT_FIELDS, Collator
 from shards.dataset import DataSet
-from shards.loader import as_mixture, evaluation_batches
+from shards.loader import as_mixture, evaluation_batches, label_columns
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -80,7 +80,7 @@ class Splits:
         self.held_out: str | None = config.validation_split
         if config.validation_split not in whole.splits or config.validation_split == options.split:
             self.held_out = None
-        self.manifest, self.labels = whole, whole.labels
+        self.manifest, self.labels = whole, label_columns(config, [self.open(options.split)])
 
     def open(self, split: str) -> DataSet:
         """Raises ConfigError or DataError naming the manifest or the splits there are."""

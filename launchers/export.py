@@ -237,6 +237,7 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu") -> Expor
         )
     try:
         task = schema.task_from_json(config.task).build(vocab_size=tokenizer.vocab_size)
+        task.take_tokenizer(tokenizer)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG}: {error}; export the run again") from None
     try:

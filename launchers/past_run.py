@@ -96,6 +96,8 @@ def open_run(run_dir: str, which: str = LATEST, device: torch.device | None = No
         weights = find_weights(folder, which.removeprefix("step-"))
         words = read_tokenizer(store, config) if reads_text(schema.task_class(config.task).fields) else None
         task = config.task.build(vocab_size=None if words is None else words.vocab_size, seed=config.seed)
+        if words is not None:
+            task.take_tokenizer(words)
         load_checkpoint_weights(task, str(weights))
         take_paths(config.engine)
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

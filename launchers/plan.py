@@ -153,6 +153,7 @@ def counted(config: TrainConfig) -> cost.Cost:
     ):  # it must divide the few studies of a count, and costs the same whatever it is
         task_config = replace(task_config, match_group=cost.FEW)
     task = task_config.build(vocab_size=words, seed=config.seed)
+    task.take_tokenizer(_OneToken())
     if config.engine.activation_checkpointing:
         checkpoint_activations(task)
     attention.take_only("sdpa")  # as a GPU does
@@ -166,10 +167,25 @@ def counted(config: TrainConfig) -> cost.Cost:
         attention.take_only(None)
 
 
+class _OneToken:
+    """Stands for a tokenizer where words of a task's own are only counted: every text is one token."""
+
+    prefix, suffix = (0,), (0,)
+
+    def encode(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
+        shape = (len(texts), 3)
+        return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
+
+
 def vocabulary(config: TrainConfig) -> int:
     """Words of the text encoder, or of the tokenizer that the run would train."""
     text = getattr(config.task, "text", None)
     return getattr(text, "vocab_size", None) or config.tokenizer_words
+
+
+def _label_columns(config: TrainConfig) -> int:
+    texts = config.data.label_text
+    return len(texts.classes) if texts is not None else getattr(config.task, "labels", 0)
 
 
 def synthetic_batch(config: TrainConfig, studies: int, words: int) -> Batch:
@@ -181,7 +197,8 @@ def synthetic_batch(config: TrainConfig, studies: int, words: int) -> Batch:
     number = torch.arange(studies)
     text = torch.randint(5, words, (studies, length), generator=generator)
     columns: dict[str, Tensor] = {
-        "labels": torch.zeros(studies, getattr(config.task, "labels", 0), dtype=torch.int8),
+        "labels": torch.zeros(studies, _label_columns(config), dtype=torch.int8),
+        "text_is_report": torch.ones(studies, dtype=torch.bool),
         "pixel_values": torch.randn(studies, 1, side, side, generator=generator),
         "input_ids": text,
         "attention_mask": torch.ones(studies, length, dtype=torch.bool),

@@ -215,6 +215,8 @@ def _train(
     )
     vocab_size = loader.tokenizer.vocab_size if loader.tokenizer is not None else None
     task = config.task.build(vocab_size=vocab_size, seed=config.seed)
+    if loader.tokenizer is not None:
+        task.take_tokenizer(loader.tokenizer)
     has_validation = _has_validation(config, loader)
     checkpoints = Checkpoints(
         run_dir,

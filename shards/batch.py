@@ -28,6 +28,14 @@ IMAGE_EXTENSIONS = frozenset(
 
 NOT_ANNOTATED = -2  # in `Batch["labels"]`; in JSON such a label is absent
 UNCERTAIN = -1
+NO_FINDING = "no finding"  # a class of its own where labels are told in classes (`shards.label_union`)
+
+# Members of a StudyRecord that say what its report says.
+_OF_REPORT = (
+    "report", "anatomy", "anatomy_status", "anatomy_findings", "anatomy_impression", "entities", "distilled",
+    "boilerplate", "descriptors",
+)  # fmt: skip
+_NO_STRUCTURE: dict[str, Any] = {"structured_report": None}
 
 LabelValue = Literal[0, 1, -1]
 Span = tuple[int, int]  # characters [start, end)
@@ -114,6 +122,14 @@ class StudyRecord(BaseModel):
     deidentifier: str | None = None  # version of the tool, or the user's statement, that cleared the text
     views: list[ViewRecord] = Field(min_length=1)
 
+    def without_report(self) -> StudyRecord:
+        """The study as if it had only its labels."""
+        return self.model_copy(update={name: type(getattr(self, name))() for name in _OF_REPORT} | _NO_STRUCTURE)
+
+    def without_labels(self) -> StudyRecord:
+        """The study as if nobody had annotated it."""
+        return self.model_copy(update={"labels": {}})
+
     @field_validator("distilled", "boilerplate", "descriptors")
     @classmethod
     def _spans_lie_in_the_report(cls, value: list[Any], info: ValidationInfo) -> list[Any]:
@@ -178,6 +194,7 @@ FIELDS: dict[str, str] = {
     "text_mask": "[B, L] bool, whole words to mask and predict; about text_mask_ratio of a report's own tokens",
     "patch_mask": "[V, P] bool, exactly round(patch_mask_ratio * P) of an image's patches, in rows from top left",
     "finding_key": "[B] int64, equal for equal sets of diseases present or uncertain; report_key where unstructured",
+    "text_is_report": "[B] bool, False where the text is made of labels, or the slot is void",
     "draw_key": "[B] int64, what a model keys its own random numbers for this study and epoch by",
     "anatomy_share": "[V, A, T] float32, share of a patch's voxels that an anatomy has",
     "anatomy_intact": "[V, A] bool, in the crop, not cut by it (or mentioned, if so configured), and annotated",

@@ -6,20 +6,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from shards import keyed
 from shards.anatomy_crops import crops_of_study
-from shards.batch import NOT_ANNOTATED, Batch, StudyRecord, ViewRecord
-from shards.dataset import Found, Members, View
+from shards.batch import NOT_ANNOTATED, Batch, LabelValue, StudyRecord, ViewRecord
+from shards.dataset import DataSet, Found, Members, View, read_units
 from shards.decode import Decoder, PendingBatch
 from shards.decode_volume import Crop, VolumeBatch, VolumeDecoder, place_crop
 from shards.errors import BadSampleError, ConfigError, DataError
+from shards.label_union import table_of
 from shards.manifest import Manifest
 from shards.order import Slots
 from shards.reports.structured import (
@@ -32,7 +35,7 @@ from shards.reports.structured import (
     serialise,
 )
 from shards.tokenizer import EmptyReportError, Tokenizer, report_text
-from shards.transforms import augment
+from shards.transforms import augment, label_text
 from shards.transforms.anatomy import ABNORMAL, AnatomyTexts, Sides, anatomy_texts, plain_name, text_keys
 from shards.transforms.masking import draw_key, draw_patches, draw_text, patches_of
 from shards.volume_codec import part_count
@@ -40,9 +43,12 @@ from shards.volume_codec import part_count
 if TYPE_CHECKING:
     from shards.loader import Loader
 
+KNOWN_ABSENT_AMONG = 16  # so many present labels beside no absent one are no chance
 TOKENS_PER_DISEASE = 16  # below this a structured report's verdict could be cut off
 
-ZERO_IN_VOID = frozenset({"report_key", "patient_key", "uncertain_verdicts", "finding_key", "draw_key"})
+ZERO_IN_VOID = frozenset(
+    {"report_key", "patient_key", "uncertain_verdicts", "finding_key", "draw_key", "text_is_report"}
+)
 
 # Why nothing of a study counts in an objective by anatomy.
 NONE_THERE = "no anatomy in the crop"
@@ -80,6 +86,14 @@ class Prepared:
         return _sample_key(self.columns["sample_id"], self.columns["set_index"])
 
 
+class _Text(NamedTuple):
+    """The parts of the text of a study that is read, and the key that equal ones share."""
+
+    parts: list[Part]
+    key: int
+    is_report: bool = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
     """A batch in the decoder; `present` [n] are the images that were given to it, of `study_index` [V]."""
@@ -101,6 +115,39 @@ def check_masks(config: Loader.Config, fields: Collection[str], url: str, manife
             f"{url}: its label maps do not know {', '.join(missing)}, which data.volume.anatomies names; "
             f"there is {', '.join(sorted(known)) or 'none'}"
         )
+
+
+def check_labels(config: label_text.Config, data: DataSet) -> None:
+    """Raises ConfigError where the labels of a set cannot be told in classes, or teach wrong agreement.
+
+    A set that notes findings only where they are present does not say which it has asked for: studies would agree in
+    whatever they share. Its first studies tell.
+    """
+    if data.reads == "report" or not data.whole.labels:
+        if data.reads == "labels":
+            raise ConfigError(f"{data.url}: reads=labels, but the set has none; leave it out")
+        return
+    try:
+        table_of(data.whole.labels, config.names)
+    except ConfigError as error:
+        raise ConfigError(f"{data.url}: {error}") from None
+    values = Counter(value for record in _first_records(data) for value in record.labels.values())
+    if values[1] >= KNOWN_ABSENT_AMONG and not values[0]:
+        raise ConfigError(
+            f"{data.url}: among its first studies {values[1]} labels are present and none is absent, so the set does "
+            "not tell what was asked for from what was not; pack it with the names of all labels that it annotates, or "
+            "read its reports alone with reads=report"
+        )
+
+
+def _first_records(data: DataSet) -> Iterator[StudyRecord]:
+    """Of the first chunk, as far as they can be read."""
+    views = (lambda unit, count: [0]) if data.manifest.adopted else (lambda unit, count: [])
+    units = range(int(data.table.first_unit[0]), int(data.table.first_unit[0] + data.table.units[0]))
+    for found in read_units(data, 0, units, views).values():
+        if isinstance(found, Members):
+            with suppress(DataError):  # counted when training meets it
+                yield found.record(data.manifest.adopted)
 
 
 class Collator:
@@ -147,6 +194,10 @@ class Collator:
                 f"data.text_length={config.text_length} is too short for structured reports of "
                 f"{config.structured.diseases} diseases; use {TOKENS_PER_DISEASE * config.structured.diseases} or more"
             )
+        if self._reads_structure and config.label_text is not None:
+            raise ConfigError("data.label_text makes texts beside raw reports; set data.report=raw")
+        if "text_is_report" in self.fields and config.label_text is None:
+            raise ConfigError("data.label_text is not set, which the task reads; the recipes chest:umcl_... do")
         if "text_mask" in self.fields and (tokenizer is None or tokenizer.mask_id is None):
             raise ConfigError(
                 "masked text needs a tokenizer with a mask token, and this one names none; "
@@ -198,6 +249,8 @@ class Collator:
         }
         if "finding_key" in self.fields:
             columns["finding_key"] = np.zeros(count, dtype=np.int64)
+        if "text_is_report" in self.fields:
+            columns["text_is_report"] = np.zeros(count, dtype=bool)
         if "draw_key" in self.fields:
             columns["draw_key"] = draw_key(self.seed, slots.epoch, sample_key)
         result = Prepared(
@@ -211,7 +264,8 @@ class Collator:
                 record = members.record(adopted[i])
                 structure = self._structure(record)
                 key = (self.seed, int(slots.epoch[i]), int(sample_key[i])) if train else None
-                parts, report_key = self._text(record, structure, key)
+                labels = self._labels(record, members)
+                text = self._text(record, structure, labels, key)
                 views = _view_records(record, members)
                 crops = self._crops(members, views, (int(slots.epoch[i]), int(sample_key[i])) if train else None)
             except (BadSampleError, EmptyReportError) as error:
@@ -221,13 +275,15 @@ class Collator:
                 continue
             columns["valid"][i] = True
             columns["patient_key"][i] = keyed.text_key(record.patient)
-            columns["report_key"][i] = report_key
+            columns["report_key"][i] = text.key
             columns["degradation_grade"][i] = _degradation_grade(record)
             columns["uncertain_verdicts"][i] = _uncertain_verdicts(record)
-            result.parts[i] = parts
+            result.parts[i] = text.parts
+            if "text_is_report" in columns:
+                columns["text_is_report"][i] = text.is_report
             if "finding_key" in columns:
-                columns["finding_key"][i] = finding_key(structure) if structure is not None else report_key
-            for name, value in record.labels.items():
+                columns["finding_key"][i] = finding_key(structure) if structure is not None else text.key
+            for name, value in labels.items():
                 if name in self.labels:
                     columns["labels"][i, self.labels[name]] = value
             if self._reads_anatomies or self.reads_masks:
@@ -281,17 +337,36 @@ class Collator:
         except DataError as error:
             raise BadSampleError("", "", str(error)) from None
 
+    def _labels(self, record: StudyRecord, members: Members) -> Mapping[str, LabelValue]:
+        """The study's labels, or what they say of classes."""
+        if self.config.label_text is None:
+            return record.labels
+        return table_of(members.labels, self.config.label_text.names).classes(record.labels)
+
     def _text(
-        self, record: StudyRecord, structure: StructuredReport | None, key: tuple[int, int, int] | None
-    ) -> tuple[list[Part], int]:
-        """The parts of the text that is read, and the key that equal reports share."""
+        self,
+        record: StudyRecord,
+        structure: StructuredReport | None,
+        labels: Mapping[str, LabelValue],
+        key: label_text.Key | None,
+    ) -> _Text:
         if not self._reads_report:
-            return [], keyed.text_key("")
+            return _Text([], keyed.text_key(""))
         if self._reads_structure and structure is not None:
             said = (text for item in structure.items for text in (*answers(item), item.verdict_text))
-            return serialise(structure, self.config.structured, key), keyed.text_key(" ".join(said))
-        text = report_text(record, self.config.sections)
-        return [(OBSERVATION, text)], keyed.text_key(text)
+            return _Text(serialise(structure, self.config.structured, key), keyed.text_key(" ".join(said)))
+        config, of_labels = self.config.label_text, None
+        if config is not None and key is not None:
+            of_labels = label_text.of_labels(config, labels, key)
+            if of_labels is not None and label_text.takes_labels(config, key):
+                return _Text([(OBSERVATION, of_labels.text)], of_labels.key, is_report=False)
+        try:
+            text = report_text(record, self.config.sections)
+        except EmptyReportError:
+            if of_labels is None:
+                raise
+            return _Text([(OBSERVATION, of_labels.text)], of_labels.key, is_report=False)
+        return _Text([(OBSERVATION, text)], keyed.text_key(text))
 
     @staticmethod
     def _add_image(to: Prepared, row: int, view: int, data: memoryview, window: tuple[float, float], bits: int) -> None:

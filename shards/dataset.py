@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from shards.batch import StudyRecord
 from shards.chunk_cache import ChunkCache
@@ -25,6 +25,7 @@ from shards.store import Store, StoreConfig, StoreRetry, Stores, open_store, spl
 _MERGE_GAP_BYTES = 4096
 
 Event = dict[str, Any]
+Reads = Literal["everything", "report", "labels"]  # what is seen of a study beside its images
 
 
 class DataSet:
@@ -38,11 +39,12 @@ class DataSet:
         every_image: bool = False,
         store: StoreConfig | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
+        reads: Reads = "everything",
     ):
         root, name = split_url(url)
         self._on_event, self._adopted = on_event, False
         self.store = open_store(root, store, on_retry=self._tell_retry)
-        self.url, self.every_image = url, every_image
+        self.url, self.every_image, self.reads = url, every_image, reads
         self.whole = Manifest.from_bytes(self.store.get(name), url)
         self._adopted = self.whole.adopted
         self.manifest = self.whole.of_split(split)
@@ -134,14 +136,19 @@ class Members:
     texts: dict[str, bytes]
     views: list[View]
     mask_ids: dict[str, int] = field(default_factory=dict)  # the manifest's: name -> id in the label maps
+    labels: tuple[str, ...] = ()  # the manifest's
+    reads: Reads = "everything"
 
     def record(self, adopted: bool) -> StudyRecord:
         """Raises BadSampleError without a place; the caller knows it."""
         images = {view.member: bytes(view.parts[0]) for view in self.views} if adopted else {}
         try:
-            return record_from_members(self.texts | images, adopted=adopted, key=self.key)
+            record = record_from_members(self.texts | images, adopted=adopted, key=self.key)
         except ValueError as error:
             raise BadSampleError("", "", str(error)) from None
+        if self.reads == "everything":
+            return record
+        return record.without_labels() if self.reads == "report" else record.without_report()
 
 
 Found = Members | BadSampleError
@@ -185,7 +192,10 @@ def read_units(
         if (shard_index, sample) in data.void:
             result[unit] = BadSampleError(shard.name, key, "forgotten")
             continue
-        found = Members(key=table.keys[sample], texts={}, views=[], mask_ids=data.manifest.masks)
+        found = Members(
+            key=table.keys[sample], texts={}, views=[], mask_ids=data.manifest.masks, labels=data.manifest.labels,
+            reads=data.reads,
+        )  # fmt: skip
         views = table.views(sample)
         rows = _text_rows(table, sample, found)
         try:

@@ -24,8 +24,8 @@ import numpy as np
 from shards import keyed
 from shards.batch import Batch, StudyRecord
 from shards.chunk_cache import ChunkCache
-from shards.collate import Collator, Decoding, Place, check_masks
-from shards.dataset import ChooseParts, DataSet, Event, Found, Members, read_units
+from shards.collate import Collator, Decoding, Place, check_labels, check_masks
+from shards.dataset import ChooseParts, DataSet, Event, Found, Members, Reads, read_units
 from shards.decode import Decoder, PendingBatch
 from shards.decode_volume import VolumeDecoder, parts_to_read
 from shards.errors import BadSampleError, ConfigError, DataError
@@ -33,7 +33,7 @@ from shards.order import Order, Slots, lanes_of_rank
 from shards.reports import structured
 from shards.store import StoreConfig
 from shards.tokenizer import EmptyReportError, Tokenizer, load_tokenizer, report_text
-from shards.transforms import augment, masking
+from shards.transforms import augment, label_text, masking
 
 # After a start these many batches read just their own members; from then on whole chunk pieces are read.
 _SINGLE_READ_BATCHES = 2
@@ -41,11 +41,15 @@ _SINGLE_READ_BATCHES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureSet:
-    """One set of a mixture: `quota` rows of every global batch come from it."""
+    """One set of a mixture: `quota` rows of every global batch come from it.
+
+    `reads`: reports in a language that is not learned, or labels that are not trusted, are left unread.
+    """
 
     manifest: str
     quota: int
     split: str = "train"
+    reads: Reads = "everything"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,7 @@ class Loader:
         sections: tuple[str, ...] = ("findings", "impression")
         report: Literal["raw", "structured"] = "raw"  # which text of a study is read
         structured: structured.Config = field(default_factory=structured.Config)
+        label_text: label_text.Config | None = None  # labels are classes of the union, and a text where need be
         masking: masking.Config = field(default_factory=masking.Config)
         max_skip_rate: float = 0.01  # of the last 10,000 slots; above it the run stops
         decode: Decoder.Config = field(default_factory=Decoder.Config)
@@ -109,7 +114,8 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.lanes = lanes_of_rank(rank, world_size, config.lanes, global_batch_size)
         self.sets = [
-            DataSet(s.manifest, s.split, every_image=every_image, store=config.store, on_event=on_event) for s in sets
+            DataSet(s.manifest, s.split, every_image=every_image, store=config.store, on_event=on_event, reads=s.reads)
+            for s in sets
         ]
         self.order = Order(
             [data.table for data in self.sets],
@@ -127,7 +133,15 @@ class Loader:
                 f"{config.buffer_bytes / 2**30:.1f} GiB; lower data.window_chunks, raise data.buffer_bytes or use more "
                 "ranks"
             )
-        self.labels = tuple(dict.fromkeys(name for data in self.sets for name in data.whole.labels))
+        self.labels = label_columns(config, self.sets)
+        if config.label_text is not None:
+            for data in self.sets:
+                check_labels(config.label_text, data)
+            if not config.label_text.sentences and "text_is_report" not in fields and reads_text(fields):
+                raise ConfigError(
+                    "data.label_text.sentences is empty, and the task has no prompts of its own for studies without a "
+                    "report; give sentences, or use a task that learns prompts (chest:umcl_...)"
+                )
         self.reads_text = reads_text(fields)
         self.tokenizer = tokenizer or (find_tokenizer(config, self.sets) if self.reads_text else None)
         self._collate = Collator(config, self.tokenizer, self.labels, seed, fields)
@@ -217,6 +231,13 @@ def as_mixture(config: Loader.Config, global_batch_size: int) -> tuple[MixtureSe
     return config.train
 
 
+def label_columns(config: Loader.Config, sets: Sequence[DataSet]) -> tuple[str, ...]:
+    """Columns of a batch's `labels`: the classes that the recipe names, else the labels of all sets."""
+    if config.label_text is not None:
+        return config.label_text.classes
+    return tuple(dict.fromkeys(name for data in sets for name in data.whole.labels))
+
+
 def find_tokenizer(config: Loader.Config, sets: Sequence[DataSet]) -> Tokenizer:
     """The recipe's tokenizer, else the first that a manifest names."""
     if config.tokenizer:
@@ -239,7 +260,7 @@ def corpus(config: Loader.Config, global_batch_size: int, limit: int = 200_000) 
     Where structured reports are read, each is followed by its structured text.
     """
     for part in as_mixture(config, global_batch_size):
-        data = DataSet(part.manifest, part.split, store=config.store)
+        data = DataSet(part.manifest, part.split, store=config.store, reads=part.reads)
         given = 0
         for chunk in range(len(data.table.units)):
             first, count = int(data.table.first_unit[chunk]), int(data.table.units[chunk])

@@ -19,7 +19,7 @@ from core import collectives
 from core.tasks import Gathered
 from shards.errors import ConfigError
 
-# Which texts of the batch an image belongs to: equal texts; studies of equal labels too; studies that agree, by how far.
+# Which texts of the batch an image belongs to: equal ones; those of equal labels, too; those that agree, by how far.
 Target = Literal["one_hot", "hard", "soft"]
 
 _OUT = -1e4  # logit of a void study: its exponential is 0 beside any other

@@ -97,7 +97,7 @@ class TextEncoder(nn.Module):
         """`input_ids [S, L]` int64, `attention_mask [S, L]` bool, real tokens first; both may be all-padding rows.
 
         An empty row (a void slot) is encoded as its one first token: finite, and its owner masks it. `hidden`: which
-        words are masked, `[S, L]` bool, and the vector `[1, D]` that stands in their place.
+        words are replaced, `[S, L]` bool, and by what: one vector `[1, D]`, or the vector of each place `[S, L, D]`.
         """
         config = self.config
         sequences, length = input_ids.shape
@@ -115,7 +115,9 @@ class TextEncoder(nn.Module):
             layout = DenseLayout(sequences, length, causal=config.causal, key_mask=None if config.causal else mask)
         x = self.words(input_ids.flatten()[place])  # [T, D]
         if hidden is not None:
-            x = torch.where(hidden[0].flatten()[place][:, None], hidden[1].to(x.dtype), x)
+            replaced, vectors = hidden
+            vectors = vectors.flatten(0, 1)[place] if vectors.ndim == 3 else vectors
+            x = torch.where(replaced.flatten()[place][:, None], vectors.to(x.dtype), x)
         # F.embedding, not indexing: its backward adds rows of equal position in one pass.
         x = x + F.embedding(place % max(1, length), self.positions)
         if self.token_types is not None:

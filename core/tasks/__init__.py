@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -65,6 +65,10 @@ class Task(nn.Module, ABC):
     # Names of modules that learn in turn: at each step one of them, with all that is in none; () if nothing rests.
     turns: tuple[str, ...] = ()
     turn: int = 0  # which of `turns` learns at this step; set by the engine
+
+    def take_tokenizer(self, tokenizer: Any) -> None:
+        """Called once before anything is encoded, with the tokenizer of the texts: for words of the task's own."""
+        return
 
     @abstractmethod
     def encode(self, batch: Batch) -> Encoded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,7 +18,14 @@ from shards.batch import Batch
 class TwoTowerTask(Task):
     """Unit-norm embeddings of images and reports, gathered with the key of the report; a subclass adds the loss."""
 
-    fields = ("pixel_values", "study_index", "valid", "input_ids", "attention_mask", "report_key")
+    fields: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "study_index",
+        "valid",
+        "input_ids",
+        "attention_mask",
+        "report_key",
+    )
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
