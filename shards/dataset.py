@@ -111,7 +111,7 @@ class DataSet:
 class View(NamedTuple):
     """A chosen view of a unit: its number and (first) member, and the content of what was read of it.
 
-    An image has one part. Of a volume of `parts_there` parts, `parts` are those from `first_part` on, and
+    An image has one part, 0. Of a volume of `parts_there` parts, `parts` are those from `first_part` on, and
     `masks[map, part]` their label maps where those were asked for. Content lies in the range that was read, together
     with its neighbours': to cut it out would copy it.
     """
@@ -177,8 +177,8 @@ def read_units(
     choose_parts: ChooseParts | None = None,
     masks: bool = False,
 ) -> dict[int, Found]:
-    """Verified members of some units of a chunk, by unit. `choose` says which views are read; of a volume
-    `choose_parts` which parts (all, if None) and `masks` whether their label maps are read, too.
+    """Verified members of some units of a chunk, by unit. `choose` says which views are read, of a volume
+    `choose_parts` which parts (all, if None); `masks` whether their label maps are read, too.
 
     Neighbouring members are read as one range. A member that fails its check fails its unit only; a store that does
     not answer raises.
@@ -259,7 +259,9 @@ def _view_rows(
     view = View(number, first, [memoryview(b"")] * len(parts), parts.start, len(rows), {})
     found.views.append(view)
     if part_number(first) is None:
-        return [(rows[0], partial(view.parts.__setitem__, 0))]
+        label_maps = table.image_masks(sample, view.id) if masks else {}
+        of_maps = [(row, partial(view.masks.__setitem__, key)) for key, row in label_maps.items()]
+        return [(rows[0], partial(view.parts.__setitem__, 0)), *of_maps]
     if [part_number(table.member[row]) for row in rows] != list(range(len(rows))):
         raise ValueError(f"view {view.id}: a part of the volume is missing")
     wanted: _Rows = [(rows[part], partial(view.parts.__setitem__, place)) for place, part in enumerate(parts)]

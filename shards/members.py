@@ -19,6 +19,7 @@ TEXT_EXTENSIONS = ("json", "txt", "caption", "text")
 
 _VIEW_MEMBER = re.compile(r"^(\d+)(?:-(\d+))?\.[a-z0-9]+$")
 _VOLUME_PART = re.compile(rf"^(\d+)-(\d+)\.{VOLUME_EXTENSION}$")
+_IMAGE_MASK = re.compile(r"^(\d+)\.mask\.(\d+)\.png$")
 _MASK_PART = re.compile(rf"^(\d+)-(\d+)\.mask\.(\d+)\.{VOLUME_EXTENSION}$")
 
 
@@ -78,6 +79,11 @@ class MembersTable:
         """(label map, part) -> row, of the label maps of a volume."""
         matches = ((row, _MASK_PART.match(self.member[row])) for row in self.rows(sample))
         return {(int(match[3]), int(match[2])): row for row, match in matches if match and match[1] == view_id}
+
+    def image_masks(self, sample: int, view_id: str) -> dict[tuple[int, int], int]:
+        """(label map, 0) -> row, of the label maps of an image: it has one part."""
+        matches = ((row, _IMAGE_MASK.match(self.member[row])) for row in self.rows(sample))
+        return {(int(match[2]), 0): row for row, match in matches if match and match[1] == view_id}
 
     def records(self, sample: int) -> list[int]:
         """Rows of the JSON or text members, the first of them if a sample has both: read with the views."""

@@ -159,7 +159,7 @@ def _tensors(path: Path, loaded: object) -> dict[str, Tensor]:
 
 # Dialects, as (pattern, ours): the first that matches the whole name wins. `{}` stands for the block's number.
 _BLOCK = r"(\d+)\."
-_VISION_RULES: tuple[tuple[str, str], ...] = (
+VISION_RULES: tuple[tuple[str, str], ...] = (
     # timm, MAE, DINOv2
     (r"cls_token", "class_token"),
     (r"(?:reg_token|register_tokens)", "registers"),
@@ -247,7 +247,7 @@ _OPEN_CLIP_BLOCK: tuple[tuple[str, str], ...] = (
 )
 
 
-def _translate(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
+def translate(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
     """Our name of a foreign tensor (query, key and value still apart); None if no rule knows it."""
     for pattern, ours in rules:
         found = re.fullmatch(pattern, name)
@@ -255,9 +255,9 @@ def _translate(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
             continue
         translated = ours.format(*found.groups())
         if translated.startswith("again:"):
-            return _translate(translated.removeprefix("again:"), rules)
+            return translate(translated.removeprefix("again:"), rules)
         if translated.startswith("open_clip:"):
-            return _translate(translated.removeprefix("open_clip:"), _OPEN_CLIP_BLOCK)
+            return translate(translated.removeprefix("open_clip:"), _OPEN_CLIP_BLOCK)
         # Old BERT files name a norm's parameters as TensorFlow did.
         return (
             re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", translated))
@@ -298,14 +298,14 @@ def load_weights(
     shapes disagree or less than half of the encoder is there (a norm fits anything); the encoder is then unchanged.
     """
     wanted = dict(encoder.named_parameters())
-    rules = _TEXT_RULES if isinstance(encoder, TextEncoder) else _VISION_RULES
+    rules = _TEXT_RULES if isinstance(encoder, TextEncoder) else VISION_RULES
     load = _Load()
     for name, tensor in sorted(read_weights(path).items()):
         if not name.startswith(prefix):
             load.unexpected.append(name)
             continue
         own = name.removeprefix(prefix)
-        ours = own if own in wanted else _translate(own, rules)
+        ours = own if own in wanted else translate(own, rules)
         if ours is None or ours in load.tensors:
             load.unexpected.append(name)
             continue

@@ -48,7 +48,8 @@ def timm_names(encoder: VisionEncoder) -> dict[str, torch.Tensor]:
         ):
             name = name.replace(ours, theirs)
         renamed[name] = value
-    renamed["reg_token"] = renamed.pop("registers")[None]
+    if "registers" in renamed:
+        renamed["reg_token"] = renamed.pop("registers")[None]
     class_position = torch.full((1, config.width), 0.25)
     renamed["cls_token"] = (renamed.pop("class_token") - class_position)[None]
     renamed["pos_embed"] = torch.cat([class_position, renamed.pop("positions")])[None]

@@ -1,0 +1,111 @@
+"""Classification from a transferred encoder as labels get fewer: a linear probe, or encoder and head fine-tuned.
+
+Both give logits of the test images; `core.evaluation.comparison` makes figures of them.
+
+Letters: n = images, K = labels, D = width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.evaluation.embed import precision
+from core.evaluation.fitting import FitConfig, drawn, fit
+from core.evaluation.images import ImageSplit, halves_by_patient, pooled_features, share_of_patients
+from core.evaluation.probe import Column, Fits, LinearProbe, fit_probes
+from core.models.vision import VisionEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Pooled features `[n, D]` of the three splits of a frozen encoder: what every share and seed of a probe shares."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+    @classmethod
+    def of(
+        cls, encoder: VisionEncoder, train: ImageSplit, validation: ImageSplit, test: ImageSplit,
+        *, autocast: torch.dtype | None = None,
+    ) -> Features:  # fmt: skip
+        """Each split through the encoder once."""
+        found = (pooled_features(encoder, split, autocast=autocast) for split in (train, validation, test))
+        return cls(**dict(zip(("train", "validation", "test"), found, strict=True)))
+
+
+def probe_at_share(
+    features: Features,
+    train: ImageSplit,
+    validation: ImageSplit,
+    share: float,
+    seed: int,
+    config: LinearProbe.Config | None = None,
+) -> Fits:
+    """Logistic regressions taught with the labels of a share of the patients; the strength is chosen on as few.
+
+    `scores [n, K]` of the test split; a label that the share leaves with one class has score 0 everywhere, AUC 0.5.
+    """
+    rows, choice = share_of_patients(train, share, seed), share_of_patients(validation, share, seed)
+    column = Column(
+        train=features.train[rows].numpy(), validation=features.validation[choice].numpy(), test=features.test.numpy()
+    ).standardised(np.ones(len(rows), dtype=bool))
+    return fit_probes(
+        [column] * len(train.label_names), train.labels[rows].numpy(), validation.labels[choice].numpy(),
+        config or LinearProbe.Config(),
+    )  # fmt: skip
+
+
+def fine_tune_at_share(
+    encoder: VisionEncoder,
+    train: ImageSplit,
+    test: ImageSplit,
+    share: float,
+    config: FitConfig,
+    *,
+    autocast: torch.dtype | None = None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+    """Logits `[n, K]` of the test images after a copy of the encoder and a linear head learned from a share.
+
+    Labels that are uncertain or not annotated are not asked. The weights after the last step count: nothing is chosen
+    on the validation split, which a share of labels would not have.
+    """
+    rows = share_of_patients(train, share, config.seed)
+    device = encoder.patch.weight.device
+    learner = copy.deepcopy(encoder).requires_grad_(True)
+    head = drawn(lambda: nn.Linear(encoder.config.width, len(train.label_names)), config.seed).to(device)
+
+    def logits_of(pixels: Tensor) -> Tensor:
+        with precision(device, autocast):
+            pooled = learner(pixels.to(device)).pooled
+        found: Tensor = head(pooled.float())
+        return found
+
+    def loss_of(at: Tensor) -> Tensor:
+        labels = train.labels[rows[at]].to(device)
+        asked = ((labels == 0) | (labels == 1)).float()
+        each = F.binary_cross_entropy_with_logits(
+            logits_of(train.pixel_values[rows[at]]), labels.clamp(min=0).float(), reduction="none"
+        )
+        return (each * asked).sum() / asked.sum().clamp(min=1)
+
+    fit(head, learner, len(rows), loss_of, config, on_step)
+    with torch.no_grad():
+        found = [logits_of(pixels).cpu() for pixels in test.pixel_values.split(64)]
+    return torch.cat(found).double().numpy()
+
+
+def with_validation(train: ImageSplit, validation: ImageSplit | None, seed: int) -> tuple[ImageSplit, ImageSplit]:
+    """The splits that teach and that choose; a fifth of the training patients chooses where there is no other."""
+    if validation is not None:
+        return train, validation
+    taught, held = halves_by_patient(train, 0.2, seed)
+    return train.rows(taught), train.rows(held)
