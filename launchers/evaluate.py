@@ -33,6 +33,7 @@ from launchers.past_run import open_run
 from shards.errors import ConfigError, NonFiniteError, RoentgenError
 from shards.store import open_store
 
+QUIET_REPORT_S = 10.0  # without a terminal, a line of progress this often
 EPILOG = """\
 protocols:
   zero_shot     AUC of each label: is the image nearer to sentences that state it than to those that deny it?
@@ -100,19 +101,25 @@ def write(run_dir: str, evaluation: Evaluation, step: int) -> list[str]:
 
 @contextmanager
 def _shown_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on a terminal; on anything else a line when a part is done."""
+    """Bars on a terminal; on anything else a line when a part is done, and every ten seconds on the way."""
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
         started: dict[str, float] = {}
+        said = 0.0
 
         def show(what: str, done: int, total: int) -> None:
+            nonlocal said
+            now = time.monotonic()
             if what not in tasks:
-                tasks[what], started[what] = bars.add_task(what, total=total), time.monotonic()
+                tasks[what], started[what], said = bars.add_task(what, total=total), now, now
             bars.update(tasks[what], completed=done)
-            if done == total and not console.is_terminal:
-                console.print(f"{what}: {total} in {time.monotonic() - started[what]:.1f} s")
+            if done < total and now - said < QUIET_REPORT_S:
+                return
+            said = now
+            if not console.is_terminal:
+                console.print(f"{what}: {done} of {total}, {now - started[what]:.1f} s", soft_wrap=True)
 
         yield show
 
