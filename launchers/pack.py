@@ -23,6 +23,7 @@ from rich.table import Table
 
 from launchers import command
 from shards import adopt, reader, tar_index, writer
+from shards.dataset import open_manifest
 from shards.errors import ConfigError
 from shards.ingest import Source
 from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS, ImageLimits
@@ -31,7 +32,6 @@ from shards.ingest.phantom_ct import CtPhantom
 from shards.ingest.table import TableMapping, TableSource
 from shards.ingest.view_files import ImageFiles, ViewFiles
 from shards.manifest import Manifest
-from shards.store import open_store, split_url
 
 if TYPE_CHECKING:
     from shards.ingest.segment import TotalSegmentator
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         "pack.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--verify", metavar="MANIFEST", help="check all shards of a manifest instead of packing")
+    result.add_argument("--verify", metavar="MANIFEST", help="check all shards of a set instead of packing")
     result.add_argument(
         "--source",
         choices=("table", "dicom", "dicom_ct", "nifti", "ct_rate", "phantom", "phantom_ct", "adopt"),
@@ -481,9 +481,7 @@ def _print_reasons(title: str, reasons: Mapping[str, int], console: Console) -> 
 
 
 def _verify(arguments: argparse.Namespace, console: Console) -> int:
-    root, name = split_url(arguments.verify)
-    store = open_store(root)
-    manifest = Manifest.from_bytes(store.get(name), name)
+    store, manifest = open_manifest(arguments.verify)
     started = time.monotonic()
     with ThreadPoolExecutor(max_workers=max(1, arguments.workers)) as pool:
         found = list(pool.map(lambda shard: reader.verify(store, manifest, shard), manifest.shards))

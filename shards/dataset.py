@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from shards.batch import StudyRecord
 from shards.chunk_cache import ChunkCache
-from shards.errors import BadSampleError, DataError
+from shards.errors import BadSampleError, DataError, MissingObjectError
 from shards.folder import room_for
-from shards.manifest import Manifest, Shard
+from shards.manifest import MANIFEST, Manifest, Shard
 from shards.members import MembersTable, part_number
 from shards.order import UnitTable
 from shards.reader import check_member, log_key, read_members, record_from_members
@@ -26,6 +27,26 @@ _MERGE_GAP_BYTES = 4096
 
 Event = dict[str, Any]
 Reads = Literal["everything", "report", "labels"]  # what is seen of a study beside its images
+
+
+def open_manifest(
+    url: str, config: StoreConfig | None = None, *, on_retry: Callable[[StoreRetry], None] | None = None
+) -> tuple[Store, Manifest]:
+    """The store of a set and its manifest; `url` names the manifest, or the folder that pack.py wrote it into.
+
+    Raises ConfigError for a store that cannot be opened, DataError where there is no manifest or it is broken.
+    """
+    root, name = split_url(url)
+    if (Path(root) / name).is_dir() or (url.startswith("s3://") and not name.endswith(".json")):
+        root, name = f"{root}/{name}", MANIFEST
+    store = open_store(root, config, on_retry=on_retry)
+    try:
+        return store, Manifest.from_bytes(store.get(name), url)
+    except MissingObjectError:
+        raise MissingObjectError(
+            f"{store.url}: holds no {name}; name the {MANIFEST} of a set, or its folder. launchers/pack.py writes it "
+            "last: repeat the same command where it was interrupted"
+        ) from None
 
 
 class DataSet:
@@ -41,11 +62,9 @@ class DataSet:
         on_event: Callable[[Event], None] = lambda event: None,
         reads: Reads = "everything",
     ):
-        root, name = split_url(url)
         self._on_event, self._adopted = on_event, False
-        self.store = open_store(root, store, on_retry=self._tell_retry)
+        self.store, self.whole = open_manifest(url, store, on_retry=self._tell_retry)
         self.url, self.every_image, self.reads = url, every_image, reads
-        self.whole = Manifest.from_bytes(self.store.get(name), url)
         self._adopted = self.whole.adopted
         self.manifest = self.whole.of_split(split)
         self.table = UnitTable.of(self.manifest, every_image=every_image)

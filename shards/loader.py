@@ -68,7 +68,7 @@ class Loader:
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`train` is a manifest's URL, or a mixture of several with integer quotas that add up to the global batch."""
+        """`train` is the URL of a manifest or of its folder, or a mixture of several; quotas add up to the batch."""
 
         train: str | tuple[MixtureSet, ...] = ""
         validation: str | None = None  # manifest; None: the (first) training manifest

@@ -12,6 +12,7 @@ import numpy as np
 
 from shards.errors import DataError
 
+MANIFEST = "manifest.json"  # its name in the folder of a set
 FORMAT_VERSION = 1
 CHUNK_COLUMNS = ("first_sample", "samples", "images", "offset", "bytes")
 

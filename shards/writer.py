@@ -25,7 +25,7 @@ from awscrt.checksums import crc32c as crc32c_of
 from shards.batch import EncodedImage, EncodedVolume, Sample, ViewRecord
 from shards.errors import ConfigError, DataError
 from shards.ingest import Item, Loaded, Refusal, Source
-from shards.manifest import Manifest, Shard
+from shards.manifest import MANIFEST, Manifest, Shard
 from shards.members import MembersTable, is_pickle
 from shards.store import Store, open_store
 from shards.tar_index import CHUNK_BYTES, TAR_BLOCK, TarIndex, describe_shard
@@ -34,7 +34,6 @@ from shards.workers import WorkerDiedError, in_order
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 REFUSED = "refused.jsonl"
 RECEIPTS = "receipts/"
 # Members of a record that count as present where they are not empty.

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from shards.batch import EncodedImage
+from shards.dataset import open_manifest
 from shards.errors import ConfigError, DataError
 from shards.ingest import Item, Loaded, Plan, Refusal
 from shards.manifest import Manifest
@@ -58,6 +59,17 @@ def test_manifest_accounts_for_every_input(packed: Path) -> None:
     lines = [json.loads(line) for line in (packed / "refused.jsonl").read_text().splitlines()]
     assert {line["input"] for line in lines} == {f"study {i}" for i in range(0, 40, 9)}
     assert not (packed / "receipts").exists() or not list((packed / "receipts").iterdir())
+
+
+def test_a_set_is_named_by_its_manifest_or_its_folder(packed: Path, bucket: str, tmp_path: Path) -> None:
+    digest = Manifest.from_bytes((packed / "manifest.json").read_bytes()).sha256
+    with open_store(f"{bucket}/set", create=True) as store:
+        store.put("manifest.json", packed / "manifest.json")
+    for url in (packed, f"{packed}/", f"file://{packed}", packed / "manifest.json", f"{bucket}/set", f"{bucket}/set/"):
+        assert open_manifest(str(url))[1].sha256 == digest, url
+    for url in (str(tmp_path), f"{tmp_path}/manifest.json", f"{bucket}/other"):
+        with pytest.raises(DataError, match=r"holds no manifest\.json; name the manifest"):
+            open_manifest(url)
 
 
 def test_what_was_written_reads_back(packed: Path) -> None:
