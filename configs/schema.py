@@ -24,6 +24,7 @@ import pydantic
 import core.tasks
 from core.checkpoint import CheckpointConfig, InitConfig
 from core.engine import EngineConfig
+from core.evaluation.embed import protocols_in_training
 from core.models.volume import VolumeEncoder
 from core.optim import OptimConfig
 from core.tasks import Task
@@ -157,18 +158,14 @@ class TrainConfig:
 
     def _check_protocols(self) -> None:
         """Raises ConfigError for a protocol that cannot be asked while the task trains; its steps would be lost."""
-        task, asked = task_class(self.task), set(self.evaluation.protocols)
-        by_anatomy, by_label = hasattr(task, "embed_anatomies"), hasattr(task, "label_logits")
-        for protocol, fits in (("anatomy", by_anatomy), ("supervised", by_label)):
-            if protocol in asked and not fits:
+        task = task_class(self.task)
+        answered = protocols_in_training(task)
+        for protocol in self.evaluation.protocols:
+            if protocol not in answered:
                 raise ConfigError(
-                    f"evaluation.protocols names {protocol}, which task {task.__name__} cannot be asked; leave it out"
+                    f"evaluation.protocols names {protocol}, which task {task.__name__} cannot be asked while it "
+                    f"trains; use {', '.join(sorted(answered)) or 'none: []'}"
                 )
-        if by_anatomy and asked - {"anatomy"}:
-            raise ConfigError(
-                f"evaluation.protocols={sorted(asked)}: batches of {task.__name__} hold no whole report; use anatomy "
-                "here, and launchers/evaluate.py for the others"
-            )
 
     def _check_classes(self) -> None:
         """Raises ConfigError where data and task do not speak of the same classes in the same way."""

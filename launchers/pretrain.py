@@ -390,7 +390,7 @@ def _evaluators(
     chosen, _ = prompts.choose(loader.labels, config.evaluation.prompts, config.data.report)
     parts = parts_of_retrieval(task) if Retrieval.protocol in protocols else set()
     if {ZeroShot.protocol, Uncertainty.protocol} & set(protocols):
-        parts |= {"image_embeds", "text_embeds"}
+        parts |= {"image_embeds"} | ({"text_embeds"} if "input_ids" in task.fields else set())
     if AnatomyZeroShot.protocol in protocols:
         parts |= set(ANATOMY_PARTS)
     if Uncertainty.protocol in protocols:

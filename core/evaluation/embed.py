@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from core.collectives import all_gather_rows
 from core.models.gaussian import Gaussian
+from core.tasks import Task
 from shards.batch import Batch
 from shards.errors import DataError
 
@@ -62,6 +63,24 @@ def parts_of_retrieval(task: object) -> set[str]:
     """What of images and reports is compared: anatomy by anatomy, where the task can."""
     by_anatomy = callable(getattr(task, "embed_anatomy_texts", None))
     return {*ANATOMY_PARTS, *ANATOMY_TEXT_PARTS} if by_anatomy else {"image_embeds", "text_embeds"}
+
+
+def protocols_in_training(task: type[Task]) -> set[str]:
+    """Those that a task can be asked while it trains, of batches that hold its `fields` and nothing else."""
+
+    def has(*methods: str) -> bool:
+        return all(callable(getattr(task, name, None)) for name in methods)
+
+    answered = set()
+    if has("embed_images", "embed_texts"):
+        answered |= {"zero_shot", "uncertainty"}
+        if "text_embeds" not in parts_of_retrieval(task) or "input_ids" in task.fields:
+            answered.add("retrieval")
+    if has("embed_anatomies", "embed_texts"):
+        answered.add("anatomy")
+    if has("label_logits"):
+        answered.add("supervised")
+    return answered
 
 
 @dataclass(frozen=True, kw_only=True)

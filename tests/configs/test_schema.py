@@ -167,9 +167,18 @@ def test_any_valid_configuration_round_trips(values: tuple[float, int, int, int]
 @pytest.mark.parametrize(
     ("recipe", "protocols", "said"),
     [
-        ("ct:clip_tiny", '["anatomy"]', "names anatomy, which task VolumeCLIP cannot be asked"),
+        (
+            "ct:clip_tiny",
+            '["anatomy"]',
+            "names anatomy, which task VolumeCLIP cannot be asked while it trains; use ret",
+        ),
         ("chest:clip_tiny", '["supervised"]', "names supervised, which task CLIP cannot be asked"),
-        ("ct:fvlm_tiny", '["anatomy", "retrieval"]', "batches of FVLM hold no whole report"),
+        ("ct:fvlm_tiny", '["anatomy", "supervised"]', "use anatomy, retrieval, uncertainty, zero_shot"),
+        (
+            "ct:supervised_tiny",
+            '["retrieval"]',
+            "Supervised cannot be asked while it trains; use supervised",
+        ),
     ],
 )
 def test_protocols_that_would_fail_after_the_first_steps_are_refused(recipe: str, protocols: str, said: str) -> None:

@@ -9,19 +9,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from configs import schema
+from configs import ct, schema
+from configs.schema import TrainConfig
 from core import self_proof
+from core.checkpoint import TrainState
 from core.checkpoint_files import find_weights, steps_in
+from core.engine import Engine
+from core.evaluation.embed import protocols_in_training
+from core.trainer import StopRequest
 from core.world import World
 from launchers import pretrain
 from shards.errors import ConfigError
+from shards.ingest.phantom_ct import CtPhantom
+from shards.loader import Loader
+from shards.tokenizer import train_wordpiece
+from shards.writer import write_shards
 from tests.distributed import free_port
 from tests.launchers.past_runs import pack
 
@@ -149,6 +162,31 @@ def test_held_out_data_that_is_not_there_shows_before_training(
     assert named in done.stderr
     assert "Traceback" not in done.stderr and not steps_in(tmp_path / "run")
     assert [event["event"] for event in events(tmp_path / "run")] == ["error"]
+
+
+def test_a_task_of_anatomies_is_asked_by_every_protocol_that_it_allows_while_it_trains(tmp_path: Path) -> None:
+    """Its batches hold texts of anatomies and no whole report."""
+    write_shards(CtPhantom(CtPhantom.Config(train=4, validation=8, test=0, shape=(16, 32, 32))), str(tmp_path))
+    config = small_volumes(str(tmp_path))
+    asked = protocols_in_training(schema.task_class(config.task))
+    assert asked == {"zero_shot", "retrieval", "uncertainty", "anatomy"}
+    config = replace(config, evaluation=replace(config.evaluation, protocols=tuple(sorted(asked))))
+    words = train_wordpiece(["The liver is normal."] * 4, 80)
+    fields = schema.task_class(config.task).fields
+    loader = Loader(config.data, global_batch_size=4, seed=0, fields=fields, tokenizer=words)
+    task = config.task.build(vocab_size=words.vocab_size)
+    engine = cast(Engine, SimpleNamespace(task=task, evaluating=lambda: nullcontext(task)))
+    _, held_out = pretrain._evaluators(config, engine, loader, World(), StopRequest())
+    found = {name for name, _ in held_out(TrainState(step=0, samples_seen=0, seed=0, recipe_hash=""))}
+    assert {name.partition("/")[0] for name in found} == asked, found
+
+
+def small_volumes(manifest: str) -> TrainConfig:
+    """`ct:fvlm_tiny` on crops of 16 x 32 x 32 voxels."""
+    base = ct.fvlm_tiny()
+    vision = replace(base.task.vision, volume_size=(16, 32, 32), width=32, heads=2, depth=1, levels=(1,))
+    data = replace(base.data, train=manifest, lanes=2, volume=replace(base.data.volume, size=vision.volume_size))
+    return replace(base, task=replace(base.task, vision=vision), data=data, global_batch_size=4)
 
 
 def test_print_shows_the_run_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
