@@ -50,8 +50,10 @@ Pack studies into shards: plain WebDataset tars with a manifest, split by patien
   DICOM files of a hospital (the key names patients and studies; keep it, and keep it secret):
     (umask 077; openssl rand -hex 32 > site.key)
     python launchers/pack.py --source dicom --input DIR --key-file site.key --output s3://bucket/cxr
-  CT volumes: NIfTI files that a table names, or CT-RATE's folders, with the masks of a segmentation model
-    python launchers/pack.py --source nifti --input DIR --masks DIR/masks --key-file site.key --output shards/ct
+  CT volumes: NIfTI files that a table names (start from ci/data/mappings/ct_folder.toml), or CT-RATE's folders, with
+  the masks of a segmentation model
+    python launchers/pack.py --source nifti --input DIR --mapping DIR/mapping.toml --masks DIR/masks \\
+        --key-file site.key --output shards/ct
     python launchers/pack.py --source ct_rate --input CT-RATE/dataset --masks MASKS --public \\
         --deidentified 'public set' --output shards/ct_rate
   DICOM series of CT slices, each a volume:

@@ -131,6 +131,22 @@ def test_studies_without_an_anatomy_to_train_on_are_named_with_the_cause(tmp_pat
     assert train_on(manifest, (2, 4, 4))[ALL_CUT] > 0
 
 
+def test_a_users_folder_is_packed_by_the_mapping_to_start_from(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        save(tmp_path / "in" / "scans" / f"{name}.nii.gz", body())
+        save(tmp_path / "masks" / "scans" / f"{name}.nii.gz", labels_of(body().shape))
+    rows = ["file,patient,accession,report_text"]
+    rows += [f"scans/{name}.nii.gz,{study},S{study},{LIVER}" for name, study in (("a", 1), ("b", 1), ("c", 2))]
+    (tmp_path / "in" / "reports.csv").write_text("\n".join(rows) + "\n")
+    mapping = Path(__file__).parents[2] / "ci" / "data" / "mappings" / "ct_folder.toml"
+    words = ["--source", "nifti", "--input", tmp_path / "in", "--mapping", mapping, "--masks", tmp_path / "masks"]
+    words += ["--public", "--deidentified", "invented", "--fractions", "train=1", "--workers", 1, "--own-spacing"]
+    assert pack.main([str(word) for word in (*words, "--output", tmp_path / "out")]) == 0
+    manifest = Manifest.from_bytes((tmp_path / "out" / "manifest.json").read_bytes())
+    assert (manifest.samples, sum(shard.images for shard in manifest.shards)) == (2, 3)
+    assert manifest.fields["masks"] == manifest.sections["report"] == 2 and not manifest.refused | manifest.noted
+
+
 def train_on(manifest: Path, sides: tuple[int, int, int]) -> Counter[str]:
     """Takes two batches of fVLM on crops of `sides`, backward too; why studies counted for nothing in them."""
     events: list[dict[str, Any]] = []
