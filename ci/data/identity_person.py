@@ -6,131 +6,30 @@ from __future__ import annotations
 
 import random
 import re
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 from ci.data.identity_pieces import UNKNOWN, Pieces
 from ci.data.identity_prose import sentences, words_of_prose
 from shards.reports.identity.gazetteers import EPONYMS, Word, gazetteer, plain, read_list
 
 _KEEP_WRITTEN = 0.08  # share of tags left as they are written
-_MONTHS = (
-    "janvier", "février", "mars", "avril", "mai", "juin", "juillet", "août", "septembre", "octobre", "novembre",
-    "décembre",
-)  # fmt: skip
-_MONTHS_SHORT = (
-    "janv", "fév", "mars", "avr", "mai", "juin", "juil", "août", "sept", "oct", "nov", "déc",
-)  # fmt: skip
-_MONTHS_THREE = (
-    "jan", "fev", "mar", "avr", "mai", "jun", "jui", "aou", "sep", "oct", "nov", "dec", "feb", "apr", "may",
-    "jul", "aug",
-)  # fmt: skip
-_WEEKDAYS = (
-    "lundi", "mardi", "mercredi", "jeudi", "vendredi", "samedi", "dimanche",
-)  # fmt: skip
+_SLOTS = Path(__file__).with_name("identity_slots.toml")
 _TENS = {20: "vingt", 30: "trente", 40: "quarante", 50: "cinquante", 60: "soixante"}
-_UNITS = (
-    "zéro", "un", "deux", "trois", "quatre", "cinq", "six", "sept", "huit", "neuf", "dix", "onze", "douze",
-    "treize", "quatorze", "quinze", "seize", "dix-sept", "dix-huit", "dix-neuf",
-)  # fmt: skip
-_TITLES = (
-    "Dr", "Dr", "Dr.", "Docteur", "DR", "Pr", "Pr.", "Professeur", "PR", "Mme", "Mme", "Madame", "M.", "M", "Mr",
-    "Monsieur",
-    "Mlle", "Mademoiselle", "Mme le Dr", "Mr.", "MME", "Me", "Maître", "dr", "mme", "Drs", "Dre", "Prof.",
-)  # fmt: skip
-_STREETS = (
-    "rue", "rue", "rue", "avenue", "av.", "av", "boulevard", "bd", "Bd", "bld", "allée", "place", "chemin", "impasse",
-    "route", "quai", "square", "cours", "passage", "chaussée", "clos", "sentier", "Rue", "RUE", "AVENUE", "Chemin",
-    "ch.",
-    "boul.", "rang", "lotissement", "résidence", "villa", "montée", "traverse", "faubourg", "esplanade", "pl.", "R.",
-)  # fmt: skip
-_HOSPITALS = (
-    "Hôpital", "hôpital", "Hôpital", "CH", "CHU", "Clinique", "clinique", "CHR", "Centre Hospitalier", "HOPITAL", "GH",
-    "centre hospitalier", "Polyclinique", "Institut", "Groupe hospitalier", "Hôp.", "CHI", "Centre médical", "EHPAD",
-)  # fmt: skip
-_SERVICES = (
-    "cardiologie", "Pneumologie", "neurologie", "chirurgie digestive", "Gériatrie", "pédiatrie", "Radiologie",
-    "imagerie médicale", "médecine interne", "HÉMATOLOGIE", "oncologie", "Réanimation", "néphrologie", "Urgences",
-    "soins intensifs", "gastro-entérologie", "ORL", "Orthopédie et traumatologie", "maladies infectieuses",
-    "Hépatologie",
-)  # fmt: skip
-_DRUGS = (
-    "PARACETAMOL 1 g", "Doliprane 500 mg", "AMOXICILLINE 500mg gél", "Kardégic 75", "Lasilix 40 mg",
-    "METFORMINE 850 mg",
-    "Lovenox 0,4 ml", "TAHOR 20", "RITUXIMAB 375 mg/m2", "prednisone 20 mg/j", "Inexium", "BISOPROLOL 2,5 mg cp",
-    "Eliquis",
-    "ADALIMUMAB 40 mg sol inj", "vincristine", "Xarelto 15 mg x 2/j", "LEVOTHYROX 75", "Seresta si besoin",
-)  # fmt: skip
-# Makers, devices, drugs and tests; others are made up from their halves.
-_BRANDS = (
-    "Siemens", "Magnetom", "Aera", "Philips", "Ingenia", "Revolution", "Voluson", "Varian", "TrueBeam", "Medtronic",
-    "Xience", "Sapien", "Corail", "Avantage", "Mepilex", "Aquacel", "Jobst", "Aircast", "Donjoy", "ResMed", "AirSense",
-    "Fresenius", "Prismaflex", "Freestyle", "Phonak", "Essilor", "Zeiss", "Topcon", "Holter", "Embla", "Illumina",
-    "Sebia", "Agilent", "Iomeron", "Dotarem", "Xenetix", "Humira", "Enbrel", "Skyrizi", "Otezla", "Keytruda",
-    "Lucentis", "Eylea", "Levothyrox", "Thyrozol", "Dépakine", "Tercian", "Lioresal", "Rocéphine", "Augmentin",
-    "Bactrim", "Zyloric", "Modopar", "Sifrol", "Azilect", "Triatec", "Symbicort", "Ventoline", "Daivobet", "Haldol",
-    "Mirena", "Gardasil", "Prevenar", "Engerix", "Epipen", "Plaquenil", "Salagen", "Nimotop", "Perfalgan", "Kenacort",
-)  # fmt: skip
-_ACRONYMS = (
-    "MMSE",
-    "DAS28",
-    "BASDAI",
-    "PASI",
-    "DLQI",
-    "ASPECTS",
-    "NIHSS",
-    "SOFA",
-    "IGS",
-    "GIR",
-    "EVA",
-    "VEMS",
-    "TLCO",
-    "PHQ",
-    "HES",
-    "PAS",
-    "IHC",
-    "KRAS",
-    "BRAF",
-    "EGFR",
-    "ALK",
-    "MSS",
-    "FLAIR",
-    "TOF",
-    "STIR",
-    "DIXON",
-    "LCA",
-    "SLAP",
-    "UHCD",
-    "TNCD",
-    "FOLFOX",
-    "RECIST",
-    "TIMI",
-    "NYHA",
-    "FEVG",
-    "PAPS",
-    "BBG",
-    "SAOS",
-    "IAH",
-    "PPC",
-    "TRAK",
-    "TSH",
-    "HPV",
-)
-_MEASURES = (
-    "Hb 12,3 g/dL", "CRP 45 mg/L", "96.2 ± 0.7", "TA 13/8", "Glasgow 15/15", "créatinine 87 µmol/L", "FC 82/min",
-    "12 x 8 mm",
-    "Sat 98 % AA", "SUVmax 4,2", "FEVG 55 %", "plaquettes 210 000/mm3", "T2N1M0", "EVA 3/10", "D-dimères 1250",
-    "98 kg / 172 cm",
-    "0,5 1 1,5 2 2,5", "INR 2.4", "PaO2 68", "K+ 3,9", "10/12", "ASA 2", "PSA 4.5 ng/ml", "VGM 88", "1 - 2 - 3 - 4",
-    "IMC 27",
-    "dents 18, 17, 16, 28 et 36", "caries (11, 38, 37, 35, 44)", "HLA A23 A28 B8 DRB1*03", "7x10x11cm",
-    "4 x 5 x 12 mm", "n=45",
-    "18 F", "J1, J3, J5", "S1 S2 S3", "L4-L5", "C5-C6", "20/10", "1/3 moyen", "2 à 3 fois par jour", "10-12 cm",
-    "Kt/V 1,4",
-    "IgG 1/320", "VIH 1 et 2", "120/80 mmHg", "2 500 g", "3 200/mm3", "37°5", "38,2 °C", "3e jour", "5 ans et 6 mois",
-    "p < 0,05",
-)  # fmt: skip
+
+
+@cache
+def _words(name: str) -> tuple[str, ...]:
+    """What one table of identity_slots.toml lists."""
+    return tuple(_slots()[name])
+
+
+@cache
+def _slots() -> dict[str, list[str]]:
+    return tomllib.loads(_SLOTS.read_text("utf-8"))
 
 
 @cache
@@ -174,13 +73,13 @@ class Person:
         """The pieces that stand for one slot of a letter."""
         choose = self.choose
         plain_values: dict[str, Callable[[], str]] = {
-            "titre": lambda: choose.choice(_TITLES), "service": lambda: choose.choice(_SERVICES),
+            "titre": lambda: choose.choice(_words("titles")), "service": lambda: choose.choice(_words("services")),
             "prose": self._prose, "mots": self._speech, "mot": self._eponym,
             "marque": self._brand, "sigle": self._acronym,
             "n": lambda: str(choose.randrange(1, choose.choice((9, 99, 999)))),
             "age": lambda: str(choose.randrange(1, 89)), "poids": lambda: str(choose.randrange(40, 110)),
-            "heure": self._hour, "medicament": lambda: choose.choice(_DRUGS),
-            "mesure": lambda: choose.choice(_MEASURES),
+            "heure": self._hour, "medicament": lambda: choose.choice(_words("drugs")),
+            "mesure": lambda: choose.choice(_words("measures")),
         }  # fmt: skip
         if name in plain_values:
             return [(plain_values[name](), "")]
@@ -188,7 +87,7 @@ class Person:
             return self._person()
         if name == "hopitalentier":
             return [
-                (choose.choice(_HOSPITALS) + choose.choice((" ", " ", " de ", " de la ")), ""),
+                (choose.choice(_words("hospitals")) + choose.choice((" ", " ", " de ", " de la ")), ""),
                 (self.hospital(), "HOPITAL"),
             ]
         values: dict[str, tuple[Callable[[], str], str]] = {
@@ -197,7 +96,7 @@ class Person:
             "ipp": (self.number, "IPP"), "nda": (self.number, "NDA"), "nir": (self.social_security, "SECU"),
             "rue": (self.address, "ADRESSE"), "cp": (self.zip_code, "ZIP"), "ville": (self.city, "VILLE"),
             "hop": (self.hospital, "HOPITAL"), "annee": (self.year, "DATE"),
-            "mois": (lambda: choose.choice(_MONTHS), "DATE"),
+            "mois": (lambda: choose.choice(_words("months")), "DATE"),
         }  # fmt: skip
         make, label = values[name]
         return [(make(), label)]
@@ -357,17 +256,18 @@ class Person:
                 else f"{day}{mark}{month}{mark}{year}"
             )
         if drawn < 0.75:
-            name = choose.choice((_MONTHS[month - 1], _MONTHS[month - 1].title(), _MONTHS_SHORT[month - 1] + ".",
-                                  _MONTHS_SHORT[month - 1], _MONTHS[month - 1].upper()))  # fmt: skip
-            front = choose.choice((f"{day} ", f"{day} ", f"{day:02d} ", f"{choose.choice(_WEEKDAYS)} {day} ", "",
-            "1er ",
-                                   f"{day}, ", f"{self._in_words(day)} "))  # fmt: skip
+            whole, short = _words("months")[month - 1], _words("months_short")[month - 1]
+            name = choose.choice((whole, whole.title(), f"{short}.", short, whole.upper()))
+            front = choose.choice((
+                f"{day} ", f"{day} ", f"{day:02d} ", f"{choose.choice(_words('weekdays'))} {day} ", "", "1er ",
+                f"{day}, ", f"{self._in_words(day)} ",
+            ))  # fmt: skip
             back = choose.choice((f" {year}", f" {year}", f" {year}", f", {year}", "", f" {year % 100:02d}"))
             return front + name + back
         return choose.choice((
             lambda: f"{day:02d}/{month:02d}/{year % 100:02d}", lambda: f"{day:02d}/{month:02d}",
             lambda: f"{month:02d}/{year}", lambda: f"{month:02d} {year}", lambda: f"{year}-{month:02d}-{day:02d}",
-            lambda: f"{day:02d}{choose.choice(_MONTHS_THREE)}{choose.choice(('', year))}",
+            lambda: f"{day:02d}{choose.choice(_words('months_three'))}{choose.choice(('', year))}",
             lambda: f"{day:02d}.{month:02d}.{year % 100:02d}", lambda: f"{day:02d}{month:02d}{year % 100:02d}",
             lambda: " ".join(f"{day:02d}{month:02d}{year}"), lambda: f"{day:02d} {' '.join(f'{month:02d}{year}')}",
             lambda: f"{choose.choice(('fin', 'début', 'courant', 'mi', 'été', 'printemps'))} {year}",
@@ -379,13 +279,13 @@ class Person:
 
     def _in_words(self, number: int) -> str:
         if number < 20:
-            return _UNITS[number]
+            return _words("units")[number]
         tens, unit = number // 10 * 10, number % 10
         tens_name = _TENS.get(tens, "soixante")
         return (
             tens_name
             if not unit
-            else tens_name + (" et " if unit == 1 else self.choose.choice(("-", " "))) + _UNITS[unit]
+            else tens_name + (" et " if unit == 1 else self.choose.choice(("-", " "))) + _words("units")[unit]
         )
 
     def _hour(self) -> str:
@@ -478,7 +378,7 @@ class Person:
     def address(self) -> str:
         """Number and street."""
         choose = self.choose
-        street = choose.choice(_STREETS)
+        street = choose.choice(_words("streets"))
         kind = choose.random()
         if kind < 0.35:
             name = self.first_name(own_case=True) + " " + self.last_name(own_case=True)
@@ -517,16 +417,16 @@ class Person:
     def _brand(self) -> str:
         """A maker, a device, a drug: a known one, or the halves of two."""
         choose = self.choose
-        name = choose.choice(_BRANDS)
+        name = choose.choice(_words("brands"))
         if choose.random() < 0.5:
-            other = choose.choice(_BRANDS)
+            other = choose.choice(_words("brands"))
             name = name[: len(name) // 2 + 1] + other[len(other) // 2 :].lower()
         return name.upper() if choose.random() < 0.2 else name
 
     def _acronym(self) -> str:
         choose = self.choose
         if choose.random() < 0.6:
-            return choose.choice(_ACRONYMS)
+            return choose.choice(_words("acronyms"))
         return "".join(choose.choice("ABCDEFGHIKLMNOPRSTUV") for _ in range(choose.randrange(2, 6)))
 
     def _speech(self) -> str:
