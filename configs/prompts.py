@@ -175,17 +175,36 @@ _WORDINGS = (
     ("There is {}.", "There is no {}."),
     ("Findings are consistent with {}.", "No evidence of {}."),
     ("Signs of {} are seen.", "No signs of {} are seen."),
+    ("{}.", "No {}."),
+    ("Evidence of {}.", "Without evidence of {}."),
+    ("The image shows {}.", "The image does not show {}."),
+    ("Chest radiograph with {}.", "Chest radiograph without {}."),
+    ("{} is present.", "{} is absent."),
+    ("{} is noted.", "{} is not noted."),
+    ("Findings suggest {}.", "Findings do not suggest {}."),
+    ("Impression: {}.", "Impression: no {}."),
+    ("Known {}, unchanged.", "No {}, unchanged."),
+    ("New {} since the prior study.", "No new {} since the prior study."),
+    ("Features compatible with {}.", "No features of {}."),
+    ("There are changes of {}.", "There are no changes of {}."),
+    ("The patient has {}.", "The patient has no {}."),
+    ("Appearances are those of {}.", "Appearances are not those of {}."),
+    ("Mild {}.", "Not even mild {}."),
+    ("Marked {} is demonstrated.", "No {} is demonstrated."),
+    ("A radiograph in which {} can be seen.", "A radiograph in which no {} can be seen."),
 )
 
 
-def paraphrased(labels: Iterable[str]) -> tuple[dict[str, dict[str, tuple[str, ...]]], ...]:
-    """Three more ways to ask for each label, for how far figures hang on the words of prompts (fvlm.md, 6.4)."""
+def paraphrased(labels: Iterable[str], wordings: int = 3) -> tuple[dict[str, dict[str, tuple[str, ...]]], ...]:
+    """More ways to ask for each label, up to 20, for how far figures hang on words (fvlm.md, 6.4; umcl.md, 7)."""
+    assert 0 < wordings <= len(_WORDINGS), f"{wordings} wordings of {len(_WORDINGS)}"
+    labels = tuple(labels)
     return tuple(
         {
             label: {"positive": (stated.format(label.lower()),), "negative": (denied.format(label.lower()),)}
             for label in labels
         }
-        for stated, denied in _WORDINGS
+        for stated, denied in _WORDINGS[:wordings]
     )
 
 

@@ -60,6 +60,8 @@ protocols:
                 of clinical labels of what it writes for held-out studies, beside the report of the nearest training
                 study, the most frequent one, and what it writes from another study's anatomies. Only when named.
                 Definitions: core/evaluation/generation.py
+  wording       macro AUC of the prompts, of 20 other wordings of them (mean and deviation) and of prompts that the task
+                has learned; share of pairs of studies of like labels that the loss pushes apart. Only when named
 By default: those that the run's task can be asked.
 
 exit codes: 0 done, 2 bad arguments or configuration, 3 bad data or damaged checkpoint, 4 embeddings not finite

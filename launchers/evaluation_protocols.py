@@ -28,6 +28,7 @@ from core.evaluation.heat_map import Explained, HeatMaps
 from core.evaluation.probe import AnatomyProbe, LinearProbe
 from core.evaluation.retrieval import Retrieval
 from core.evaluation.uncertainty import Uncertainty
+from core.evaluation.wording import Wording
 from core.evaluation.zero_shot import Prompts, ZeroShot, check_prompts
 from launchers.evaluation_splits import Options, Progress, Splits
 from launchers.past_run import PastRun
@@ -45,9 +46,12 @@ PROTOCOLS = (
     LabelAreas.protocol,
     AnatomyProbe.protocol,
     Generation.protocol,
+    Wording.protocol,
 )
+WORDINGS = 20  # of each label's prompts, where the recipe has none
 TRAINED = {LinearProbe.protocol, AnatomyProbe.protocol, Generation.protocol}  # on the training split
-PROMPTED = {ZeroShot.protocol, Uncertainty.protocol, AnatomyZeroShot.protocol}
+PROMPTED = {ZeroShot.protocol, Uncertainty.protocol, AnatomyZeroShot.protocol, Wording.protocol}
+ONLY_WHEN_NAMED = {Generation.protocol, Wording.protocol}  # the first trains for minutes
 COVERAGES = (1.0, 0.9, 0.7, 0.5)  # of retrieval with abstention
 
 
@@ -112,12 +116,12 @@ class Asking:
         wanted, run, options, splits = self.wanted, self.run, self.options, self.splits
         gaussian = isinstance(run.task, GaussianTask)
         measures_uncertainty = Uncertainty.protocol in wanted
-        parts = {"image_embeds"} if wanted & {ZeroShot.protocol, Uncertainty.protocol} else set()
+        parts = {"image_embeds"} if wanted & {ZeroShot.protocol, Uncertainty.protocol, Wording.protocol} else set()
         parts |= {"features"} if LinearProbe.protocol in wanted else set()
         parts |= parts_of_uncertainty(run.task) if measures_uncertainty else set()
         parts |= {LABEL_PART} if LabelAreas.protocol in wanted else set()
         text_parts = {"image_embeds", "text_embeds"} | ({"image_logvar", "text_logvar"} if gaussian else set())
-        if self.compares_whole_reports or (measures_uncertainty and gaussian):
+        if self.compares_whole_reports or (measures_uncertainty and gaussian) or Wording.protocol in wanted:
             self.with_text = splits.embed(options.split, text_parts | parts)
             self.test = self.with_text if not splits.skipped["empty report"] else None
         self.skipped_with_text = dict(splits.skipped)
@@ -170,6 +174,19 @@ def _ask_zero_shot(asking: Asking) -> None:
     zero_shot = ZeroShot(asking.prompts, ZeroShot.Config(text_length=run.text_length, **asking.common))
     scores = zero_shot.run(run.encoders, run.tokenizer, asking.test, asking.splits.labels, run.device, run.autocast)
     asking.take(zero_shot, scores)["prompts_from"] = asking.prompts_from
+
+
+def _ask_wording(asking: Asking) -> None:
+    assert asking.test is not None
+    run, labels = asking.run, asking.splits.labels
+    # Other wordings are the recipe's of its own prompts: they say nothing of those that were given instead.
+    paraphrases = () if asking.options.prompts is not None else run.config.evaluation.paraphrases
+    config = ZeroShot.Config(text_length=run.text_length, **asking.common)
+    wording = Wording(asking.prompts, paraphrases or built_in.paraphrased(labels, WORDINGS), config)
+    found = wording.run(
+        run.encoders, run.tokenizer, asking.test, labels, run.device, run.autocast, with_text=asking.with_text
+    )  # fmt: skip
+    asking.take(wording, found)["prompts_from"] = asking.prompts_from
 
 
 def _ask_taught_labels(asking: Asking) -> None:
@@ -235,6 +252,7 @@ ASKED: dict[str, Callable[[Asking], None]] = {
     LinearProbe.protocol: _ask_linear_probe,
     Uncertainty.protocol: _ask_uncertainty,
     Generation.protocol: _ask_generation,
+    Wording.protocol: _ask_wording,
 }
 
 
@@ -307,7 +325,7 @@ def protocols_of(run: PastRun, asked: Sequence[str] | None) -> set[str]:
     def has(*methods: str) -> bool:
         return all(callable(getattr(task, name, None)) for name in methods)
 
-    fit = set(PROTOCOLS[:4]) if has("embed_images", "embed_texts") else set()
+    fit = {*PROTOCOLS[:4], Wording.protocol} if has("embed_images", "embed_texts") else set()
     fit |= {AnatomyZeroShot.protocol, AnatomyProbe.protocol} if has("embed_anatomies", "embed_texts") else set()
     fit |= {LabelAreas.protocol} if has("label_logits") else set()
     fit |= {Generation.protocol} if has("embed_patches") else set()
@@ -318,7 +336,7 @@ def protocols_of(run: PastRun, asked: Sequence[str] | None) -> set[str]:
             raise ConfigError(
                 f"--protocol {name}: {type(task).__name__} cannot be asked; use {', '.join(sorted(fit)) or 'none'}"
             )
-    return set(asked or fit - {Generation.protocol})  # which trains for minutes
+    return set(asked or fit - ONLY_WHEN_NAMED)
 
 
 def words_of(tokenizer: Tokenizer) -> Words | None:

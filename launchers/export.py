@@ -127,6 +127,12 @@ class ExportedEncoder(torch.nn.Module):
             rows.append(self._of_task("embed_texts")(ids.to(self.device), mask.to(self.device)))
         return torch.cat(rows) if rows else torch.zeros(0, self.config.task["embed_dim"])
 
+    @torch.no_grad()
+    def embed_classes(self, names: Sequence[str] = ()) -> Tensor:
+        """Of UMCL: unit-length [C, E] of the learned prompts of `names`, or of the classes that it was taught."""
+        embeds: Tensor = self._of_task("embed_classes")(names)
+        return embeds
+
     def batch(self, pixel_values: Tensor, study_index: Tensor | None = None, **of_views: Tensor) -> Batch:
         """What the task reads of images, on its device."""
         index = torch.arange(len(pixel_values)) if study_index is None else study_index

@@ -92,6 +92,11 @@ def label_targets(
     return torch.where(agrees.any(dim=1, keepdim=True), mixed, identity)
 
 
+def moved_apart(log_probability: Tensor, targets: Tensor, pairs: Tensor) -> Tensor:
+    """Which of `pairs [b, G]` a step moves apart: the slope of a pair's loss is its probability less its target."""
+    return pairs & (log_probability.exp() > targets)
+
+
 def _rows_to_one(x: Tensor) -> Tensor:
     """Rows divided by their sums; rows of zeros stay."""
     total = x.sum(dim=1, keepdim=True)
@@ -140,8 +145,7 @@ def itl_loss(gathered: Gathered, scale: Tensor, targets: Tensor, false_negatives
         log_probability = logits.log_softmax(dim=1)
         cross_entropy = -(targets * log_probability).sum(dim=1)
         shares.append(torch.where(own["valid"], cross_entropy, 0.0).sum() / studies)
-        # The slope of a pair's loss by its similarity is its probability less its target.
-        pushed.append(false_negatives & (log_probability.detach().exp() > targets))
+        pushed.append(moved_apart(log_probability.detach(), targets, false_negatives))
     counts = torch.stack([torch.stack(pushed).sum(), 2 * false_negatives.sum()]).float()
     pairs = collectives.sum_over_ranks(counts)[1].clamp(min=1)
     image_to_text, text_to_image = shares

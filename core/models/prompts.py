@@ -75,9 +75,11 @@ class PromptBank(nn.Module):
             torch.zeros(config.length * (1 if config.shared else len(names)), text.width)
         )
         self._layout: _Layout | None = None
+        self._words: Words | None = None
 
     def take_tokenizer(self, words: Words) -> None:
         """Lay the prompts out. Raises ConfigError for one that is longer than the text encoder reads."""
+        self._words = words
         length = self.config.length
         before = {"end": length, "front": 0, "middle": length // 2}[self.config.position]
         stop = _tokens(words, ["."])[0]
@@ -108,6 +110,16 @@ class PromptBank(nn.Module):
             is_context=vector >= 0,
             vector=vector.clamp(min=0),
         )
+
+    def of_names(self, names: Sequence[str]) -> PromptBank:
+        """The same context around other names. Raises ConfigError where each class has a context of its own."""
+        if not self.config.shared:
+            raise ConfigError("bank.shared=false: each class has a context of its own, and other names have none")
+        assert self._words is not None, "take_tokenizer was not called"
+        other = PromptBank(self.config, self.text, names)
+        other.context_tokens = self.context_tokens
+        other.take_tokenizer(self._words)
+        return other
 
     def forward(self, encoder: TextEncoder, draw_key: Tensor | None = None) -> Tensor:
         """`[C, D]`, pooled as texts are. `draw_key` []: int64 that drop-out is keyed by, None: nothing is dropped."""

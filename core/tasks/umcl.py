@@ -9,7 +9,7 @@ Letters: b = studies, C = classes, E = embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -96,11 +96,19 @@ class UMCL(TwoTowerTask):
 
     # ---- embeddings ----
 
-    def embed_classes(self) -> Tensor:
-        """Unit-norm `[C, E]` of the prompts. Raises ConfigError where prompts are written by hand."""
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the learned prompts; none where they are written by hand."""
+        return self.config.classes if self.bank is not None else ()
+
+    def embed_classes(self, names: Sequence[str] = ()) -> Tensor:
+        """Unit-norm `[C, E]` of the prompts of `names`, those of the classes if there are none.
+
+        Raises ConfigError where prompts are written by hand, or no context fits other names.
+        """
         if self.bank is None:
             raise ConfigError("task.prompts=hand has no bank of prompts; embed sentences instead")
-        return self._prompts(self.bank)
+        return self._prompts(self.bank.of_names(names) if names else self.bank)
 
     def class_directions(self) -> Tensor:
         """`[E, C]`: along its column an image scores for a class.
@@ -153,20 +161,21 @@ class UMCL(TwoTowerTask):
         losses = F.binary_cross_entropy_with_logits(logits, (labels == 1).float(), reduction="none")
         return (losses * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)
 
+    def targets(self, own: Studies, all_studies: Studies, text_is_report: Tensor) -> Tensor:
+        """`[b, G]`, of both directions."""
+        config = self.config
+        return label_targets(
+            own, all_studies, text_is_report,
+            target=config.target, own_text=config.own_text, threshold=config.threshold,
+        )  # fmt: skip
+
     def objective(self, gathered: Gathered, local: dict[str, Tensor]) -> LossOutput:
         config, scale, everyone = self.config, self.logit_scale(), gathered.all
         own, all_studies = (
             Studies(labels=rows["labels"], text_key=rows["report_key"], valid=rows["valid"])
             for rows in (gathered.own, everyone)
         )
-        targets = label_targets(
-            own,
-            all_studies,
-            gathered.own["text_is_report"],
-            target=config.target,
-            own_text=config.own_text,
-            threshold=config.threshold,
-        )
+        targets = self.targets(own, all_studies, gathered.own["text_is_report"])
         other_text = own.text_key[:, None] != all_studies.text_key
         false_negatives = (agreement(own, all_studies, config.threshold) > 0) & other_text & own.valid[:, None]
         found = itl_loss(gathered, scale, targets, false_negatives)

@@ -68,7 +68,11 @@ def test_a_shared_context_fits_classes_that_were_never_learned() -> None:
     assert list(bank.state_dict()) == ["context_tokens"]
     wider.load_state_dict(bank.state_dict())
     torch.testing.assert_close(wider(encoder)[:5], bank(encoder))
+    task = task_of().eval()
+    torch.testing.assert_close(task.embed_classes(("covid", "edema"))[1], task.embed_classes()[1])
     own, _ = bank_of(replace(BANK, shared=False))
+    with pytest.raises(ConfigError, match=r"bank\.shared=false"):
+        own.of_names(("covid",))
     assert own.context_tokens.shape == (20, 16) and bank.context_tokens.shape == (4, 16)
     gradient = torch.autograd.grad(own(encoder)[1].square().sum(), own.context_tokens)[0].view(5, 4, 16)
     assert gradient[1].any() and not gradient[[0, 2, 3, 4]].any()

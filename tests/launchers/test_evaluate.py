@@ -4,15 +4,18 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from configs import ct
+from configs import ct, tiny
 from core.models.gaussian import Gaussian
 from core.tasks.clip import CLIP
 from launchers import evaluate, evaluation_protocols
+from launchers.export import export, load_exported
+from launchers.past_run import open_run
 from shards.ingest.phantom_ct import CtPhantom
 from shards.ingest.phantom_ct_text import PROMPTS
 from shards.manifest import Manifest
@@ -275,3 +278,35 @@ def test_a_run_of_anatomies_is_asked_by_every_protocol(
     # Radiographs have no organs: said by name, not found while volumes are decoded.
     assert evaluate.main([*options, "--protocol", "anatomy", "--data", str(manifest)]) == 2
     assert f"{manifest}: its label maps do not know lung" in capsys.readouterr().err
+
+
+def test_learned_prompts_are_judged_beside_wordings_of_written_ones(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "umcl", manifest, replace(tiny.umcl(), recipe="tiny:umcl"))
+    found = evaluate_json(run, tmp_path, "wording", "zero_shot")
+    assert found["zero_shot"]["macro_over"] == ["pleural effusion"]
+    wording = found["wording"]
+    assert wording["labels"][0] == "atelectasis" and len(wording["paraphrases"]) == 20
+    assert set(wording["figures"]) == {
+        "written", "paraphrases_mean", "paraphrases_deviation", "learned", "false_negatives_pushed_apart",
+    }  # fmt: skip
+    assert wording["figures"]["written"]["value"] == found["zero_shot"]["macro"]["value"]
+    assert 0 < wording["figures"]["false_negatives_pushed_apart"]["value"] < 1
+    assert "paraphrases deviation" in capsys.readouterr().out
+    exported = tmp_path / "exported"
+    with open_run(str(run)) as past:
+        export(past, exported)
+    encoder = load_exported(exported)
+    prompts = encoder.embed_classes()
+    assert prompts.shape == (9, 16)
+    torch.testing.assert_close(encoder.embed_classes(["a rare disease", "no finding"])[1], prompts[0])
+
+
+def evaluate_json(run: Path, folder: Path, *protocols: str) -> dict[str, Any]:
+    """What evaluate.py says of a run on the CPU."""
+    target = folder / "found.json"
+    flags = ["--batch-size", "16", "--replicates", "20", "--device", "cpu", "--json", str(target)]
+    assert evaluate.main(["--run-dir", str(run), "--protocol", *protocols, *flags]) == 0
+    found: dict[str, Any] = json.loads(target.read_text())
+    return found
