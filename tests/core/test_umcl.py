@@ -22,7 +22,7 @@ from tests.distributed import run_distributed
 
 VOCABULARY = 40
 CLASSES = (NO_FINDING, "edema", "pleural effusion", "nodule", "hernia")
-BANK = PromptBank.Config(length=4)
+BANK = PromptBank.Config(length=4, dropout=0.5)
 
 
 class Words:
@@ -79,7 +79,7 @@ def test_a_shared_context_fits_classes_that_were_never_learned() -> None:
 
 
 def test_drop_out_is_keyed() -> None:
-    bank, encoder = bank_of(replace(BANK, dropout=0.5))
+    bank, encoder = bank_of()
     one, other = (torch.tensor([key]) for key in (1, 2))
     assert torch.equal(bank(encoder, one), bank(encoder, one))
     assert not torch.equal(bank(encoder, one), bank(encoder, other))
@@ -144,6 +144,17 @@ def test_prompts_learn_exactly_where_labels_are_read(form: dict[str, Any]) -> No
     task.zero_grad()
     loss_of(task, batch | {"text_is_report": batch["valid"]}).loss.backward()
     assert not task.bank.context_tokens.grad.any()
+
+
+def test_micro_batches_are_encoded_as_the_whole_batch() -> None:
+    task, batch = task_of(class_weight=0.1), labelled_batch()
+    whole, parts = task.encode(batch), [task.encode(rows_of(batch, start, start + 2)) for start in (0, 2, 4)]
+    for name in ("text_embeds", "image_embeds"):
+        torch.testing.assert_close(torch.cat([part.gather[name] for part in parts]), whole.gather[name])
+    before = task.embed_classes()
+    torch.testing.assert_close(task.embed_classes(), before)
+    task.after_step(lambda parameter: parameter)
+    assert not torch.equal(task.embed_classes(), before), "another step drops other vectors"
 
 
 def test_prompts_by_hand_and_one_hot_targets_are_clip() -> None:
