@@ -430,7 +430,7 @@ class Collator:
             void_image = torch.from_numpy(~valid[study_index])
             pixel_values[void_image] = 0.0
             for name in ZERO_IN_VOID & columns.keys():
-                columns[name] = np.where(valid, columns[name], 0)
+                columns[name] = np.where(valid, columns[name], np.zeros((), columns[name].dtype))
             columns["degradation_grade"][~valid] = -1.0
             columns["labels"][~valid] = NOT_ANNOTATED
         batch: Batch = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from configs import schema
 from configs.prompts import LABEL_SENTENCES
@@ -147,6 +148,7 @@ def test_a_mixture_of_reports_labels_and_both(tmp_path: Path) -> None:
     voids: set[int] = set()
     with loader_of(mixture(manifest)).start(0) as run:
         for batch in (next(run) for _ in range(24)):
+            assert batch["text_is_report"].dtype is torch.bool
             for row in range(12):
                 place, unit = int(batch["set_index"][row]), int(batch["degradation_grade"][row])
                 labels, is_report = batch["labels"][row].tolist(), bool(batch["text_is_report"][row])
