@@ -10,11 +10,14 @@ from core.engine import EngineConfig
 from core.models.contrast import GaussianContrast
 from core.models.fusion import Fusion
 from core.models.gaussian import GaussianEncoder
-from core.models.text import bert_base, text_tiny
+from core.models.masked_image import DecoderConfig
+from core.models.text import TextEncoder, bert_base, text_tiny
 from core.models.vision import vit_b16, vit_tiny
 from core.optim import OptimConfig
 from core.tasks.clip import CLIP
 from core.tasks.dmlm import DMLM, Weights
+from core.tasks.ecamp import ECAMP
+from core.tasks.mae import MAE
 from core.tasks.siglip import SigLIP
 from core.tasks.umcl import UMCL
 from core.trainer import TrainerConfig
@@ -22,7 +25,7 @@ from shards.decode import Decoder
 from shards.ingest.phantom_chest_text import LABELS as PHANTOM_LABELS
 from shards.label_union import NO_FINDING, THORAX, class_of
 from shards.loader import Loader
-from shards.transforms import label_text, masking
+from shards.transforms import augment, entity_masking, label_text, masking
 
 
 def clip_b16() -> TrainConfig:
@@ -164,3 +167,62 @@ def umcl_tiny() -> TrainConfig:
         data=replace(base.data, label_text=label_text.Config(classes=classes)),
         optim=replace(base.optim, multipliers={"context_tokens": 2.0}),
     )
+
+
+def ecamp_b16() -> TrainConfig:
+    """ECAMP with ViT-B/16 at 224 px from images of 448 px and six text layers, batch 8192: for GPUs.
+
+    Meant to start from an MAE's encoder (`init.vision`).
+    """
+    return TrainConfig(
+        global_batch_size=8192,
+        task=ECAMP.Config(
+            vision=replace(vit_b16(), positions="sincos"),
+            text=TextEncoder.Config(max_length=256, depth=6, heads=6, mlp_ratio=2.0),
+        ),
+        data=Loader.Config(
+            decode=Decoder.Config(image_size=448, mean=0.4721, std=0.3037),
+            text_length=256,
+            lanes=64,
+            masking=masking.Config(patch_size=32, patch_mask_ratio=0.75),
+            augment=augment.Config(crop_area_fraction=(0.2, 1.0)),
+        ),
+        optim=OptimConfig(learning_rate=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05, warmup_steps=1000),
+        engine=EngineConfig(zero_stage=1, precision="bf16", micro_batch=64),
+        # 120 epochs of 200,000 studies.
+        trainer=TrainerConfig(steps=3000, log_every=20, evaluate_every=250, save_every=250, picture_every=None),
+        checkpoint=CheckpointConfig(keep_last=2, keep_every=1000),
+        evaluation=EvaluationConfig(protocols=()),
+    )
+
+
+def ecamp_tiny() -> TrainConfig:
+    """ECAMP with the encoder of clip_tiny at 64 px from images of 128 px: learns from phantoms on two CPU cores."""
+    base = clip_tiny()
+    task = ECAMP.Config(
+        vision=replace(vit_tiny(), positions="sincos"),
+        text=replace(text_tiny(), max_length=160, norm="post", pool="cls", mlp_ratio=2.0, norm_epsilon=1e-12),
+        decoder=DecoderConfig(width=64, depth=2, heads=4),
+    )
+    data = replace(
+        base.data,
+        decode=Decoder.Config(image_size=128),
+        text_length=160,
+        masking=masking.Config(patch_size=16, patch_mask_ratio=0.75),
+    )
+    optim = replace(base.optim, betas=(0.9, 0.95), weight_decay=0.05)
+    return replace(base, task=task, data=data, optim=optim, evaluation=EvaluationConfig(protocols=()))
+
+
+def mae_tiny() -> TrainConfig:
+    """MAE with the image part of ecamp_tiny at 64 px: ECAMP without reports and without super-resolution."""
+    base = ecamp_tiny()
+    data = replace(base.data, decode=Decoder.Config(image_size=64), masking=replace(base.data.masking, patch_size=8))
+    return replace(base, task=MAE.Config(vision=base.task.vision, decoder=base.task.decoder), data=data)
+
+
+def mrm_tiny() -> TrainConfig:
+    """ecamp_tiny as MRM has it: half of all words masked alike, none added, none weighed, the image as its mean."""
+    base = ecamp_tiny()
+    uniform = entity_masking.Config(masking="uniform", uniform=0.5, distilled=0.0, rebalance=False)
+    return replace(base, task=replace(base.task, fusion="coarse"), data=replace(base.data, entity_masking=uniform))

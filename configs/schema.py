@@ -135,19 +135,31 @@ class TrainConfig:
             )
         task_image, data_image = _image_size(self.task), self.data.decode.image_size
         if task_image is not None and task_image != data_image:
+            twice = " and images come at twice that" if task_image != self.task.vision.image_size else ""
             raise ConfigError(
-                f"task.vision.image_size={task_image} but data.decode.image_size={data_image}; set both to one value"
+                f"task.vision.image_size={self.task.vision.image_size}{twice} but data.decode.image_size={data_image}; "
+                + (f"set the latter to {task_image}" if twice else "set both to one value")
             )
         if isinstance(getattr(self.task, "vision", None), VolumeEncoder.Config):
             self._check_volumes()
         if "patch_mask" in task_class(self.task).fields:
-            masked, encoded = self.data.masking.patch_size, self.task.vision.patch_size
+            # Of an image that the task makes smaller a patch is as much larger.
+            scale = (task_image or data_image) // self.task.vision.image_size
+            masked, encoded = self.data.masking.patch_size, self.task.vision.patch_size * scale
             if masked != encoded:
                 raise ConfigError(
-                    f"data.masking.patch_size={masked} but task.vision.patch_size={encoded}; set both to one value"
+                    f"data.masking.patch_size={masked} but task.vision.patch_size={encoded // scale}"
+                    + (
+                        f" of an image half as large; set the former to {encoded}"
+                        if scale > 1
+                        else "; set both to one value"
+                    )
                 )
         if "text_is_report" in task_class(self.task).fields:
             self._check_classes()
+        ours, theirs = getattr(self.task, "compat", None), self.data.entity_masking.compat
+        if ours is not None and ours != theirs:
+            raise ConfigError(f"task.compat={ours} but data.entity_masking.compat={theirs}; set both to one value")
         self._check_protocols()
         text = getattr(self.task, "text", None)
         if text is not None and self.data.text_length > text.max_length:
@@ -222,8 +234,9 @@ def _nearest_divisor(number: int, near: int) -> int:
 
 
 def _image_size(task: Any) -> int | None:
+    """Side of the images that the task takes, pixels."""
     vision = getattr(task, "vision", None)
-    return getattr(vision, "image_size", None)
+    return getattr(task, "pixels", None) or getattr(vision, "image_size", None)
 
 
 # ---- recipes by name ----

@@ -186,6 +186,11 @@ def parser() -> argparse.ArgumentParser:
         help="voxels, phantom_ct (48 64 64)",
     )
     phantom.add_argument("--structured", action="store_true", help="write structured reports, too")
+    phantom.add_argument(
+        "--entities",
+        action="store_true",
+        help="write what the report's words are, as prepared reports have it; phantom",
+    )
 
     shards = result.add_argument_group("shards")
     shards.add_argument("--shard-bytes", type=int, default=64 << 20, help="a shard ends here (%(default)s)")
@@ -366,6 +371,7 @@ def _chest_config(arguments: argparse.Namespace) -> ChestPhantom.Config:
         size=arguments.size,
         degraded=arguments.degraded,
         structured=arguments.structured,
+        entities=arguments.entities,
     )
 
 

@@ -206,9 +206,12 @@ def synthetic_batch(config: TrainConfig, studies: int, words: int) -> Batch:
         "valid": torch.ones(studies, dtype=torch.bool),
         "section_ids": torch.full((studies, length), 3),
         "text_mask": torch.arange(length).expand(studies, -1) % 6 == 1,
+        "token_weight": (torch.arange(length).expand(studies, -1) % 4 != 0).float(),
+        "attention_grid": torch.ones(studies, patches),
         "patch_mask": (torch.arange(patches) < masked).expand(studies, -1),
     }
     keys = ("report_key", "finding_key", "patient_key", "draw_key", "sample_id", "set_index", "epoch")
+    keys += ("cut_tokens", "dropped_sentences")
     if config.data.volume is not None:
         columns |= _synthetic_volumes(config.data.volume, studies, text)
     known = columns | dict.fromkeys(keys, number)

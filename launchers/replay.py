@@ -119,7 +119,10 @@ def replay(run_dir: str, step: int) -> Replay:
     }
     if "input_ids" in batch:
         hashes["tokens"] = _tensor_hash(batch["input_ids"])
-    for name in sorted({"text_mask", "patch_mask", "anatomy_input_ids", "anatomy_share"} & batch.keys()):
+    for name in sorted(
+        {"text_mask", "token_weight", "patch_mask", "attention_grid", "anatomy_input_ids", "anatomy_share"}
+        & batch.keys()
+    ):
         hashes[name.replace("_", " ")] = _tensor_hash(batch[name])
     void = {
         f"{event['shard']}/{event['key']}": str(event["cause"])

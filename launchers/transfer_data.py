@@ -74,7 +74,7 @@ def open_encoder(
             "unexpected": report.unexpected, "reshaped": report.reshaped,
         }  # fmt: skip
         default = Path(path).stem
-    size = image_size or decode.image_size
+    size = image_size or vision.config.image_size  # a task may be given larger images than its encoder
     if size % vision.config.patch_size:
         fit = max(1, size // vision.config.patch_size) * vision.config.patch_size
         raise ConfigError(

@@ -192,6 +192,10 @@ FIELDS: dict[str, str] = {
     # Made only for objectives that name them; zero and False in void slots.
     "section_ids": "[B, L] int64: 1 definition, 2 appearance, 3 observation (a raw report: all), 4 verdict, 0 special",
     "text_mask": "[B, L] bool, whole words to mask and predict; about text_mask_ratio of a report's own tokens",
+    "token_weight": "[B, L] float32, what the loss of a token counts; 0 for one that is not predicted",
+    "cut_tokens": "[B] int64, tokens of a report that the text's length left out",
+    "dropped_sentences": "[B] int64, distilled sentences of a report that their budget left out",
+    "attention_grid": "[V, P] float32, where the words look in the crop, mean 1 an image; 1 where nobody knows",
     "patch_mask": "[V, P] bool, exactly round(patch_mask_ratio * P) of an image's patches, in rows from top left",
     "finding_key": "[B] int64, equal for equal sets of diseases present or uncertain; report_key where unstructured",
     "text_is_report": "[B] bool, False where the text is made of labels, or the slot is void",

@@ -35,8 +35,10 @@ from shards.reports.structured import (
     serialise,
 )
 from shards.tokenizer import EmptyReportError, Tokenizer, report_text
-from shards.transforms import augment, label_text
+from shards.transforms import attention_grid, augment, label_text
 from shards.transforms.anatomy import ABNORMAL, AnatomyTexts, Sides, anatomy_texts, plain_name, text_keys
+from shards.transforms.augment import ViewParameters
+from shards.transforms.entity_masking import MarkedReport, build_mlm, mark_report, tokenise
 from shards.transforms.masking import draw_key, draw_patches, draw_text, patches_of
 from shards.volume_codec import part_count
 
@@ -54,6 +56,7 @@ ZERO_IN_VOID = frozenset(
 NONE_THERE = "no anatomy in the crop"
 ALL_CUT = "all anatomies cut by the crop"
 TELLS_OF_NONE = "report without any anatomy in the crop"
+ENTITY_FIELDS = frozenset({"token_weight", "cut_tokens", "dropped_sentences"})
 
 VOLUME_FIELDS = frozenset({"anatomy_share", "anatomy_intact", "anatomy_labels"})
 ANATOMY_TEXT_FIELDS = frozenset(
@@ -74,8 +77,10 @@ class Prepared:
     window: list[tuple[float, float]]
     bits: list[int]
     view: list[int]
+    grids: list[np.ndarray | None]  # attention grid of each image, over all of it
     columns: dict[str, np.ndarray]
     parts: list[list[Part]]  # of each row's text, none in a void slot
+    marked: list[MarkedReport | None]  # of each row where words are masked by what they are, None in a void slot
     anatomy: list[AnatomyTexts | None]  # of each row where anatomy fields are made, None in a void slot
     places: list[Place]
     train: bool
@@ -102,6 +107,7 @@ class Decoding:
     pending: PendingBatch
     present: np.ndarray
     study_index: np.ndarray
+    parameters: ViewParameters | None = None  # [V], of images
 
 
 def check_masks(config: Loader.Config, fields: Collection[str], url: str, manifest: Manifest) -> None:
@@ -178,15 +184,22 @@ class Collator:
         self._decoder: Decoder | None = None
         self._volume_decoder: VolumeDecoder | None = None
         self.reads_masks = config.volume is not None and not VOLUME_FIELDS.isdisjoint(self.fields)
+        self.reads_grids = "attention_grid" in self.fields and config.volume is None
         self._reads_anatomies = config.volume is not None and not ANATOMY_TEXT_FIELDS.isdisjoint(self.fields)
         wanted = (VOLUME_FIELDS | ANATOMY_TEXT_FIELDS) & self.fields
         if wanted and (config.volume is None or not config.volume.anatomies):
             raise ConfigError(
                 f"{', '.join(sorted(wanted))}: data.volume.anatomies is empty; name some of the manifest's"
             )
-        self._patches = patches_of(config.masking, config.decode.image_size) if "patch_mask" in self.fields else 0
+        by_patch = not {"patch_mask", "attention_grid"}.isdisjoint(self.fields)
+        self._patches = patches_of(config.masking, config.decode.image_size) if by_patch else 0
         self._reads_report = tokenizer is not None and not (self._reads_anatomies and "input_ids" not in self.fields)
         self._reads_structure = tokenizer is not None and config.report == "structured"
+        self._reads_entities = tokenizer is not None and not ENTITY_FIELDS.isdisjoint(self.fields)
+        if self._reads_entities:
+            config.entity_masking.check_room(config.text_length)
+            if self._reads_structure:
+                raise ConfigError("words are masked by what they are in reports as written; set data.report=raw")
         if config.report not in ("raw", "structured"):
             raise ConfigError(f"data.report={config.report!r}: use raw or structured")
         if self._reads_structure and config.text_length < TOKENS_PER_DISEASE * config.structured.diseases:
@@ -254,8 +267,8 @@ class Collator:
         if "draw_key" in self.fields:
             columns["draw_key"] = draw_key(self.seed, slots.epoch, sample_key)
         result = Prepared(
-            step=step, images=[], crops=[], study_index=[], window=[], bits=[], view=[], columns=columns,
-            parts=[[] for _ in range(count)], anatomy=[None] * count, places=places, train=train,
+            step=step, images=[], crops=[], study_index=[], window=[], bits=[], view=[], grids=[], columns=columns,
+            parts=[[] for _ in range(count)], marked=[None] * count, anatomy=[None] * count, places=places, train=train,
         )  # fmt: skip
         for i, members in enumerate(found):
             try:
@@ -266,11 +279,14 @@ class Collator:
                 key = (self.seed, int(slots.epoch[i]), int(sample_key[i])) if train else None
                 labels = self._labels(record, members)
                 text = self._text(record, structure, labels, key)
+                marked = mark_report(record, self.config.sections) if self._reads_entities else None
                 views = _view_records(record, members)
+                grids = [_attention_grid(chosen) for chosen in members.views]
                 crops = self._crops(members, views, (int(slots.epoch[i]), int(sample_key[i])) if train else None)
             except (BadSampleError, EmptyReportError) as error:
                 on_void(i, error.cause if isinstance(error, BadSampleError) else "empty report")
                 self._add_image(result, i, 0, memoryview(b""), (0.0, 1.0), 8)
+                result.grids.append(None)
                 result.crops.append(None)
                 continue
             columns["valid"][i] = True
@@ -278,7 +294,7 @@ class Collator:
             columns["report_key"][i] = text.key
             columns["degradation_grade"][i] = _degradation_grade(record)
             columns["uncertain_verdicts"][i] = _uncertain_verdicts(record)
-            result.parts[i] = text.parts
+            result.parts[i], result.marked[i] = text.parts, marked
             if "text_is_report" in columns:
                 columns["text_is_report"][i] = text.is_report
             if "finding_key" in columns:
@@ -289,6 +305,7 @@ class Collator:
             if self._reads_anatomies or self.reads_masks:
                 assert self.config.volume is not None
                 result.anatomy[i] = anatomy_texts(record, self.config.volume.anatomies)
+            result.grids += grids
             for view, chosen, crops_of_view in zip(views, members.views, crops, strict=True):
                 window = view.window or (0.0, 255.0 if view.bits == 8 else 65535.0)
                 for crop in crops_of_view:
@@ -400,7 +417,9 @@ class Collator:
             np.asarray(prepared.window, dtype=np.float32).reshape(-1, 2)[present],
             np.asarray(prepared.bits)[present],
         )
-        return Decoding(prepared=prepared, pending=pending, present=present, study_index=study_index)
+        return Decoding(
+            prepared=prepared, pending=pending, present=present, study_index=study_index, parameters=parameters
+        )
 
     def finish(
         self,
@@ -441,12 +460,27 @@ class Collator:
             view = np.asarray(prepared.view)
             mask = draw_patches(self.config.masking, self.seed, epoch, sample_key, view, self._patches)
             batch["patch_mask"] = torch.from_numpy(mask & valid[study_index][:, None])
+        if self.reads_grids:
+            batch["attention_grid"] = torch.from_numpy(self._attention(decoding, valid[study_index]))
         if isinstance(decoding.pending, VolumeBatch):
             batch |= self._anatomy_fields(decoding, decoding.pending, on_unseen)
         if self.tokenizer is not None and self._reads_report:
-            parts = [parts if ok else [] for parts, ok in zip(prepared.parts, valid, strict=True)]
-            batch |= self._tokens(self.tokenizer, parts, prepared)
+            if self._reads_entities:
+                batch |= self._entity_tokens(self.tokenizer, prepared)
+            else:
+                parts = [parts if ok else [] for parts, ok in zip(prepared.parts, valid, strict=True)]
+                batch |= self._tokens(self.tokenizer, parts, prepared)
         return batch
+
+    def _attention(self, decoding: Decoding, valid: np.ndarray) -> np.ndarray:
+        """Grids of the images that are `valid` [V], as their crops show them; 0 for the others."""
+        parameters = decoding.parameters
+        if self.config.entity_masking.compat == "original":
+            parameters = augment.identity(len(valid))
+        assert parameters is not None
+        grid = attention_grid.carry(decoding.prepared.grids, parameters, math.isqrt(self._patches))
+        grid[~valid] = 0.0
+        return grid
 
     def _anatomy_fields(self, decoding: Decoding, volumes: VolumeBatch, on_unseen: Callable[[int, str], None]) -> Batch:
         """Shares of the crops and texts by anatomy; zero in void slots but for the tokens of an empty text."""
@@ -524,9 +558,36 @@ class Collator:
             batch["text_mask"] = torch.from_numpy(mask)
         return batch
 
+    def _entity_tokens(self, tokenizer: Tokenizer, prepared: Prepared) -> Batch:
+        """The fields of a text whose words are masked by what they are."""
+        config, columns = self.config.entity_masking, prepared.columns
+        key = (self.seed, columns["epoch"], prepared.sample_key)
+        reports = [one if ok else None for one, ok in zip(prepared.marked, columns["valid"], strict=True)]
+        tokens = tokenise(config, tokenizer, reports, *key, length=self.config.text_length, train=prepared.train)
+        text_mask, token_weight = build_mlm(config, *key, tokens.words, tokens.kinds)
+        token_weight[~columns["valid"]] = 0.0
+        return {
+            "input_ids": torch.from_numpy(tokens.ids),
+            "attention_mask": torch.from_numpy(tokens.seen),
+            "text_mask": torch.from_numpy(text_mask),
+            "token_weight": torch.from_numpy(token_weight),
+            "cut_tokens": torch.from_numpy(tokens.cut),
+            "dropped_sentences": torch.from_numpy(tokens.dropped),
+        }
+
 
 def _sample_key(unit: np.ndarray, set_index: np.ndarray) -> np.ndarray:
     return unit + (set_index << 48)
+
+
+def _attention_grid(view: View) -> np.ndarray | None:
+    """None where the view has none. Raises BadSampleError where it is broken."""
+    if view.id not in view.attention:
+        return None
+    try:
+        return attention_grid.decode(view.attention[view.id])
+    except ValueError as error:
+        raise BadSampleError("", "", str(error)) from None
 
 
 def _degradation_grade(record: StudyRecord) -> float:

@@ -130,7 +130,8 @@ class DataSet:
 class View(NamedTuple):
     """A chosen view of a unit: its number and (first) member, and the content of what was read of it.
 
-    An image has one part, 0. Of a volume of `parts_there` parts, `parts` are those from `first_part` on, and
+    An image has one part, 0, and in `attention` its grid where it has one and that was asked for. Of a volume of
+    `parts_there` parts, `parts` are those from `first_part` on, and
     `masks[map, part]` their label maps where those were asked for. Content lies in the range that was read, together
     with its neighbours': to cut it out would copy it.
     """
@@ -141,6 +142,7 @@ class View(NamedTuple):
     first_part: int
     parts_there: int
     masks: dict[tuple[int, int], memoryview]
+    attention: dict[str, memoryview]  # view id -> its attention grid
 
     @property
     def id(self) -> str:
@@ -195,9 +197,11 @@ def read_units(
     *,
     choose_parts: ChooseParts | None = None,
     masks: bool = False,
+    attention: bool = False,
 ) -> dict[int, Found]:
     """Verified members of some units of a chunk, by unit. `choose` says which views are read, of a volume
-    `choose_parts` which parts (all, if None); `masks` whether their label maps are read, too.
+    `choose_parts` which parts (all, if None); `masks` whether their label maps are read, `attention` whether the
+    attention grids of images are.
 
     Neighbouring members are read as one range. A member that fails its check fails its unit only; a store that does
     not answer raises.
@@ -221,6 +225,9 @@ def read_units(
             for number in sorted([view] if view is not None else choose(unit, len(views))):
                 parts = choose_parts(unit, number, len(views[number])) if choose_parts else range(len(views[number]))
                 rows += _view_rows(table, sample, found, number, views[number], parts, masks=masks)
+                if attention and (row := table.attention_grid(sample, found.views[-1].id)) is not None:
+                    view = found.views[-1]
+                    rows.append((row, partial(view.attention.__setitem__, view.id)))
         except ValueError as error:
             result[unit] = BadSampleError(shard.name, key, str(error))
             continue
@@ -275,7 +282,7 @@ def _view_rows(
 ) -> _Rows:
     """Of one view, which is added to `found`. Raises ValueError where a part of a volume is missing."""
     first = table.member[rows[0]]
-    view = View(number, first, [memoryview(b"")] * len(parts), parts.start, len(rows), {})
+    view = View(number, first, [memoryview(b"")] * len(parts), parts.start, len(rows), {}, {})
     found.views.append(view)
     if part_number(first) is None:
         label_maps = table.image_masks(sample, view.id) if masks else {}

@@ -24,7 +24,7 @@ import numpy as np
 from shards import keyed
 from shards.batch import Batch, StudyRecord
 from shards.chunk_cache import ChunkCache
-from shards.collate import Collator, Decoding, Place, check_labels, check_masks
+from shards.collate import ENTITY_FIELDS, Collator, Decoding, Place, check_labels, check_masks
 from shards.dataset import ChooseParts, DataSet, Event, Found, Members, Reads, read_units
 from shards.decode import Decoder, PendingBatch
 from shards.decode_volume import VolumeDecoder, parts_to_read
@@ -33,7 +33,7 @@ from shards.order import Order, Slots, lanes_of_rank
 from shards.reports import structured
 from shards.store import StoreConfig
 from shards.tokenizer import EmptyReportError, Tokenizer, load_tokenizer, report_text
-from shards.transforms import augment, label_text, masking
+from shards.transforms import augment, entity_masking, label_text, masking
 
 # After a start these many batches read just their own members; from then on whole chunk pieces are read.
 _SINGLE_READ_BATCHES = 2
@@ -90,6 +90,7 @@ class Loader:
         structured: structured.Config = field(default_factory=structured.Config)
         label_text: label_text.Config | None = None  # labels are classes of the union, and a text where need be
         masking: masking.Config = field(default_factory=masking.Config)
+        entity_masking: entity_masking.Config = field(default_factory=entity_masking.Config)
         max_skip_rate: float = 0.01  # of the last 10,000 slots; above it the run stops
         decode: Decoder.Config = field(default_factory=Decoder.Config)
         volume: VolumeDecoder.Config | None = None  # the views are volumes, cropped as this says; `decode` is not used
@@ -151,6 +152,14 @@ class Loader:
                     raise ConfigError(
                         f"{data.url}: no study has a structured report, which data.report=structured reads; "
                         "pack them (pack.py --structured for phantoms), or set data.report=raw"
+                    )
+        if not ENTITY_FIELDS.isdisjoint(fields) and config.entity_masking.reads_spans:
+            for data in self.sets:
+                if not (data.whole.fields.get("distilled") or data.whole.fields.get("descriptors")):
+                    raise ConfigError(
+                        f"{data.url}: no study has an entity with its place in the report, which masking by entities "
+                        "reads; pack with prepared reports (phantoms: pack.py --entities), or set "
+                        "data.entity_masking.masking=uniform, .rebalance=false and .distilled=0"
                     )
         for data in self.sets:
             check_masks(config, fields, data.url, data.whole)
@@ -450,6 +459,7 @@ class LoaderRun(Iterator[Batch]):
             loader._cache,
             choose_parts=_choose_parts(loader.config, loader.seed, (set_index, epoch)),
             masks=loader._collate.reads_masks,
+            attention=loader._collate.reads_grids,
         )
 
 
@@ -521,6 +531,7 @@ def evaluation_batches(
                 choose,
                 choose_parts=_all_parts if collate.around_anatomies else _choose_parts(config, 0, None),
                 masks=collate.reads_masks,
+                attention=collate.reads_grids,
             )
             for number in np.unique(chunk)
         ]

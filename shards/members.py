@@ -34,9 +34,9 @@ def is_pickle(member: str) -> bool:
 
 
 def is_image(member: str) -> bool:
-    """Whether the member holds the pixels of a view; masks (`0.mask.1.png`, `seg.png`) do not."""
+    """Whether the member holds the pixels of a view; masks (`0.mask.1.png`, `seg.png`) and grids do not."""
     parts = member.lower().split(".")
-    return parts[-1] in IMAGE_EXTENSIONS and not {"mask", "seg", "segmentation"}.intersection(parts)
+    return parts[-1] in IMAGE_EXTENSIONS and not {"mask", "seg", "segmentation", "attention"}.intersection(parts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +84,11 @@ class MembersTable:
         """(label map, 0) -> row, of the label maps of an image: it has one part."""
         matches = ((row, _IMAGE_MASK.match(self.member[row])) for row in self.rows(sample))
         return {(int(match[2]), 0): row for row, match in matches if match and match[1] == view_id}
+
+    def attention_grid(self, sample: int, view_id: str) -> int | None:
+        """Row of the attention grid of a view, if it has one."""
+        name = f"{view_id}.attention.png"
+        return next((row for row in self.rows(sample) if self.member[row] == name), None)
 
     def records(self, sample: int) -> list[int]:
         """Rows of the JSON or text members, the first of them if a sample has both: read with the views."""

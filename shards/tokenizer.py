@@ -55,6 +55,16 @@ class PartTokens:
     words: np.ndarray
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """The n tokens of one text alone. `words` numbers its words from 0; `start`, `end`: characters [start, end)."""
+
+    ids: np.ndarray
+    words: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+
 class Tokenizer:
     """Texts to ids. Holds no state between calls, so several threads may share it; encoding releases the GIL.
 
@@ -109,6 +119,22 @@ class Tokenizer:
         rows = [[*self.prefix, *encoding.ids[:room], *self.suffix] for encoding in encodings]
         ids, mask = _padded(rows, self.pad_id)
         return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def pieces(self, texts: Sequence[str]) -> list[Pieces]:
+        """Each text's own tokens, none cut, with the characters that they stand for; int64 [n] each."""
+        found = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        result = []
+        for one in found:
+            spans = np.asarray(one.offsets, dtype=np.int64).reshape(-1, 2)
+            result.append(
+                Pieces(
+                    ids=np.asarray(one.ids, dtype=np.int64),
+                    words=np.asarray([word or 0 for word in one.word_ids], dtype=np.int64),
+                    start=spans[:, 0],
+                    end=spans[:, 1],
+                )
+            )
+        return result
 
     def encode_parts(self, rows: Sequence[Sequence[tuple[int, str]]], max_length: int) -> PartTokens:
         """Texts in parts, each with its section's number above 0 and a [SEP] between neighbours.

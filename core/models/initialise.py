@@ -77,7 +77,7 @@ def _draw(part: nn.Module, name: str, parameter: nn.Parameter, generator: torch.
         parameter.copy_(values / math.sqrt(part.fan_in) if part.std is None else values * part.std)
     elif isinstance(part, AnatomyPool):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * part.first_std(name))
-    elif isinstance(part, nn.Linear | nn.Conv3d | Projection):
+    elif isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d | Projection):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel()))
     else:
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)

@@ -86,6 +86,30 @@ class TextEncoder(nn.Module):
         )
         self.norm: nn.Module = nn.Identity() if post else LayerNorm(width, eps=config.norm_epsilon)
 
+    def embed(
+        self,
+        input_ids: Tensor,
+        place: Tensor,
+        token_type_ids: Tensor | None = None,
+        *,
+        hidden: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """What the blocks are given of the tokens `place [T]` of the flattened `[S, L]`; others as of `forward`."""
+        x = self.words(input_ids.flatten()[place])  # [T, D]
+        if hidden is not None:
+            replaced, vectors = hidden
+            vectors = vectors.flatten(0, 1)[place] if vectors.ndim == 3 else vectors
+            x = torch.where(replaced.flatten()[place][:, None], vectors.to(x.dtype), x)
+        # F.embedding, not indexing: its backward adds rows of equal position in one pass.
+        x = x + F.embedding(place % max(1, input_ids.shape[1]), self.positions)
+        if self.token_types is not None:
+            if token_type_ids is None:
+                x = x + self.token_types[0]
+            else:
+                x = x + F.embedding(token_type_ids.flatten()[place], self.token_types)
+        normed: Tensor = self.input_norm(x.to(compute_dtype(self.words.weight)))
+        return normed
+
     def forward(
         self,
         input_ids: Tensor,
@@ -113,19 +137,7 @@ class TextEncoder(nn.Module):
         else:
             place = torch.arange(sequences * length, device=input_ids.device)
             layout = DenseLayout(sequences, length, causal=config.causal, key_mask=None if config.causal else mask)
-        x = self.words(input_ids.flatten()[place])  # [T, D]
-        if hidden is not None:
-            replaced, vectors = hidden
-            vectors = vectors.flatten(0, 1)[place] if vectors.ndim == 3 else vectors
-            x = torch.where(replaced.flatten()[place][:, None], vectors.to(x.dtype), x)
-        # F.embedding, not indexing: its backward adds rows of equal position in one pass.
-        x = x + F.embedding(place % max(1, length), self.positions)
-        if self.token_types is not None:
-            if token_type_ids is None:
-                x = x + self.token_types[0]
-            else:
-                x = x + F.embedding(token_type_ids.flatten()[place], self.token_types)
-        x = self.input_norm(x.to(compute_dtype(self.words.weight)))
+        x = self.embed(input_ids, place, token_type_ids, hidden=hidden)
         x = self.norm(self.transformer(x, layout))
         if config.unpadded:
             tokens = packed.unpack(x, length)

@@ -36,6 +36,7 @@ from shards.ingest.phantom_chest_scene import (
 )
 from shards.ingest.phantom_chest_text import LABELS, Doubt, Report, structure, write_report
 from shards.keyed import hash_u64, uniform
+from shards.reports.extract import by_rules, record_members
 
 SPLITS = ("train", "validation", "test")
 
@@ -58,6 +59,7 @@ class ChestPhantom:
         masks: bool = True
         degraded: float = 0.0  # share of studies whose image is degraded and whose report is hedged for it
         structured: bool = False  # write the structured report, too
+        entities: bool = False  # write distilled sentences and spans of the report's words, too
 
     def __init__(self, config: Config) -> None:
         if config.difficulty not in DIFFICULTIES:
@@ -113,6 +115,7 @@ class ChestPhantom:
         ]
         spacing = FIELD_OF_VIEW_MM / config.size
         report = _report(scene, self.difficulty, degradation)
+        context = _context(report) if config.entities else {}
         record = StudyRecord(
             study=item.key, patient=item.patient, report=report.sections, anatomy=report.anatomy,
             entities=[finding.entity() for finding in scene.findings],
@@ -129,6 +132,7 @@ class ChestPhantom:
             },
             views=[ViewRecord(id="0", height=config.size, width=config.size, bits=config.bits, view="PA",
                               body_part="CHEST", spacing_mm=(spacing, spacing))],
+            **context,
         )  # fmt: skip
         masks = {}
         if config.masks:
@@ -152,6 +156,14 @@ def _report(scene: Scene, difficulty: Difficulty, degradation: Degradation | Non
     if degradation is not None:
         doubt = Doubt(degradation.grade, difficulty.bulk, draw(128, "chest phantom: doubt").tolist())
     return write_report(scene.findings, draw, doubt)
+
+
+def _context(report: Report) -> dict[str, Any]:
+    """Distilled sentences, boilerplate and descriptors as of any report that is prepared."""
+    document = "\n".join(f"{name.upper()}: {text}" for name, text in sorted(report.sections.items()))
+    members = record_members(by_rules(document, "en"), document)
+    assert members["report"] == report.sections, "spans count in the sections"
+    return {name: members[name] for name in ("distilled", "boilerplate", "descriptors")}
 
 
 def _provenance(degradation: Degradation | None) -> dict[str, str | float]:

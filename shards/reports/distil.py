@@ -21,6 +21,7 @@ from shards.reports.anatomy import Part, Statement
 from shards.reports.entities import Said
 from shards.reports.language import Language, Span, within
 from shards.reports.lexicon.anatomy import Words, fold
+from shards.reports.lexicon.terms import lower
 
 DESCRIPTOR_WORDS = 2  # at most, right before an entity
 
@@ -62,6 +63,7 @@ def _tables() -> tuple[dict[str, _Word], dict[str, str], dict[str, str]]:
 # The list of ECAMP, in its order; single English words, whatever the report's language.
 ENTITIES = tuple(_tables()[0])
 
+_LETTERS = re.compile(r"[^\W\d_]+")
 _BOILERPLATE = {
     # Letters first: a search for them is fast, one for the start of a word is not.
     "en": re.compile(r"there(?<!\wthere) (?:is|are) no(?: evidence of)?\b"),
@@ -106,6 +108,13 @@ def boilerplate(lowered: str, language: Language) -> tuple[Span, ...]:
     """
     patterns = _BOILERPLATE.values() if language == "unknown" else (_BOILERPLATE[language],)
     return tuple(sorted(match.span() for pattern in patterns for match in pattern.finditer(lowered)))
+
+
+def marks(text: str, language: Language) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+    """Words of the list and boilerplate in a distilled sentence, which has no descriptors."""
+    forms = _tables()[1]
+    entities = tuple(word.span() for word in _LETTERS.finditer(text) if fold(word[0].lower()) in forms)
+    return entities, boilerplate(lower(text), language)
 
 
 class Mentions(NamedTuple):

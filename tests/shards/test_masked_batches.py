@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from shards.batch import FIELDS, Batch
+from shards.collate import ENTITY_FIELDS
 from shards.decode import Decoder
 from shards.errors import ConfigError
 from shards.ingest import Item, Loaded
@@ -23,7 +24,7 @@ from shards.writer import WriterConfig, write_shards
 
 BATCH = 12
 OPTIONAL = ("section_ids", "text_mask", "patch_mask", "finding_key", "draw_key")
-OF_IMAGES = {name for name in FIELDS if not name.startswith("anatomy_")}
+OF_IMAGES = {name for name in FIELDS if not name.startswith("anatomy_")} - ENTITY_FIELDS - {"attention_grid"}
 ALL = ("pixel_values", "study_index", "valid", "input_ids", "attention_mask", *OPTIONAL)
 
 
