@@ -24,7 +24,8 @@ from shards.writer import WriterConfig, write_shards
 
 BATCH = 12
 OPTIONAL = ("section_ids", "text_mask", "patch_mask", "finding_key", "draw_key")
-OF_IMAGES = {name for name in FIELDS if not name.startswith("anatomy_")} - ENTITY_FIELDS - {"attention_grid"}
+OF_IMAGES = {name for name in FIELDS if not name.startswith("anatomy_")} - ENTITY_FIELDS
+OF_IMAGES -= {"attention_grid", "text_is_report"}  # of other objectives
 ALL = ("pixel_values", "study_index", "valid", "input_ids", "attention_mask", *OPTIONAL)
 
 
