@@ -218,7 +218,7 @@ class Released(nn.Module):
         context = self.look(x, image, image)[0] + self.coarse(image.mean(dim=1, keepdim=True))
         x = self.norms[1](x + self.drop(self.cross_out(context)))
         x = self.norms[2](x + self.drop(self.mlp(x)))
-        mask = bert.get_extended_attention_mask(real.long(), real.shape)
+        mask = torch.zeros(x.shape[0], 1, 1, x.shape[1]).masked_fill(~real[:, None, None], torch.finfo(x.dtype).min)
         x = bert.encoder(x, attention_mask=mask).last_hidden_state
         logits = self.bert.cls(x)
         losses = F.cross_entropy(logits.view(-1, VOCABULARY), ids.flatten(), reduction="none")
