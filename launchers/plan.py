@@ -210,8 +210,10 @@ def synthetic_batch(config: TrainConfig, studies: int, words: int) -> Batch:
         "attention_grid": torch.ones(studies, patches),
         "patch_mask": (torch.arange(patches) < masked).expand(studies, -1),
     }
-    keys = ("report_key", "finding_key", "patient_key", "draw_key", "sample_id", "set_index", "epoch")
-    keys += ("cut_tokens", "dropped_sentences")
+    keys = (
+        "report_key", "finding_key", "patient_key", "draw_key", "sample_id", "set_index", "epoch", "cut_tokens",
+        "dropped_sentences",
+    )  # fmt: skip
     if config.data.volume is not None:
         columns |= _synthetic_volumes(config.data.volume, studies, text)
     known = columns | dict.fromkeys(keys, number)

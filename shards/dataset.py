@@ -225,9 +225,9 @@ def read_units(
             for number in sorted([view] if view is not None else choose(unit, len(views))):
                 parts = choose_parts(unit, number, len(views[number])) if choose_parts else range(len(views[number]))
                 rows += _view_rows(table, sample, found, number, views[number], parts, masks=masks)
-                if attention and (row := table.attention_grid(sample, found.views[-1].id)) is not None:
-                    view = found.views[-1]
-                    rows.append((row, partial(view.attention.__setitem__, view.id)))
+                chosen = found.views[-1]
+                if attention and (row := table.attention_grid(sample, chosen.id)) is not None:
+                    rows.append((row, partial(chosen.attention.__setitem__, chosen.id)))
         except ValueError as error:
             result[unit] = BadSampleError(shard.name, key, str(error))
             continue
