@@ -40,6 +40,7 @@ DESCRIPTION = "training step of ECAMP at its released shapes on the CPU: time an
 THREADS = 2
 ROUNDS = 3
 BATCH = 8
+PATCH = 16
 VOCABULARY = 30000
 TOKENS = 256
 DISTILLED = 28  # of five sentences
@@ -77,18 +78,13 @@ def _inputs(contestant: Contestant) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # ---- ours ----
 
 
-def our_step(contestant: Contestant) -> Callable[[], float]:
-    """The task as its recipe builds it, without the engine around it."""
-    config = chest.ecamp_b16().task
-    assert isinstance(config, ECAMP.Config)
-    vision = replace(config.vision, depth=contestant.depth, image_size=contestant.image_size)
-    config = replace(config, vision=vision, text=replace(config.text, depth=contestant.text_depth))
-    task = config.build(vocab_size=VOCABULARY)
+def our_batch(contestant: Contestant) -> Batch:
+    """What the loader gives."""
     pixels, ids, real, masked = _inputs(contestant)
     longest = int(contestant.lengths.max())
-    patches = (contestant.image_size // vision.patch_size) ** 2
+    patches = (contestant.image_size // PATCH) ** 2
     order = torch.rand(BATCH, patches, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
-    batch: Batch = {
+    return {
         "pixel_values": pixels,
         "study_index": torch.arange(BATCH),
         "valid": torch.ones(BATCH, dtype=torch.bool),
@@ -101,6 +97,15 @@ def our_step(contestant: Contestant) -> Callable[[], float]:
         "patch_mask": order < round(0.75 * patches),
         "attention_grid": torch.ones(BATCH, patches),
     }
+
+
+def our_step(contestant: Contestant) -> Callable[[], float]:
+    """The task as its recipe builds it, without the engine around it."""
+    config = chest.ecamp_b16().task
+    assert isinstance(config, ECAMP.Config)
+    vision = replace(config.vision, depth=contestant.depth, image_size=contestant.image_size)
+    config = replace(config, vision=vision, text=replace(config.text, depth=contestant.text_depth))
+    task, batch = config.build(vocab_size=VOCABULARY), our_batch(contestant)
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True)
 
     def step() -> float:
@@ -140,15 +145,15 @@ class _Block(nn.Module):
 class Released(nn.Module):
     """The released model and its three losses on one process."""
 
-    def __init__(self, contestant: Contestant, *, width: int = 768, narrow: int = 512, patch: int = 16) -> None:
+    def __init__(self, contestant: Contestant, *, width: int = 768, narrow: int = 512) -> None:
         super().__init__()
         from transformers import BertConfig, BertForMaskedLM
 
-        self.size, self.patch = contestant.image_size, patch
-        self.side = side = contestant.image_size // patch
+        self.size, self.patch = contestant.image_size, PATCH
+        self.side = side = contestant.image_size // PATCH
         self.positions: Tensor
         self.decoder_positions: Tensor
-        self.embed = nn.Conv2d(3, width, patch, patch)
+        self.embed = nn.Conv2d(3, width, PATCH, PATCH)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, narrow))
         for name, of in (("positions", width), ("decoder_positions", narrow)):
@@ -156,7 +161,7 @@ class Released(nn.Module):
         self.blocks = nn.ModuleList(_Block(width, 12) for _ in range(contestant.depth))
         self.norm, self.narrowed = nn.LayerNorm(width), nn.Linear(width, narrow)
         self.decoder = nn.ModuleList(_Block(narrow, 16) for _ in range(4))
-        self.decoder_norm, self.pixels = nn.LayerNorm(narrow), nn.Linear(narrow, 3 * patch**2)
+        self.decoder_norm, self.pixels = nn.LayerNorm(narrow), nn.Linear(narrow, 3 * PATCH**2)
         self.correct = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
         config = BertConfig(
             vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=contestant.text_depth, num_attention_heads=6,

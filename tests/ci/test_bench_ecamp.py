@@ -1,0 +1,48 @@
+"""The ablations of ECAMP's experiment are settings of its recipe; a gain counts by the lower end of its interval."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ci.bench import ecamp, ecamp_step
+from ci.bench.figure import bars
+from configs.schema import apply_overrides, load_recipe, to_json
+from core.tasks.ecamp import ECAMP
+
+
+def test_every_contestant_is_a_setting_of_its_own() -> None:
+    seen = [
+        to_json(apply_overrides(load_recipe(recipe), change))
+        for recipe, change in (ecamp.JUDGED | ecamp.VARIANTS).values()
+    ]
+    assert all(one != other for i, one in enumerate(seen) for other in seen[:i])
+    assert len({(one["seed"], one["trainer"]["steps"], one["global_batch_size"]) for one in seen}) == 1
+
+
+def test_intervals_and_figures() -> None:
+    gains = [0.01, 0.03, 0.05]
+    low, mean, high = ecamp.interval(gains)
+    expected = stats.t.interval(0.95, 2, loc=np.mean(gains), scale=stats.sem(gains))
+    assert (low, high) == pytest.approx(expected, abs=1e-5) and mean == pytest.approx(0.03)
+
+    def row(name: str, seed: int, probe: float) -> ecamp.Row:
+        return ecamp.Row(contestant=name, seed=seed, probe=probe, dice=0.5 + probe / 10, train_s=1.0, commit="c")
+
+    rows = [
+        row(name, seed, 0.7 + gain * (name == ecamp.OURS)) for name in ecamp.JUDGED for seed, gain in enumerate(gains)
+    ]
+    figures = {one.id: one for one in ecamp.summary(rows, 1.0)}
+    assert set(figures) == {name for name in bars() if name.startswith("ecamp.")}
+    assert figures["ecamp.probe1_minus_mae"].value == pytest.approx(low)
+    assert figures["ecamp.probe1_minus_mae"].holds is (low >= 0)
+
+
+def test_both_contestants_of_the_step_are_given_the_same_words() -> None:
+    contestant = ecamp_step.Contestant(system="ours", depth=1, text_depth=1, image_size=32)
+    _, ids, real, masked = ecamp_step._inputs(contestant)
+    assert real.sum(dim=1).tolist() == contestant.lengths.tolist() and contestant.lengths.max() <= ecamp_step.TOKENS
+    assert not (masked & ~real).any() and not ids[~real].any()
+    batch = ecamp_step.our_batch(contestant)
+    assert set(ECAMP.fields) == set(batch) and (batch["input_ids"] == ids[:, : batch["input_ids"].shape[1]]).all()
