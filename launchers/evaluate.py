@@ -10,22 +10,19 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from core.evaluation.generation import Generation
 from core.evaluation.pictures import as_png
 from core.evaluation.zero_shot import Prompts, check_prompts
 from core.metrics import Metrics
 from core.world import World
+from launchers.evaluation_progress import shown_progress
 from launchers.evaluation_protocols import PROTOCOLS, Evaluation, evaluate
 from launchers.evaluation_splits import Options
 from launchers.evaluation_tables import tables
@@ -33,7 +30,6 @@ from launchers.past_run import open_run
 from shards.errors import ConfigError, NonFiniteError, RoentgenError
 from shards.store import open_store
 
-QUIET_REPORT_S = 10.0  # without a terminal, a line of progress this often
 EPILOG = """\
 protocols:
   zero_shot     AUC of each label: is the image nearer to sentences that state it than to those that deny it?
@@ -99,31 +95,6 @@ def write(run_dir: str, evaluation: Evaluation, step: int) -> list[str]:
         for file in sorted((Path(scratch) / "tb").iterdir()):
             store.put(f"eval/tb/{file.name}", file)
     return names
-
-
-@contextmanager
-def _shown_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on a terminal; on anything else a line when a part is done, and every ten seconds on the way."""
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-        started: dict[str, float] = {}
-        said = 0.0
-
-        def show(what: str, done: int, total: int) -> None:
-            nonlocal said
-            now = time.monotonic()
-            if what not in tasks:
-                tasks[what], started[what], said = bars.add_task(what, total=total), now, now
-            bars.update(tasks[what], completed=done)
-            if done < total and now - said < QUIET_REPORT_S:
-                return
-            said = now
-            if not console.is_terminal:
-                console.print(f"{what}: {done} of {total}, {now - started[what]:.1f} s", soft_wrap=True)
-
-        yield show
 
 
 def parser() -> argparse.ArgumentParser:
@@ -211,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         device = torch.device(arguments.device) if arguments.device else None
         with open_run(arguments.run_dir, arguments.checkpoint, device) as run:
-            with _shown_progress() as progress:
+            with shown_progress() as progress:
                 evaluation = evaluate(run, options, progress)
             names = write(arguments.run_dir, evaluation, run.step)
         for table in tables(evaluation.reports):

@@ -71,7 +71,7 @@ class AreasUnderCurve:
 
 def area_under_curve(scores: np.ndarray, truth: np.ndarray) -> float:
     """Chance that a positive outscores a negative, ties counting half; NaN with one class. Both arguments [n]."""
-    ranking = _Ranking(np.asarray(scores), np.asarray(truth, dtype=bool))
+    ranking = AreaRanking(np.asarray(scores), np.asarray(truth, dtype=bool))
     return float(ranking.areas(np.ones((len(scores), 1), dtype=np.float32))[0])
 
 
@@ -97,7 +97,7 @@ def areas_under_curve(
         raise FloatingPointError("scores hold NaN or infinity; the model's embeddings are not finite")
     annotated = (truth == 0) | (truth == 1)  # [n, K]
     patients, patient = np.unique(patient_key, return_inverse=True)
-    rankings = [_Ranking(scores[rows, k], truth[rows, k] == 1) for k, rows in enumerate(annotated.T)]
+    rankings = [AreaRanking(scores[rows, k], truth[rows, k] == 1) for k, rows in enumerate(annotated.T)]
     patient_of = [patient[rows] for rows in annotated.T]
     values = np.array([
         ranking.areas(np.ones((len(members), 1), dtype=np.float32))[0]
@@ -188,12 +188,25 @@ def resampled(
 
     All M of a replicate see the same patients, so a difference that is one of them is paired.
     """
+    return replicates_of(statistics, patient_key, seed=seed, replicates=replicates, level=level)[0]
+
+
+def replicates_of(
+    statistics: Callable[[np.ndarray], np.ndarray],
+    patient_key: np.ndarray,
+    *,
+    seed: int,
+    replicates: int = 1000,
+    level: float = 0.95,
+) -> tuple[list[Estimate], np.ndarray]:
+    """As `resampled`, with the values of every replicate [R, M]."""
     patients, patient = np.unique(patient_key, return_inverse=True)
     center = statistics(np.ones((len(patient), 1), dtype=np.float32))[:, 0]
     samples = np.empty((replicates, len(center)))
     for block, counts in _multiplicities(len(patients), replicates, len(patient), seed):
         samples[block] = statistics(counts[patient]).T
-    return [_estimate(float(center[m]), samples[:, m], level, patients=len(patients)) for m in range(len(center))]
+    estimates = [_estimate(float(center[m]), samples[:, m], level, patients=len(patients)) for m in range(len(center))]
+    return estimates, samples
 
 
 class TiedOrder:
@@ -259,7 +272,7 @@ def _multiplicities(patients: int, replicates: int, width: int, seed: int) -> It
         yield slice(start, start + len(which)), counts.astype(np.float32)
 
 
-class _Ranking:
+class AreaRanking:
     """One label's scores sorted once, so that a replicate costs one cumulative sum. `scores [n]`, `truth [n]` bool."""
 
     def __init__(self, scores: np.ndarray, truth: np.ndarray) -> None:

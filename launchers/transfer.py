@@ -1,0 +1,361 @@
+"""How well image encoders serve downstream tasks: ours or others', frozen or fine-tuned, as labels get fewer.
+
+Parses, reads the images once for each encoder, learns every (task, encoder, share, seed) that is not in the output
+folder yet, prints tables, and writes `transfer.json` and TensorBoard scalars beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from core.evaluation.classification import Features, with_validation
+from core.evaluation.comparison import Scored, by_subgroup, compare
+from core.evaluation.fitting import FitConfig
+from core.evaluation.segmentation import DECODERS
+from core.evaluation.transfer import TASKS, Outputs, Splits, TransferConfig, learn, scored
+from core.metrics import Metrics
+from core.models.foreign import Given
+from core.world import World
+from launchers.evaluation_progress import shown_progress
+from launchers.transfer_data import TransferEncoder, open_encoder, random_like, read_images
+from shards.dataset import DataSet
+from shards.errors import ConfigError, NonFiniteError, RoentgenError
+
+Progress = Callable[[str, int, int], None]
+PERCENTS = (1.0, 10.0, 100.0)
+EPILOG = """\
+encoders:
+  a run directory of pretrain.py, or weights of others: a .safetensors file, a .pt / .pth / .bin file that holds
+  tensors only, or a Hugging Face folder. Names of timm, MAE, ECAMP, DINOv2, RAD-DINO, Hugging Face ViT and open_clip
+  are understood; what matched is printed. NAME=PATH gives an encoder a name. The first is the reference that the
+  others are compared with.
+
+tasks:
+  linear_probe            logistic regression on pooled features, the strength chosen on the validation split
+  fine_tune               encoder and linear head
+  segmentation            a decoder on frozen patches: Dice per image, of an empty mask 1 for an empty prediction only
+  segmentation_fine_tune  the same, with the encoder
+  detection               an FCOS head on frozen patches: COCO's mAP over all images (needs pycocotools)
+  detection_fine_tune     the same, with the encoder
+
+Each task is taught with a share of the training patients' labels, another draw and head for each seed. Figures are
+means over seeds on the test split, with 95 % intervals from a bootstrap of patients; differences from the reference
+are paired, with a two-sided p. Subgroups: age band, sex, view, source.
+
+  python launchers/transfer.py --encoder runs/clip mae=mae_vit_base.pth --random --data shards/manifest.json \\
+      --task linear_probe segmentation --structures effusion --output runs/transfer
+
+What was learned is kept in the output folder, so that a run that was cut off goes on where it was.
+
+exit codes: 0 done, 2 bad arguments or configuration, 3 bad data or damaged checkpoint, 4 a loss not finite
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """`percents` of the training patients; `structures` of the label maps, for segmentation."""
+
+    data: str
+    tasks: tuple[str, ...] = ("linear_probe",)
+    percents: tuple[float, ...] = PERCENTS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    structures: tuple[str, ...] = ()
+    split: str = "test"
+    limit: int | None = None
+    replicates: int = 1000
+    learning: TransferConfig = field(default_factory=TransferConfig)
+
+
+class KeptOutputs:
+    """What was learned, in files of the output folder, each under a digest of all that decides it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def of(self, settings: Mapping[str, Any], make: Callable[[], Outputs]) -> Outputs:
+        """Those of these settings, made if they are not there."""
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+        path = self.folder / f"{digest}.npz"
+        if path.exists():
+            with np.load(path, allow_pickle=False) as found:
+                return dict(found)
+        outputs = make()
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **outputs)  # type: ignore[arg-type]
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(buffer.getvalue())
+        partial.replace(path)
+        return outputs
+
+
+def transfer(
+    encoders: Sequence[TransferEncoder],
+    options: Options,
+    kept: KeptOutputs,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """The report: task -> percent -> comparison and subgroups. Raises ConfigError or DataError as its parts do."""
+    names = [encoder.name for encoder in encoders]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"encoders are named {', '.join(names)}; give each a name of its own with NAME=PATH")
+    if not options.structures and any(task.startswith("segmentation") for task in options.tasks):
+        raise ConfigError("segmentation needs --structures, names of the manifest's label maps")
+    results: dict[tuple[str, float], dict[str, list[Outputs]]] = {}
+    splits: Splits | None = None
+    manifest = DataSet(options.data, options.split).whole.sha256
+    for encoder in encoders:
+        splits = read_splits(encoder, options, progress)
+        weights = digest_of(encoder)
+        for task in options.tasks:
+            for percent in options.percents:
+                learned = []
+                for place, seed in enumerate(seeds_of(task, percent, options)):
+                    settings = {
+                        "task": task, "percent": percent, "seed": seed, "weights": weights, "manifest": manifest,
+                        "split": options.split, "limit": options.limit, "structures": options.structures,
+                        "image_size": encoder.decode.image_size, "learning": asdict(options.learning),
+                    }  # fmt: skip
+                    what = f"{encoder.name}: {task} at {percent:g} %"
+                    learned.append(kept.of(settings, _learning(task, encoder, splits, percent, seed, options)))
+                    progress(what, place + 1, len(seeds_of(task, percent, options)))
+                results.setdefault((task, percent), {})[encoder.name] = learned
+    assert splits is not None
+    report: dict[str, Any] = {
+        "data": options.data, "manifest_sha256": manifest, "split": options.split, "replicates": options.replicates,
+        "encoders": {encoder.name: encoder.source for encoder in encoders},
+        "images": {name: len(getattr(splits, name)) for name in ("train", "validation", "test")},
+        "skipped": {name: dict(getattr(splits, name).skipped) for name in ("train", "validation", "test")},
+        "tasks": {},
+    }  # fmt: skip
+    for (task, percent), learned_by in results.items():
+        scores: dict[str, Scored] = {name: scored(task, learned, splits) for name, learned in learned_by.items()}
+        patients = splits.test.patient_key.numpy()
+        of = compare(scores, patients, replicates=options.replicates)
+        if of is None:
+            raise ConfigError(f"{task}: nothing in {options.split} of {options.data} to score; it lacks labels")
+        report["tasks"].setdefault(task, {})[f"{percent:g}"] = {
+            "figure": TASKS[task],
+            "seeds": len(next(iter(learned_by.values()))),
+            **of.to_json(),
+            "subgroups": by_subgroup(scores, patients, splits.test.groups, replicates=options.replicates),
+        }
+    return report
+
+
+def _learning(
+    task: str, encoder: TransferEncoder, splits: Splits, percent: float, seed: int, options: Options
+) -> Callable[[], Outputs]:
+    return lambda: learn(task, encoder.vision, splits, percent / 100, seed, options.learning, autocast=encoder.autocast)
+
+
+def seeds_of(task: str, percent: float, options: Options) -> tuple[int, ...]:
+    """One where seeds change nothing: a regression on all labels has one answer."""
+    return options.seeds[:1] if task == "linear_probe" and percent == 100 else options.seeds
+
+
+def read_splits(encoder: TransferEncoder, options: Options, progress: Progress) -> Splits:
+    """Images as this encoder wants them; a fifth of the training patients validates where there is no such split."""
+    structures = options.structures if any(task.startswith("segmentation") for task in options.tasks) else ()
+
+    def read(split: str) -> Any:
+        return read_images(
+            options.data, split, encoder.decode, structures=structures, limit=options.limit, progress=progress
+        )
+
+    there = DataSet(options.data, options.split).whole.splits
+    held_out = read("validation") if "validation" in there and options.split != "validation" else None
+    train, validation = with_validation(read("train"), held_out, seed=0)
+    splits = Splits(train=train, validation=validation, test=read(options.split))
+    if "linear_probe" not in options.tasks:
+        return splits
+    features = Features.of(encoder.vision, train, validation, splits.test, autocast=encoder.autocast)
+    return replace(splits, features=features)
+
+
+def digest_of(encoder: TransferEncoder) -> str:
+    """Of the encoder's weights and of how its images are made."""
+    digest = hashlib.sha256(json.dumps(asdict(replace(encoder.decode, threads=1))).encode())
+    for name, value in encoder.vision.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
+    """TensorBoard name -> figure."""
+    return {
+        f"transfer/{task}/{name.replace(' ', '_')}_at_{percent}": float(figure["value"])
+        for task, percents in report["tasks"].items()
+        for percent, of in percents.items()
+        for name, figure in of["figures"].items()
+        if figure["value"] is not None
+    }
+
+
+def write(folder: Path, report: Mapping[str, Any]) -> None:
+    """`transfer.json` and `tb` in the output folder."""
+    (folder / "transfer.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    metrics = Metrics(folder, World(), first_step=0)
+    metrics.scalars(0, figures_of(report))
+    metrics.close()
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """One table a task, a row an encoder, a column a share; differences from the reference in brackets below."""
+    found = []
+    for task, percents in report["tasks"].items():
+        first = next(iter(percents.values()))
+        table = Table(title=f"{task}: {first['figure']}, {report['images']['test']} images, mean over seeds")
+        table.add_column("encoder")
+        for percent, of in percents.items():
+            table.add_column(f"{percent} % of labels ({of['seeds']} seeds)", justify="right")
+        for name in first["figures"]:
+            table.add_row(name, *(_interval(of["figures"][name]) for of in percents.values()))
+        for name in first["differences"]:
+            cells = [of["differences"][name] for of in percents.values()]
+            shown = (f"{_interval(one, sign=True)} p {one['p']:.3f}" for one in cells)
+            table.add_row(f"  {name} - {first['reference']}", *shown)
+        found.append(table)
+    return found
+
+
+def subgroup_tables(report: Mapping[str, Any]) -> list[Table]:
+    """One table a task, of the largest share: a row a subgroup, a column an encoder."""
+    found = []
+    for task, percents in report["tasks"].items():
+        percent, of = list(percents.items())[-1]
+        if not of["subgroups"]:
+            continue
+        table = Table(title=f"{task} at {percent} % of labels, by subgroup: {of['figure']}")
+        for heading in ("", "", "studies", "patients", *of["figures"]):
+            table.add_column(heading, justify="right" if heading else "left")
+        for attribute, values in of["subgroups"].items():
+            for value, one in values.items():
+                figures = (one["comparison"] or {}).get("figures", {})
+                shown = (_interval(figures[name]) if name in figures else "too few" for name in of["figures"])
+                table.add_row(attribute, value, str(one["studies"]), str(one["patients"]), *shown)
+        found.append(table)
+    return found
+
+
+def _interval(estimate: Mapping[str, Any], sign: bool = False) -> str:
+    if estimate["value"] is None:
+        return "not defined"
+    form = "+.3f" if sign else ".3f"
+    bounds = "" if estimate["low"] is None else f" [{estimate['low']:{form}}, {estimate['high']:{form}}]"
+    return f"{estimate['value']:{form}}{bounds}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(
+        prog="transfer.py", description="Judge image encoders by downstream tasks.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = command.add_argument
+    add("--encoder", nargs="+", required=True, metavar="[NAME=]PATH", help="run directories or weights of others")
+    add("--random", action="store_true", help="and an encoder of the first one's shape that was never trained")
+    add("--data", required=True, metavar="MANIFEST", help="folder or s3://, with labels, label maps or boxes")
+    add("--output", required=True, metavar="DIR", help="reports, scalars, and what was learned")
+    add("--task", nargs="+", choices=tuple(TASKS), default=["linear_probe"])
+    add("--percents", nargs="+", type=float, default=list(PERCENTS), metavar="P", help="of patients; default: 1 10 100")
+    add("--seeds", type=int, default=3, metavar="N", help="draws of the share, and heads; default: 3")
+    add("--structures", nargs="+", default=[], metavar="NAME", help="segmentation: of the manifest's label maps")
+    add("--decoder", choices=tuple(DECODERS), default="progressive", help="segmentation")
+    add("--split", default="test")
+    add("--limit", type=int, metavar="N", help="first N studies of each split only; images are held in memory")
+    add("--steps", type=int, default=FitConfig.steps, metavar="N", help=f"of every head; default: {FitConfig.steps}")
+    add("--batch-size", type=int, default=FitConfig.batch_size, metavar="N")
+    add("--lr", type=float, default=FitConfig.lr, help=f"of heads; default: {FitConfig.lr}")
+    add("--encoder-lr", type=float, default=FitConfig.encoder_lr, help=f"fine-tuning; default: {FitConfig.encoder_lr}")
+    add("--image-size", type=int, metavar="PIXELS", help="default: each encoder's own")
+    add("--heads", type=int, metavar="N", help="of weights of others, where the file cannot say")
+    add("--pool", choices=("class", "mean"), help="of weights of others; default: class, where there is such a token")
+    add("--mean", type=float, nargs=3, help="of weights of others: of R, G, B in [0, 1]; default: the dialect's")
+    add("--std", type=float, nargs=3)
+    add("--replicates", type=int, default=1000, metavar="N", help="of the bootstrap")
+    add("--device", help="cpu or cuda; default: a GPU if there is one")
+    return command
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """Raises ConfigError for a number that makes no sense."""
+    for name in ("seeds", "steps", "batch_size", "replicates", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is below 1")
+    if not all(0 < percent <= 100 for percent in arguments.percents):
+        raise ConfigError(f"--percents {' '.join(map(str, arguments.percents))}: shares lie above 0 and up to 100")
+    fit = FitConfig(
+        steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr, encoder_lr=arguments.encoder_lr
+    )
+    return Options(
+        data=arguments.data, tasks=tuple(arguments.task), percents=tuple(sorted(arguments.percents)),
+        seeds=tuple(range(arguments.seeds)), structures=tuple(arguments.structures), split=arguments.split,
+        limit=arguments.limit, replicates=arguments.replicates,
+        learning=TransferConfig(fit=fit, decoder=arguments.decoder),
+    )  # fmt: skip
+
+
+def encoders_of(arguments: argparse.Namespace) -> list[TransferEncoder]:
+    """Those named, and a random one if wanted."""
+    mean, std = (tuple(values) if values else None for values in (arguments.mean, arguments.std))
+    given = Given(heads=arguments.heads, pool=arguments.pool, mean=mean, std=std)
+    device = torch.device(arguments.device) if arguments.device else None
+    found = []
+    for text in arguments.encoder:
+        name, separator, path = text.partition("=")
+        found.append(
+            open_encoder(
+                path if separator else text, name=name if separator else None, image_size=arguments.image_size,
+                given=given, device=device,
+            )
+        )  # fmt: skip
+    return [*found, random_like(found[0], 0)] if arguments.random else found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    console = Console(highlight=False)
+    folder = Path(arguments.output)
+    try:
+        options = options_of(arguments)
+        encoders = encoders_of(arguments)
+        for encoder in encoders:
+            console.print(f"{encoder.name}: {json.dumps(encoder.source)}", soft_wrap=True, markup=False)
+        with shown_progress() as progress:
+            report = transfer(encoders, options, KeptOutputs(folder / "learned"), progress)
+        write(folder, report)
+        for table in (*tables(report), *subgroup_tables(report)):
+            console.print(table)
+        for split, causes in report["skipped"].items():
+            if causes:
+                counts = ", ".join(f"{count} {cause}" for cause, count in sorted(causes.items()))
+                console.print(f"{split}: left out: {counts}", soft_wrap=True)
+        console.print(f"written to {folder}: transfer.json, tb", soft_wrap=True)
+    except RoentgenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NonFiniteError.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
