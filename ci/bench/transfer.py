@@ -40,7 +40,9 @@ FOLDER = REPOSITORY / "runs" / "bench_transfer"
 DIFFICULTY, SEED = "standard", 0
 FULL = Size(samples=(3000, 200, 400), steps=600, warmup_steps=60)
 QUICK = Size(samples=(192, 12, 24), steps=2, warmup_steps=1, log_every=1)
-RECIPES = tuple(sorted(name for name in vars(chest) if name.endswith("_tiny") and name != "vit_tiny"))
+RECIPES = tuple(
+    sorted(name for name, of in vars(chest).items() if name.endswith("_tiny") and of.__module__ == chest.__name__)
+)
 FRACTIONS = "train=0.6,validation=0.1,test=0.3"
 REPORTS = {"covid_cxr": "published figures, notes written for publication"}  # how the text of a set was cleared
 SETS = ("nih_cxr", "kermany_peds_cxr", "covid_cxr", "pneumoniamnist")

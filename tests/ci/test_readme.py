@@ -51,7 +51,7 @@ def test_links_lead_somewhere() -> None:
 
 def test_options_of_commands_exist() -> None:
     assert {program for program, _ in commands()} == {
-        "prepare_reports", "pack", "pretrain", "evaluate", "export", "replay", "plan",
+        "prepare_reports", "pack", "pretrain", "evaluate", "transfer", "export", "replay", "plan",
     }  # fmt: skip
     unknown = [
         f"{program}.py {word}"

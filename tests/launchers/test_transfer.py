@@ -101,3 +101,16 @@ def test_bad_arguments_are_one_line(
     assert transfer.main([*options, *change]) == code
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_detection_is_scored_over_all_images(
+    manifest: Path, weights: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pycocotools")
+    options = ["--encoder", *weights[:2], "--data", str(manifest), "--output", str(tmp_path), "--device", "cpu"]
+    options += ["--task", "detection", "--percents", "100", "--seeds", "2", "--steps", "2", "--replicates", "5"]
+    assert transfer.main(options) == 0
+    assert "detection: mAP, 20 images" in capsys.readouterr().out
+    of = json.loads((tmp_path / "transfer.json").read_text())["tasks"]["detection"]["100"]
+    assert 0 <= of["figures"]["timm"]["value"] < 0.5
+    assert of["differences"]["hf"]["value"] == pytest.approx(0.0, abs=0.02)
