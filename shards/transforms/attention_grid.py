@@ -1,7 +1,7 @@
 """Where a report's words look in an image: a grid over the whole fitted region, carried through the image's crop.
 
-Stored as an 8-bit grey PNG of G x G pixels beside its view (`<key>.<view>.attention.png`), made by
-launchers/attention_grids.py; read here, and cut and turned by the very parameters that cut and turn the pixels.
+Stored as an 8-bit grey PNG of G x G pixels beside its view (`<key>.<view>.attention.png`). Read here, and cut and
+turned by the very parameters that cut and turn the pixels.
 """
 
 from __future__ import annotations
