@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -120,9 +120,7 @@ class ChestPhantom:
             study=item.key, patient=item.patient, report=report.sections, anatomy=report.anatomy,
             entities=[finding.entity() for finding in scene.findings],
             labels=_labels(scene),
-            structured_report=(
-                structure(item.key, report).model_dump(exclude={"unsaid"}) if config.structured else None
-            ),
+            structured_report=_structured(item.key, report) if config.structured else None,
             boxes=boxes, sex=scene.sex, age_years=scene.age_years, deidentifier="synthetic: no patient exists",
             provenance={
                 "generator": self.generator, "difficulty": config.difficulty, "seed": config.seed,
@@ -146,6 +144,13 @@ class ChestPhantom:
 def split_seed(seed: int, split: str) -> int:
     """Seed of a split's generator: studies of two splits share nothing."""
     return int(hash_u64(seed, f"chest phantom: split {split}"))
+
+
+def _structured(study: str, report: Report) -> dict[str, Any]:
+    """Every disease has an item, so that none is named as unsaid."""
+    members = asdict(structure(study, report))
+    del members["unsaid"]
+    return members
 
 
 def _report(scene: Scene, difficulty: Difficulty, degradation: Degradation | None) -> Report:

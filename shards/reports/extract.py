@@ -6,6 +6,7 @@ The form is versioned, holds spans and words of our own lists, and no text of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,7 +24,7 @@ from shards.reports.lexicon.terms import cut, lower
 from shards.reports.reading import Reading, read, reading
 from shards.reports.sections import Section, sections
 from shards.reports.sentences import sentences
-from shards.reports.structured import Observation, StructuredReport, checked, structured_by_rules
+from shards.reports.structured import Observation, StructuredReport, Validated, checked, structured_by_rules
 
 SCHEMA_VERSION: Literal[2] = 2
 
@@ -46,13 +47,15 @@ class Extraction(BaseModel):
     anatomy: tuple[AnatomyText, ...] = ()
     elsewhere: tuple[AnatomyText, ...] = ()
     context: Context = Field(default_factory=Context)
-    structured: StructuredReport | None = None
+    structured: Validated | None = None
 
 
-def by_rules(document: str, language: Language | None = None, *, study: str = "") -> Extraction:
+def by_rules(
+    document: str, language: Language | None = None, *, study: str = "", ontologies: Iterable[str] = tuple(ONTOLOGIES)
+) -> Extraction:
     """The extraction of a document that was cleaned and de-identified, without a model.
 
-    `language`: None to detect it; `study` is the id that the structured report carries.
+    `language`: None to detect it; `study` is the id that the structured report carries; `ontologies`: which labels.
     """
     outline = outlined(document, detect(document) if language is None else language)
     lowered = lower(document)
@@ -65,7 +68,7 @@ def by_rules(document: str, language: Language | None = None, *, study: str = ""
         for number, ((start, _), its) in enumerate(zip(outline.spans, readings, strict=True))
         for one in its.entities
     ]
-    return _joined(outline, readings, found, study=study)
+    return _joined(outline, readings, found, study=study, ontologies=ontologies)
 
 
 def with_entities(
@@ -117,6 +120,7 @@ def _joined(
     *,
     anatomy: Sequence[AnatomyText] | None = None,
     study: str = "",
+    ontologies: Iterable[str] = tuple(ONTOLOGIES),
 ) -> Extraction:
     """The report as its sentences say it. `anatomy`: None for the rules' own."""
     surveyed = join(outline.sited, outline.spans, [one.statement for one in readings])
@@ -131,7 +135,7 @@ def _joined(
         sections=tuple(outline.sections),
         sentences=tuple(outline.spans),
         entities=tuple(found),
-        labels=all_labels(found, outline.sections),
+        labels=all_labels(found, outline.sections, ontologies),
         anatomy=places,
         elsewhere=surveyed.elsewhere,
         context=context(outline.spans, [one.mentions for one in readings], outline.language),
@@ -156,10 +160,16 @@ def verify(found: Extraction, document: str) -> Extraction:
         previous = part.end
     if found.sections and previous != length:
         raise DataError(f"sections: they end at {previous} of {length} characters")
-    good: set[Span] = set()
-    _words_in(document, "sentences", found.sentences, good)
-    _words_in(document, "entities", [(one.start, one.end) for one in found.entities], good)
-    _words_in(document, "entities.descriptor", [one.descriptor for one in found.entities if one.descriptor], good)
+    _words_in(document, {
+        "sentences": found.sentences,
+        "entities": [(one.start, one.end) for one in found.entities],
+        "entities.descriptor": [one.descriptor for one in found.entities if one.descriptor],
+        "anatomy": _spans_of(found.anatomy),
+        "elsewhere": _spans_of(found.elsewhere),
+        "context.boilerplate": found.context.boilerplate,
+        "context.descriptors": found.context.descriptors,
+        "context.distilled": [span for one in found.context.distilled for span in one.spans],
+    })  # fmt: skip
     for number, entity in enumerate(found.entities):
         if not 0 <= entity.sentence < len(found.sentences):
             raise DataError(f"entities.{number}: sentence {entity.sentence} of {len(found.sentences)}")
@@ -167,31 +177,31 @@ def verify(found: Extraction, document: str) -> Extraction:
         if not start <= entity.start < entity.end <= end:
             raise DataError(f"entities.{number}: it lies outside of its sentence {entity.sentence}")
     _verify_labels(found.labels)
-    _verify_places(found, document, good)
-    _words_in(document, "context.boilerplate", found.context.boilerplate, good)
-    _words_in(document, "context.descriptors", found.context.descriptors, good)
+    _verify_places(found)
     for number, one in enumerate(found.context.distilled):
         if one.entity not in ENTITIES:
             raise DataError(f"context.distilled.{number}: its entity is none of the {len(ENTITIES)}")
         if one.sentence != distilled_sentence(one.entity, one.status, found.language):
             raise DataError(f"context.distilled.{number}: its sentence is not the one of its entity and status")
-        _words_in(document, f"context.distilled.{number}", one.spans, good)
     if found.structured is None:
         return found
     structured = checked(found.structured, document)
     return found if structured is found.structured else found.model_copy(update={"structured": structured})
 
 
-def _words_in(document: str, place: str, spans: Iterable[Span], good: set[Span]) -> None:
-    """`good`: spans that were seen to hold a word; those seen here are added."""
+def _spans_of(places: Iterable[AnatomyText]) -> list[Span]:
+    return [span for one in places for span in one.findings + one.impression]
+
+
+def _words_in(document: str, spans: Mapping[str, Sequence[Span]]) -> None:
+    """Every span lies in the document and holds a word; `spans` by what they are. Many of them are the same."""
     length = len(document)
-    fresh = set(spans) - good
-    for start, end in fresh:
-        if not 0 <= start < end <= length:
-            raise DataError(f"{place}: span [{start}, {end}) lies outside of the report of {length} characters")
-        if not (document[start].isalnum() or any(map(str.isalnum, document[start:end]))):
-            raise DataError(f"{place}: span [{start}, {end}) holds no word")
-    good |= fresh
+    for start, end in set(chain.from_iterable(spans.values())):
+        inside = 0 <= start < end <= length
+        if not inside or not (document[start].isalnum() or any(map(str.isalnum, document[start:end]))):
+            place = next(place for place, its in spans.items() if (start, end) in its)
+            fault = "holds no word" if inside else f"lies outside of the report of {length} characters"
+            raise DataError(f"{place}: span [{start}, {end}) {fault}")
 
 
 def _verify_labels(told: Mapping[str, Mapping[str, int]]) -> None:
@@ -202,7 +212,7 @@ def _verify_labels(told: Mapping[str, Mapping[str, int]]) -> None:
             raise DataError(f"labels.{ontology}: a label is unknown")
 
 
-def _verify_places(found: Extraction, document: str, good: set[Span]) -> None:
+def _verify_places(found: Extraction) -> None:
     bodies = {
         name: [(part.start, part.end) for part in found.sections if part.name == name]
         for name in ("findings", "impression")
@@ -210,7 +220,6 @@ def _verify_places(found: Extraction, document: str, good: set[Span]) -> None:
     for member, known, places in (
         ("anatomy", ANATOMIES, found.anatomy), ("elsewhere", ELSEWHERE, found.elsewhere),
     ):  # fmt: skip
-        _words_in(document, member, [span for one in places for span in one.findings + one.impression], good)
         seen = set()
         for number, one in enumerate(places):
             if one.anatomy not in known or one.anatomy in seen:

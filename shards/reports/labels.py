@@ -5,7 +5,7 @@ A label is 1 (present), 0 (absent), -1 (possible, or said in doubt) or missing: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
@@ -105,10 +105,12 @@ def labels(found: Sequence[Entity], ontology: str, sections: Sequence[Section] =
     return _labels(_said(found, sections), ontology)
 
 
-def all_labels(found: Sequence[Entity], sections: Sequence[Section]) -> dict[str, dict[str, LabelValue]]:
+def all_labels(
+    found: Sequence[Entity], sections: Sequence[Section], ontologies: Iterable[str] = tuple(ONTOLOGIES)
+) -> dict[str, dict[str, LabelValue]]:
     """Ontology -> what `labels` gives."""
     said = _said(found, sections)
-    return {ontology: _labels(said, ontology) for ontology in ONTOLOGIES}
+    return {ontology: _labels(said, ontology) for ontology in ontologies}
 
 
 _Said = Set[tuple[str, Status]]

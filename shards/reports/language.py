@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Literal
 
 from shards.batch import Span
@@ -99,10 +100,12 @@ def _language_of(text: str, otherwise: Language) -> Language:
     return otherwise
 
 
+@lru_cache(maxsize=2)  # a document is asked about again when it has been de-identified, which changes few
 def _votes(text: str) -> tuple[float, float, float]:
     """How many words speak for English, for French, for neither of them."""
     sample = text.lower()
-    votes = Counter(map(_SPEAKS_FOR.get, sample.replace("’", "'").replace("'", "' ").split()))
-    english, french, other = (sum(n for bits, n in votes.items() if bits and bits & bit) for bit in (1, 2, 4))
+    words = sample.replace("’", "'").replace("'", "' ").split()
+    votes = Counter(filter(None, map(_SPEAKS_FOR.get, words)))
+    english, french, other = (sum(n for bits, n in votes.items() if bits & bit) for bit in (1, 2, 4))
     accents = 0 if sample.isascii() else len(_FRENCH_ACCENT.findall(sample))
     return english, french + ACCENT_WEIGHT * accents, other

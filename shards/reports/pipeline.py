@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any
 from unicodedata import normalize
 
@@ -118,15 +119,22 @@ class Pipeline:
             self._model = f"{config.model.model}, {llm.prompt_name()}"
 
     def prepare(self, reports: Sequence[RawReport]) -> tuple[list[PreparedReport | Failed], Counter[str]]:
-        """What became of each report, in their order, and counts named `group/member`.
+        """What became of each report, in their order, and counts; see `each`."""
+        counts: Counter[str] = Counter()
+        return list(self.each(reports, counts)), counts
+
+    def each(self, reports: Sequence[RawReport], counts: Counter[str]) -> Iterator[PreparedReport | Failed]:
+        """What becomes of each report, in their order. Adds to `counts`, named `group/member`.
 
         Never raises for data; raises ConfigError and LLMUnreachableError as `llm.Reader.read` does.
         """
-        counts: Counter[str] = Counter({"reports/read": len(reports)})
-        documents = [self._document(report, counts) for report in reports]
-        readable = [document for document in documents if isinstance(document, _Document)]
-        readings = iter(self._read(readable, counts))
-        results: list[PreparedReport | Failed] = []
+        counts["reports/read"] += len(reports)
+        documents: Iterable[_Document | Failed] = (self._document(report, counts) for report in reports)
+        readings: Iterator[llm.Read | None] = repeat(None)
+        if self._reader is not None:  # it reads many at a time
+            documents = list(documents)
+            readable = [document.text for document in documents if isinstance(document, _Document)]
+            readings = iter(self._read(self._reader, readable, counts))
         for document in documents:
             if isinstance(document, Failed):
                 result: PreparedReport | Failed = document
@@ -136,8 +144,7 @@ class Pipeline:
                 counts[f"failed/{result.cause}"] += 1
             else:
                 counts["reports/prepared"] += 1
-            results.append(result)
-        return results, counts
+            yield result
 
     def _document(self, raw: RawReport, counts: Counter[str]) -> _Document | Failed:
         """The half that sees raw text."""
@@ -160,14 +167,13 @@ class Pipeline:
             counts[f"layers/{layer}"] += count
         return _Document(raw=raw, text=found.text, language=language)
 
-    def _read(self, documents: Sequence[_Document], counts: Counter[str]) -> list[llm.Read | None]:
-        """A model's reading of each document, None where there is no model."""
-        if self._reader is None:
-            return [None] * len(documents)
+    @staticmethod
+    def _read(reader: llm.Reader, texts: Sequence[str], counts: Counter[str]) -> list[llm.Read]:
+        """A model's reading of each text."""
         totals = llm.Totals()
-        reads = self._reader.read([document.text for document in documents], totals.add)
+        reads = reader.read(texts, totals.add)
         counts.update({f"llm/{name}": count for name, count in totals.counts().items()})
-        return list(reads)
+        return reads
 
     def _record(self, document: _Document, read: llm.Read | None) -> PreparedReport | Failed:
         """The half that sees de-identified text only."""
@@ -175,7 +181,7 @@ class Pipeline:
         try:
             located = None if read is None else read.located
             if located is None:
-                found = extract.by_rules(text, document.language, study=raw.study)
+                found = extract.by_rules(text, document.language, study=raw.study, ontologies=(self.config.ontology,))
             else:
                 found = _by_model(located, text, document.language, raw.study)
             stage = "check"

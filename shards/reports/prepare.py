@@ -90,19 +90,21 @@ class Preparer:
 
     def __call__(self, chunk: Iterable[RawReport | Refusal]) -> Done:
         """Never raises for data."""
-        refused = [(one.name, one.reason) for one in chunk if isinstance(one, Refusal)]
-        results, counts = self.pipeline.prepare([one for one in chunk if isinstance(one, RawReport)])
-        failed = [(one.study, one.cause) for one in results if isinstance(one, Failed)]
-        prepared = [one for one in results if not isinstance(one, Failed)]
-        for _, cause in refused:
-            counts[f"failed/{cause}"] += 1
-            counts["reports/read"] += 1
-        return Done(
-            lines=tuple(one.to_line(self.secret) for one in prepared),
-            studies=tuple(one.study for one in prepared),
-            failed=(*refused, *failed),
-            counts=counts,
-        )
+        counts: Counter[str] = Counter()
+        failed: list[tuple[str, str]] = []
+        for one in chunk:
+            if isinstance(one, Refusal):
+                failed.append((one.name, one.reason))
+                counts[f"failed/{one.reason}"] += 1
+                counts["reports/read"] += 1
+        lines, studies = [], []
+        for result in self.pipeline.each([one for one in chunk if isinstance(one, RawReport)], counts):
+            if isinstance(result, Failed):
+                failed.append((result.study, result.cause))
+            else:  # at once, so that no more than one report is held as objects
+                lines.append(result.to_line(self.secret))
+                studies.append(result.study)
+        return Done(lines=tuple(lines), studies=tuple(studies), failed=tuple(failed), counts=counts)
 
 
 class Run(Protocol):

@@ -114,7 +114,8 @@ _HEADING = re.compile(
 # A mark and a blank, or a quotation mark that no other one closes.
 # Its first character decides first, since a search for one is fast.
 _LIST_AFTER_PROSE = re.compile(r"""["“•·](?<=[.!?] .)(?: (?=[^\W_])|(?<=["“])(?=[A-ZÀ-Ý])(?![^"”]*\S["”]))""")
-_SENTENCE = r"(?:[^\W\d_]+[ ,;'’-]+){%s,12}[^\W\d_]+ ?\."
+# From the start of a word and never back into one, or every letter would be tried as a start.
+_SENTENCE = r"(?<![^\W\d_])(?:[^\W\d_]++[ ,;'’-]++){%s,12}[^\W\d_]++ ?\."
 _PROSE = re.compile(rf"{_SENTENCE % 3}|{_SENTENCE % 1}\s+{_SENTENCE % 1}")  # one long sentence or two short ones
 
 

@@ -8,11 +8,11 @@ say where one patient's finding lies. No function here puts words of a report in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shards import keyed
 from shards.errors import ConfigError, DataError
@@ -28,63 +28,76 @@ DEFINITION, APPEARANCE, OBSERVATION, VERDICT = 1, 2, 3, 4
 Part = tuple[int, str]  # section, its text
 
 
-class Observation(BaseModel):
+_Text = Annotated[str, Field(min_length=1)]
+_STRICT = ConfigDict(extra="forbid")
+
+
+# Plain classes, since most objects are made here, by the million; what comes from elsewhere goes through `parse`.
+@dataclass(frozen=True)
+class Observation:
     """One thing looked for. `span` [start, end) in characters of `source_text`; None if nothing was said of it."""
 
-    model_config = ConfigDict(extra="forbid")
+    __pydantic_config__ = _STRICT
 
-    entity: str = Field(min_length=1)
-    position: str = ""
+    entity: _Text
+    position: str
     exist: Exist
-    question: str = Field(min_length=1)
-    answer: str = Field(min_length=1)
-    span: tuple[int, int] | None = None
-
-    @model_validator(mode="after")
-    def _said_or_absent(self) -> Observation:
-        if self.span is None and self.exist != "no":
-            raise ValueError(f"exist {self.exist!r} needs the span that says so; only what is absent may go unsaid")
-        if self.span is not None and not 0 <= self.span[0] < self.span[1]:
-            raise ValueError(f"span {list(self.span)} is empty or starts before the report")
-        return self
+    question: _Text
+    answer: _Text
+    span: Span | None = None
 
 
-class Item(BaseModel):
+def _said_or_absent(one: Observation) -> Observation:
+    if one.span is None and one.exist != "no":
+        raise ValueError(f"exist {one.exist!r} needs the span that says so; only what is absent may go unsaid")
+    if one.span is not None and not 0 <= one.span[0] < one.span[1]:
+        raise ValueError(f"span {list(one.span)} is empty or starts before the report")
+    return one
+
+
+@dataclass(frozen=True)
+class Item:
     """All about one disease."""
 
-    model_config = ConfigDict(extra="forbid")
+    __pydantic_config__ = _STRICT
 
-    disease: str = Field(min_length=1)
-    definition: str = Field(min_length=1)
-    appearance: str = Field(min_length=1)
-    observations: list[Observation]
+    disease: _Text
+    definition: _Text
+    appearance: _Text
+    observations: list[Annotated[Observation, AfterValidator(_said_or_absent)]]
     verdict: Verdict
-    verdict_text: str = Field(min_length=1)
+    verdict_text: _Text
 
 
-class StructuredReport(BaseModel):
+@dataclass(frozen=True)
+class StructuredReport:
     """`StudyRecord.structured_report`. A disease that neither an item nor `unsaid` names was not looked for.
 
     `unsaid`: diseases of the table that were looked for and are not spoken of, by name only; `complete` makes items
     of them.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    __pydantic_config__ = _STRICT
 
     study: str
     items: list[Item]
-    unsaid: list[str] = Field(default_factory=list)
+    unsaid: list[str] = field(default_factory=list)
 
-    @model_validator(mode="after")
-    def _each_disease_once(self) -> StructuredReport:
-        names = [item.disease for item in self.items] + self.unsaid
-        if not names:
-            raise ValueError("no disease is named")
-        if len(set(names)) != len(names):
-            raise ValueError("a disease stands there twice")
-        if not DISEASES.keys() >= set(self.unsaid):
-            raise ValueError("a disease that goes unsaid is none of the table")
-        return self
+
+def _each_disease_once(report: StructuredReport) -> StructuredReport:
+    names = [item.disease for item in report.items] + report.unsaid
+    if not names:
+        raise ValueError("no disease is named")
+    if len(set(names)) != len(names):
+        raise ValueError("a disease stands there twice")
+    if not DISEASES.keys() >= set(report.unsaid):
+        raise ValueError("a disease that goes unsaid is none of the table")
+    return report
+
+
+Validated = Annotated[StructuredReport, AfterValidator(_each_disease_once)]
+_REPORT = TypeAdapter(Validated)
+_MEMBERS = {one.name for form in (StructuredReport, Item, Observation) for one in fields(form)}
 
 
 def complete(report: StructuredReport) -> StructuredReport:
@@ -93,18 +106,17 @@ def complete(report: StructuredReport) -> StructuredReport:
         return report
     items = {item.disease: item for item in report.items} | {name: _unsaid(name) for name in report.unsaid}
     ordered = [items.pop(name) for name in DISEASES if name in items]
-    return StructuredReport.model_construct(study=report.study, items=[*ordered, *items.values()], unsaid=[])
+    return StructuredReport(study=report.study, items=[*ordered, *items.values()])
 
 
 def parse(data: Mapping[str, Any]) -> StructuredReport:
     """From a record's `structured_report`, with an item of every disease. Raises DataError that names the first fault
     and none of the words."""
     try:
-        return complete(StructuredReport.model_validate(data))
+        return complete(_REPORT.validate_python(data))
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        known = {*StructuredReport.model_fields, *Item.model_fields, *Observation.model_fields}
-        place = ".".join(str(part) if isinstance(part, int) or part in known else "?" for part in fault["loc"])
+        place = ".".join(str(part) if isinstance(part, int) or part in _MEMBERS else "?" for part in fault["loc"])
         raise DataError(f"structured report: {fault['type']} at {place or 'its top'}; see shards/README.md") from None
 
 
@@ -114,7 +126,7 @@ def source_text(sections: Mapping[str, str]) -> str:
 
 
 def observe(
-    disease: str, exist: Exist, *, position: str = "", degree: str = "", span: tuple[int, int] | None = None
+    disease: str, exist: Exist, *, position: str = "", degree: str = "", span: Span | None = None
 ) -> Observation:
     """An observation of one disease of the table, with its question and answer.
 
@@ -128,9 +140,7 @@ def observe(
         answer = f"No, there is no {known.name}."
     else:
         answer = f"Possibly {known.name}{place}."
-    return Observation(
-        entity=known.name, position=position, exist=exist, question=f"Is there {known.one}?", answer=answer, span=span
-    )
+    return Observation(known.name, position, exist, f"Is there {known.one}?", answer, span)
 
 
 def verdict_of(observations: Sequence[Observation]) -> Verdict:
@@ -238,10 +248,10 @@ def checked(report: StructuredReport, text: str) -> StructuredReport:
             # Of a disease outside of the table the statement can only be put in general words.
             known = item.disease in DISEASES
             words = verdict_text(item.disease, "uncertain") if known else f"Verdict: {item.disease} uncertain."
-            item = item.model_copy(update={"verdict": "uncertain", "verdict_text": words})
+            item = replace(item, verdict="uncertain", verdict_text=words)
             mended = True
         items.append(item)
-    return report.model_copy(update={"items": items}) if mended else report
+    return replace(report, items=items) if mended else report
 
 
 def answers(item: Item) -> list[str]:

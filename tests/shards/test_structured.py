@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from shards import keyed
 from shards.errors import ConfigError, DataError
@@ -90,10 +90,10 @@ def test_verdicts_follow_from_observations(observations: list[Observation], verd
 
 def test_a_verdict_without_grounds_becomes_uncertain() -> None:
     item = make_item("effusion", [said("no")])
-    wrong = item.model_copy(update={"verdict": "present", "verdict_text": "Verdict: pleural effusion present."})
+    wrong = replace(item, verdict="present", verdict_text="Verdict: pleural effusion present.")
     mended = checked(StructuredReport(study="s", items=[wrong]), "No effusion.").items[0]
     assert (mended.verdict, mended.verdict_text) == ("uncertain", "Verdict: pleural effusion uncertain.")
-    foreign = wrong.model_copy(update={"disease": "scoliosis"})
+    foreign = replace(wrong, disease="scoliosis")
     assert checked(StructuredReport(study="s", items=[foreign]), "No effusion.").items[0].verdict == "uncertain"
     right = StructuredReport(study="s", items=[item])
     assert checked(right, "No effusion.") == right
@@ -113,13 +113,13 @@ def test_spans_are_parts_of_the_report(span: tuple[int, int]) -> None:
     ("change", "message"),
     [
         ({"items": []}, "value_error at its top"),
-        ({"studies": 1}, r"extra_forbidden at \?"),
+        ({"studies": 1}, r"unexpected_keyword_argument at \?"),
         ({"study": None}, "string_type at study"),
     ],
 )
 def test_what_is_not_of_the_schema(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"structured report: {message}"):
-        parse(report_of().model_dump() | change)
+        parse(asdict(report_of()) | change)
 
 
 def test_diseases_that_go_unsaid_are_held_by_name_and_read_as_items_in_the_order_of_the_table() -> None:
@@ -128,20 +128,20 @@ def test_diseases_that_go_unsaid_are_held_by_name_and_read_as_items_in_the_order
     first, last = silent
     every = StructuredReport(study="s", items=[first, told, last])
     short = StructuredReport(study="s", items=[told], unsaid=["pneumothorax", "atelectasis"])
-    assert parse(short.model_dump()) == parse(every.model_dump(exclude={"unsaid"})) == every
+    assert parse(asdict(short)) == parse({"study": "s", "items": asdict(every)["items"]}) == every
     for unsaid in (["secret"], ["effusion"], ["atelectasis", "atelectasis"]):
         with pytest.raises(DataError, match="value_error at its top") as caught:
-            parse({"study": "s", "items": [told.model_dump()], "unsaid": unsaid})
+            parse({"study": "s", "items": [asdict(told)], "unsaid": unsaid})
         assert "secret" not in str(caught.value)
 
 
 def test_faults_within_items_name_their_place_and_no_words() -> None:
-    data = report_of().model_dump()
+    data = asdict(report_of())
     data["items"][2]["observations"][0]["exist"] = "the patient's secret"
     with pytest.raises(DataError, match=r"literal_error at items\.2\.observations\.0\.exist") as caught:
         parse(data)
     assert "secret" not in str(caught.value)
-    data = report_of().model_dump()
+    data = asdict(report_of())
     data["items"][1] = data["items"][0]
     with pytest.raises(DataError, match="value_error at its top"):
         parse(data)
@@ -149,8 +149,10 @@ def test_faults_within_items_name_their_place_and_no_words() -> None:
 
 @pytest.mark.parametrize("bad", [{"exist": "yes", "span": None}, {"span": (5, 5)}, {"span": (-1, 5)}])
 def test_bad_observations(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        Observation.model_validate(said("no").model_dump() | bad)
+    item = asdict(make_item("effusion", [said("no")]))
+    item["observations"][0] |= bad
+    with pytest.raises(DataError, match=r"value_error at items\.0\.observations\.0"):
+        parse({"study": "s", "items": [item]})
 
 
 def test_tables_cover_the_labels_and_say_nothing_of_a_patient() -> None:
@@ -172,7 +174,7 @@ def test_words_of_the_phantoms_diseases_do_not_change() -> None:
 def test_phantoms_reports_tell_what_their_words_tell() -> None:
     verdicts = Counter[str]()
     for report, sections, truth in phantoms():
-        assert parse(report.model_dump(mode="json")) == report
+        assert parse(asdict(report)) == report
         assert [item.disease for item in report.items] == list(LABELS)
         text = source_text(sections)
         for item in report.items:

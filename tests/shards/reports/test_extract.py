@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -178,10 +179,9 @@ def test_a_verdict_without_grounds_becomes_uncertain() -> None:
     found = by_rules(REPORT)
     assert found.structured is not None
     items = [
-        item.model_copy(update={"verdict": "present"}) if item.disease == "pneumothorax" else item
-        for item in found.structured.items
+        replace(item, verdict="present") if item.disease == "pneumothorax" else item for item in found.structured.items
     ]
-    wrong = found.model_copy(update={"structured": found.structured.model_copy(update={"items": items})})
+    wrong = found.model_copy(update={"structured": replace(found.structured, items=items)})
     assert verdicts(verify(wrong, REPORT))["pneumothorax"] == "uncertain"
 
 
