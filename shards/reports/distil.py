@@ -187,14 +187,16 @@ def context(sentences: Sequence[Span], found: Sequence[Mentions], language: Lang
     `sentences`: their spans, `found`: the mentions of each. Distilled sentences are in `language`. Where mentions
     differ, a present one decides, then a possible one.
     """
-    told: dict[str, dict[Status, set[Span]]] = {}
+    told: dict[str, set[Span]] = {}
+    said: set[tuple[str, Status]] = set()
     for (start, _), one in zip(sentences, found, strict=True):
         for name, status, (first, last) in one.told:
-            told.setdefault(name, {}).setdefault(status, set()).add((start + first, start + last))
+            said.add((name, status))
+            told.setdefault(name, set()).add((start + first, start + last))
     distilled = []
     for name in filter(told.__contains__, ENTITIES):
-        status = next(one for one in _FIRST if one in told[name])
-        spans = tuple(sorted(set[Span]().union(*told[name].values())))
+        status = next(one for one in _FIRST if (name, one) in said)
+        spans = tuple(sorted(told[name]))
         distilled.append(Distilled(entity=name, status=status, sentence=sentence(name, status, language), spans=spans))
     return Context(
         distilled=tuple(distilled),

@@ -71,12 +71,10 @@ class Said(NamedTuple):
 
 def placed(one: Said, sentence: int, start: int) -> Entity:
     """The entity in its document, where sentence number `sentence` starts at character `start`."""
-    descriptor = one.descriptor
-    return Entity(
-        concept=one.concept, start=one.start + start, end=one.end + start, sentence=sentence,
-        laterality=one.laterality, position=one.position, status=one.status,
-        descriptor=None if descriptor is None else (descriptor[0] + start, descriptor[1] + start),
-    )  # fmt: skip
+    concept, first, last, side, position, status, descriptor = one
+    if descriptor is not None:
+        descriptor = (descriptor[0] + start, descriptor[1] + start)
+    return Entity(concept, first + start, last + start, sentence, side, position, status, descriptor)
 
 
 def by_sentence(found: Sequence[Entity], sentences: Sequence[Span]) -> list[list[Said]]:

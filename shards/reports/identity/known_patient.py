@@ -174,8 +174,10 @@ def _numbers(view: View, patient: KnownPatient) -> None:
 
 
 def _place(view: View, place: str, kind: Kind) -> None:
+    if len(place) <= 3:
+        return
     words = re.findall(r"\w+", plain(place))
-    if len(place) > 3 and words and all(word in view.plain for word in words):
+    if words and all(word in view.plain for word in words):
         for match in re.finditer(r"(?<!\w)" + r"[\W_]+".join(map(re.escape, words)) + r"(?!\w)", view.plain):
             view.note(match.start(), match.end(), kind, "patient")
 
