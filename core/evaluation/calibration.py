@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_curve
 
 
 class Calibration:
@@ -61,6 +59,9 @@ class Decisions:
     @classmethod
     def fit(cls, scores: np.ndarray, truth: np.ndarray) -> Decisions:
         """`scores [n, K]`; `truth [n, K]`: 1, 0, anything else is left out."""
+        from sklearn.linear_model import LogisticRegression  # seconds to import, which every start would take
+        from sklearn.metrics import roc_curve
+
         found = np.full((3, scores.shape[1]), np.nan)
         for k in range(scores.shape[1]):
             rows = (truth[:, k] == 0) | (truth[:, k] == 1)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_curve
 
 from core.evaluation.statistics import mean_of_defined, resampled
 
@@ -18,6 +17,8 @@ def thresholds(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     `scores [n, K]`; `truth [n, K]`: 1, 0, anything else is left out. NaN for a label without both classes.
     """
+    from sklearn.metrics import roc_curve  # seconds to import, which every start of a training would take
+
     found = np.full(scores.shape[1], np.nan)
     for k, column in enumerate(np.asarray(truth).T):
         asked = (column == 0) | (column == 1)

@@ -39,7 +39,7 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize(
     ("ranks", "zero_stage", "precision"),
-    [(1, 0, "bf16"), (2, 1, "fp32"), (2, 2, "bf16"), (2, 3, "fp32")],
+    [(1, 0, "bf16"), (2, 1, "fp32"), (2, 2, "bf16"), pytest.param(2, 3, "fp32", marks=pytest.mark.slow)],
 )
 def test_killed_run_resumes_bit_identical(tmp_path: Path, ranks: int, zero_stage: int, precision: str) -> None:
     options = Options(run_dir=str(tmp_path / "unbroken"), zero_stage=zero_stage, precision=precision, steps=5)
@@ -178,6 +178,7 @@ def test_run_in_a_bucket_survives_the_loss_of_its_node(tmp_path: Path, bucket: s
     assert run(2, replace(there, steps=7, allow_changed=("trainer.steps",))) == [0, 0]
 
 
+@pytest.mark.slow
 def test_two_nodes_in_a_bucket_survive_the_loss_of_one(tmp_path: Path, bucket: str, s3_server: S3Server) -> None:
     unbroken = Options(run_dir=str(tmp_path / "unbroken"), zero_stage=2, steps=5, validate=True)
     assert run(2, unbroken) == [0, 0]

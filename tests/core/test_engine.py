@@ -117,7 +117,7 @@ def bad_steps(world: World) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_non_finite_loss_or_gradient_stops_all_ranks_before_the_optimizer(ranks: int) -> None:
     of_rank = in_ranks(ranks, bad_steps)
     for name, (message, same) in of_rank[0].items():

@@ -189,6 +189,7 @@ def test_adopt_with_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "a.tar: truncated at byte 600" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_phantoms_in_worker_processes(tmp_path: Path) -> None:
     options = ["--source", "phantom", "--samples", "6,2,2", "--size", "32", "--degraded", "0.5", "--structured"]
     command = [sys.executable, str(ROOT / "launchers" / "pack.py"), *options]
