@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ci.bench import process
 from ci.bench.figure import Figure, ratio
-from core import collectives
+from ci.bench.step import plain_step
 from core.models.text import bert_base
 from core.models.volume import vit_b_volume
 from core.tasks.fvlm import FVLM
@@ -130,18 +130,7 @@ def our_step(contestant: Contestant) -> Callable[[], float]:
     text = replace(bert_base(), depth=contestant.depth)
     task = FVLM.Config(vision=vision, text=text, anatomies=ANATOMIES, soft="none").build(vocab_size=VOCABULARY)
     batch = our_batch(Inputs.of(contestant.volume_size), vision.patch_size)
-    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-5, fused=True)
-
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16):
-            encoded = task.encode(batch)
-        loss = task.objective(collectives.gather(encoded.gather), encoded.local).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return step
+    return plain_step(task, batch, learning_rate=1e-5)
 
 
 # ---- the released algorithm ----

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 
 from ci.bench import process
 from ci.bench.figure import Figure, ratio
-from ci.bench.step import REPORT_TOKENS
+from ci.bench.step import REPORT_TOKENS, plain_step
 from configs import chest
-from core import collectives
 from core.models.vision import sincos_positions
 from core.tasks.ecamp import ECAMP
 from shards.batch import Batch
@@ -106,18 +105,7 @@ def our_step(contestant: Contestant) -> Callable[[], float]:
     vision = replace(config.vision, depth=contestant.depth, image_size=contestant.image_size)
     config = replace(config, vision=vision, text=replace(config.text, depth=contestant.text_depth))
     task, batch = config.build(vocab_size=VOCABULARY), our_batch(contestant)
-    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True)
-
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16):
-            encoded = task.encode(batch)
-        loss = task.objective(collectives.gather(encoded.gather), encoded.local).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return step
+    return plain_step(task, batch, learning_rate=1e-4)
 
 
 # ---- the released algorithm ----

@@ -35,6 +35,7 @@ from ci.bench.figure import REPOSITORY, Figure, alternate, ratio
 from core import collectives
 from core.models.text import bert_base, clip_text_b16
 from core.models.vision import vit_b16
+from core.tasks import Task
 from core.tasks.clip import CLIP
 from shards.batch import Batch
 from shards.errors import ConfigError
@@ -44,6 +45,7 @@ DESCRIPTION = "training step of ViT-B/16 with a text tower on the CPU: against o
 PEERS_PYTHON = REPOSITORY / ".venv" / "peers" / "bin" / "python"
 THREADS = 2
 BATCH = 16
+LEARNING_RATE = 1e-4
 VOCABULARY = {"clip": 49408, "bert": 30522}
 # Tokens of 1,850 Open-i reports (findings and impression) at 16 evenly spaced quantiles: each batch is the whole
 # distribution. CLIP's byte-pair vocabulary and BERT's uncased WordPiece, start and end tokens included.
@@ -109,28 +111,41 @@ def _our_step(contestant: Contestant) -> Callable[[], float]:
         "attention_mask": mask,
         "report_key": torch.arange(BATCH),
     }
-    master = contestant.mode == "master"
+    if contestant.mode != "master":
+        return plain_step(task, batch, learning_rate=LEARNING_RATE)
     weights = list(task.parameters())
-    masters = [weight.detach().clone().requires_grad_() for weight in weights] if master else weights
-    if master:
-        task.to(torch.bfloat16)
-    optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
+    masters = [weight.detach().clone().requires_grad_() for weight in weights]
+    task.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, fused=True)
 
     def step() -> float:
-        with nullcontext() if master else torch.autocast("cpu", torch.bfloat16):
+        encoded = task.encode(batch)
+        loss = task.objective(collectives.gather(encoded.gather), encoded.local).loss
+        loss.backward()
+        for held, weight in zip(masters, weights, strict=True):
+            assert weight.grad is not None
+            held.grad = weight.grad.float()
+        optimizer.step()
+        with torch.no_grad():
+            for held, weight in zip(masters, weights, strict=True):
+                weight.copy_(held)
+        task.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def plain_step(task: Task, batch: Batch, *, learning_rate: float) -> Callable[[], float]:
+    """A step of a task on one batch under bf16 autocast, without the engine around it; returns the loss."""
+    optimizer = torch.optim.AdamW(task.parameters(), lr=learning_rate, fused=True)
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16):
             encoded = task.encode(batch)
         loss = task.objective(collectives.gather(encoded.gather), encoded.local).loss
         loss.backward()
-        if master:
-            for held, weight in zip(masters, weights, strict=True):
-                assert weight.grad is not None
-                held.grad = weight.grad.float()
         optimizer.step()
-        if master:
-            with torch.no_grad():
-                for held, weight in zip(masters, weights, strict=True):
-                    weight.copy_(held)
-        task.zero_grad(set_to_none=True)
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
