@@ -1,4 +1,4 @@
-"""What the programs that make data share: one-line errors, exit codes, a stop on request, the secret of a key file."""
+"""What the programs share: one-line errors, exit codes, a stop on request, the secret of a key file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from functools import wraps
 from types import FrameType
+from typing import ParamSpec
 
 from rich.console import Console
 from rich.logging import RichHandler
 
-from shards.errors import ConfigError, RoentgenError
+from shards.errors import ConfigError, NonFiniteError, RoentgenError
 from shards.ingest import read_key_file
+
+P = ParamSpec("P")
 
 
 class _Interrupted(BaseException):
@@ -24,6 +28,26 @@ class _Interrupted(BaseException):
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise _Interrupted(number)
+
+
+def errors_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
+    """A command's main function whose errors become one line and an exit code."""
+
+    @wraps(main)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except RoentgenError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except FloatingPointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return NonFiniteError.exit_code
+        except OSError as error:
+            print(f"error: {error.filename}: {error.strerror}; free space or choose another place", file=sys.stderr)
+            return ConfigError.exit_code
+
+    return wrapped
 
 
 def run(body: Callable[[Console], int], finished: str) -> int:

@@ -22,12 +22,13 @@ from core.evaluation.pictures import as_png
 from core.evaluation.zero_shot import Prompts, check_prompts
 from core.metrics import Metrics
 from core.world import World
+from launchers.command import errors_in_one_line
 from launchers.evaluation_progress import shown_progress
 from launchers.evaluation_protocols import PROTOCOLS, Evaluation, evaluate
 from launchers.evaluation_splits import Options
 from launchers.evaluation_tables import tables
 from launchers.past_run import open_run
-from shards.errors import ConfigError, NonFiniteError, RoentgenError
+from shards.errors import ConfigError
 from shards.store import open_store
 
 EPILOG = """\
@@ -157,57 +158,48 @@ def _positive(text: str) -> int:
     return value
 
 
+@errors_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = parser().parse_args(argv)
     console = Console(highlight=False)
-    try:
-        if arguments.generated_reports and Generation.protocol not in (arguments.protocol or ()):
-            raise ConfigError("--generated-reports: nothing is generated without --protocol generation; name it")
-        options = Options(
-            protocols=tuple(arguments.protocol) if arguments.protocol else None,
-            data=arguments.data,
-            split=arguments.split,
-            prompts=read_prompts(arguments.prompts) if arguments.prompts else None,
-            limit=arguments.limit,
-            corruption_studies=arguments.corruption_studies,
-            decoder_studies=arguments.decoder_studies,
-            decoder_steps=arguments.decoder_steps,
-            report_length=arguments.report_length,
-            beams=arguments.beams,
-            keep_reports=arguments.generated_reports is not None,
-            batch_size=arguments.batch_size,
-            replicates=arguments.replicates,
-            seed=arguments.seed,
-        )
-        device = torch.device(arguments.device) if arguments.device else None
-        with open_run(arguments.run_dir, arguments.checkpoint, device) as run:
-            with shown_progress() as progress:
-                evaluation = evaluate(run, options, progress)
-            names = write(arguments.run_dir, evaluation, run.step)
-        for table in tables(evaluation.reports):
-            console.print(table)
-        for protocol, report in evaluation.reports.items():
-            for note in report.get("notes", ()):
-                console.print(f"{protocol}: {note}", soft_wrap=True)
-            if report["skipped"]:
-                causes = ", ".join(f"{count} {cause}" for cause, count in sorted(report["skipped"].items()))
-                console.print(f"{protocol}: studies left out: {causes}", soft_wrap=True)
-        if arguments.generated_reports:
-            lines = (json.dumps({"study": study, "report": text}) for study, text in evaluation.written)
-            Path(arguments.generated_reports).write_text("".join(f"{line}\n" for line in lines))
-        if arguments.json:
-            Path(arguments.json).write_text(json.dumps(evaluation.reports, indent=1) + "\n")
-        console.print(f"written to {arguments.run_dir}: {', '.join(names)}, eval/tb", soft_wrap=True)
-    except RoentgenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return NonFiniteError.exit_code
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; free space or choose another place", file=sys.stderr)
-        return ConfigError.exit_code
+    if arguments.generated_reports and Generation.protocol not in (arguments.protocol or ()):
+        raise ConfigError("--generated-reports: nothing is generated without --protocol generation; name it")
+    options = Options(
+        protocols=tuple(arguments.protocol) if arguments.protocol else None,
+        data=arguments.data,
+        split=arguments.split,
+        prompts=read_prompts(arguments.prompts) if arguments.prompts else None,
+        limit=arguments.limit,
+        corruption_studies=arguments.corruption_studies,
+        decoder_studies=arguments.decoder_studies,
+        decoder_steps=arguments.decoder_steps,
+        report_length=arguments.report_length,
+        beams=arguments.beams,
+        keep_reports=arguments.generated_reports is not None,
+        batch_size=arguments.batch_size,
+        replicates=arguments.replicates,
+        seed=arguments.seed,
+    )
+    device = torch.device(arguments.device) if arguments.device else None
+    with open_run(arguments.run_dir, arguments.checkpoint, device) as run:
+        with shown_progress() as progress:
+            evaluation = evaluate(run, options, progress)
+        names = write(arguments.run_dir, evaluation, run.step)
+    for table in tables(evaluation.reports):
+        console.print(table)
+    for protocol, report in evaluation.reports.items():
+        for note in report.get("notes", ()):
+            console.print(f"{protocol}: {note}", soft_wrap=True)
+        if report["skipped"]:
+            causes = ", ".join(f"{count} {cause}" for cause, count in sorted(report["skipped"].items()))
+            console.print(f"{protocol}: studies left out: {causes}", soft_wrap=True)
+    if arguments.generated_reports:
+        lines = (json.dumps({"study": study, "report": text}) for study, text in evaluation.written)
+        Path(arguments.generated_reports).write_text("".join(f"{line}\n" for line in lines))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(evaluation.reports, indent=1) + "\n")
+    console.print(f"written to {arguments.run_dir}: {', '.join(names)}, eval/tb", soft_wrap=True)
     return 0
 
 

@@ -37,12 +37,13 @@ from configs import schema
 from core.evaluation.embed import GaussianTask
 from core.models.gaussian import Gaussian
 from core.tasks import Task
+from launchers.command import errors_in_one_line
 from launchers.past_run import PastRun, open_run
 from shards import keyed
 from shards.batch import Batch, ViewRecord
 from shards.decode import Decoder
 from shards.decode_volume import Crop, VolumeDecoder, place_crop
-from shards.errors import ConfigError, DataError, RoentgenError
+from shards.errors import ConfigError, DataError
 from shards.image_header import read_header
 from shards.store import open_store
 from shards.tokenizer import Tokenizer, load_tokenizer
@@ -382,33 +383,28 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
+@errors_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = parser().parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        with open_run(arguments.run_dir, arguments.checkpoint) as run:
-            if arguments.output.startswith("s3://"):
-                with tempfile.TemporaryDirectory(prefix="roentgen-export-") as scratch:
-                    folder = Path(scratch) / "exported"
-                    difference = export(run, folder)
-                    with open_store(arguments.output) as store:
-                        files = sorted(path for path in folder.rglob("*") if path.is_file())
-                        # The config goes last: a folder that has one is complete.
-                        for path in sorted(files, key=lambda path: path.name == CONFIG and path.parent == folder):
-                            store.put(path.relative_to(folder).as_posix(), path)
-            else:
-                difference = export(run, Path(arguments.output))
-            console.print(
-                f"step {run.step} of {arguments.run_dir} -> {arguments.output}: embeddings equal to the run's"
-                f" (largest difference {difference:.1g})"
-            )
-            console.print(
-                f'load it with: from launchers.export import load_exported; load_exported("{arguments.output}")'
-            )
-    except RoentgenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    with open_run(arguments.run_dir, arguments.checkpoint) as run:
+        if arguments.output.startswith("s3://"):
+            with tempfile.TemporaryDirectory(prefix="roentgen-export-") as scratch:
+                folder = Path(scratch) / "exported"
+                difference = export(run, folder)
+                with open_store(arguments.output) as store:
+                    files = sorted(path for path in folder.rglob("*") if path.is_file())
+                    # The config goes last: a folder that has one is complete.
+                    for path in sorted(files, key=lambda path: path.name == CONFIG and path.parent == folder):
+                        store.put(path.relative_to(folder).as_posix(), path)
+        else:
+            difference = export(run, Path(arguments.output))
+        console.print(
+            f"step {run.step} of {arguments.run_dir} -> {arguments.output}: embeddings equal to the run's"
+            f" (largest difference {difference:.1g})"
+        )
+        console.print(f'load it with: from launchers.export import load_exported; load_exported("{arguments.output}")')
     return 0
 
 

@@ -29,10 +29,11 @@ from core import cost
 from core.engine import checkpoint_activations
 from core.metrics import PEAK_FLOPS
 from core.models import attention
+from launchers.command import errors_in_one_line
 from shards.batch import Batch
 from shards.dataset import DataSet
 from shards.decode_volume import VolumeDecoder
-from shards.errors import ConfigError, RoentgenError
+from shards.errors import ConfigError
 from shards.order import lanes_of_rank
 
 GPU_GB = {"H200": 141, "H100": 80, "A100-80": 80, "A100-40": 40, "B200": 192, "L40S": 48, "L4": 24, "V100": 32}
@@ -75,17 +76,14 @@ class Site:
         return self.nodes * self.gpus
 
 
+@errors_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = parser().parse_args(argv)
-    try:
-        config = schema.apply_overrides(schema.load_recipe(arguments.recipe), arguments.overrides)
-        site = _site(arguments, config)
-        _check_ranks(config, site)
-        lines = plan(config, site, counted(config))
-    except RoentgenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    config = schema.apply_overrides(schema.load_recipe(arguments.recipe), arguments.overrides)
+    site = _site(arguments, config)
+    _check_ranks(config, site)
+    lines = plan(config, site, counted(config))
     _show(arguments.recipe, site, lines)
     if arguments.json:
         rows = {line.name: {"value": line.value, "unit": line.unit, "formula": line.formula} for line in lines}

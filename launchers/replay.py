@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from configs import schema
 from configs.schema import TrainConfig
 from core.metrics import contact_sheet
+from launchers.command import errors_in_one_line
 from launchers.past_run import read_config, read_tokenizer, versions
 from shards.batch import Batch, batch_hash
-from shards.errors import ConfigError, DataError, RoentgenError
+from shards.errors import ConfigError, DataError
 from shards.loader import Loader, Row, reads_text
 from shards.store import Store, open_store
 
@@ -260,29 +261,21 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
+@errors_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = parser().parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        path = Path(arguments.save) if arguments.save else None
-        if path is not None and path.suffix not in SAVE_SUFFIXES:
-            raise ConfigError(
-                f"--save {path}: unknown kind {path.suffix or '(none)'}; use {' or '.join(SAVE_SUFFIXES)}"
-            )
-        result = replay(arguments.run_dir, arguments.step)
-        show(result, console, every_row=arguments.all)
-        if path is not None:
-            save(result.batch, path)
-            console.print(f"saved {path}")
-        if arguments.json:
-            Path(arguments.json).write_text(json.dumps(result.to_json(), indent=1) + "\n")
-    except RoentgenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; free space or choose another place", file=sys.stderr)
-        return ConfigError.exit_code
+    path = Path(arguments.save) if arguments.save else None
+    if path is not None and path.suffix not in SAVE_SUFFIXES:
+        raise ConfigError(f"--save {path}: unknown kind {path.suffix or '(none)'}; use {' or '.join(SAVE_SUFFIXES)}")
+    result = replay(arguments.run_dir, arguments.step)
+    show(result, console, every_row=arguments.all)
+    if path is not None:
+        save(result.batch, path)
+        console.print(f"saved {path}")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result.to_json(), indent=1) + "\n")
     return DataError.exit_code if result.matches is False else 0
 
 

@@ -29,10 +29,11 @@ from core.evaluation.transfer import TASKS, Outputs, Splits, TransferConfig, lea
 from core.metrics import Metrics
 from core.models.foreign import Given
 from core.world import World
+from launchers.command import errors_in_one_line
 from launchers.evaluation_progress import shown_progress
 from launchers.transfer_data import TransferEncoder, open_encoder, random_like, read_images
 from shards.dataset import DataSet
-from shards.errors import ConfigError, NonFiniteError, RoentgenError
+from shards.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
 PERCENTS = (1.0, 10.0, 100.0)
@@ -328,32 +329,26 @@ def encoders_of(arguments: argparse.Namespace) -> list[TransferEncoder]:
     return [*found, random_like(found[0], 0)] if arguments.random else found
 
 
+@errors_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = parser().parse_args(argv)
     console = Console(highlight=False)
     folder = Path(arguments.output)
-    try:
-        options = options_of(arguments)
-        encoders = encoders_of(arguments)
-        for encoder in encoders:
-            console.print(f"{encoder.name}: {json.dumps(encoder.source)}", soft_wrap=True, markup=False)
-        with shown_progress() as progress:
-            report = transfer(encoders, options, KeptOutputs(folder / "learned"), progress)
-        write(folder, report)
-        for table in (*tables(report), *subgroup_tables(report)):
-            console.print(table)
-        for split, causes in report["skipped"].items():
-            if causes:
-                counts = ", ".join(f"{count} {cause}" for cause, count in sorted(causes.items()))
-                console.print(f"{split}: left out: {counts}", soft_wrap=True)
-        console.print(f"written to {folder}: transfer.json, tb", soft_wrap=True)
-    except RoentgenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return NonFiniteError.exit_code
+    options = options_of(arguments)
+    encoders = encoders_of(arguments)
+    for encoder in encoders:
+        console.print(f"{encoder.name}: {json.dumps(encoder.source)}", soft_wrap=True, markup=False)
+    with shown_progress() as progress:
+        report = transfer(encoders, options, KeptOutputs(folder / "learned"), progress)
+    write(folder, report)
+    for table in (*tables(report), *subgroup_tables(report)):
+        console.print(table)
+    for split, causes in report["skipped"].items():
+        if causes:
+            counts = ", ".join(f"{count} {cause}" for cause, count in sorted(causes.items()))
+            console.print(f"{split}: left out: {counts}", soft_wrap=True)
+    console.print(f"written to {folder}: transfer.json, tb", soft_wrap=True)
     return 0
 
 
