@@ -14,11 +14,9 @@ Texts have the lengths of TEXT_TOKENS, which are assumed, and three of the eight
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -27,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ci.bench import process
-from ci.bench.figure import Figure, ratio
+from ci.bench.against_release import compare
+from ci.bench.figure import Figure
 from ci.bench.step import plain_step
 from core.models.text import bert_base
 from core.models.volume import vit_b_volume
@@ -261,32 +260,9 @@ def _made(contestant: Contestant) -> Callable[[], float]:
 
 def run(quick: bool) -> list[Figure]:
     """The figures of `ct_step`; `quick` takes two layers, small volumes and one round."""
-    started = time.perf_counter()
     shape: dict[str, Any] = {"volume_size": (32, 64, 64), "depth": 2} if quick else {}
-    rounds = 1 if quick else ROUNDS
-    found: dict[str, list[process.Answer]] = {}
-    for system in ("released", "ours"):  # one after the other: together they may not fit
-        contestant = Contestant(system=system, **shape)  # type: ignore[arg-type]
-        command = [sys.executable, "-m", "ci.bench.ct_step", json.dumps(asdict(contestant))]
-        with process.running(command, system, threads=THREADS) as measure:
-            found[system] = [measure() for _ in range(rounds)]
-        for answer in found[system]:
-            print(f"{system}: {answer.seconds:.1f} s, {answer.peak_bytes / 1e9:.2f} GB", file=sys.stderr, flush=True)
-    wall_s = time.perf_counter() - started
-    rates = {system: [1 / answer.seconds for answer in answers] for system, answers in found.items()}
-    memory = {system: [answer.peak_bytes / 1e9 for answer in answers] for system, answers in found.items()}
-    seconds = {system: statistics.median(answer.seconds for answer in answers) for system, answers in found.items()}
-    peer = "the released algorithm"
-    return [
-        ratio(
-            "ct_step.vs_released", rates["ours"], rates["released"], peer_name=f"{peer} (steps/s)", threads=THREADS,
-            wall_s=wall_s, note=f"{seconds['ours']:.2f} s a step against {seconds['released']:.2f} s",
-        ),
-        ratio(
-            "ct_step.memory_vs_released", memory["ours"], memory["released"], peer_name=f"{peer} (GB)",
-            threads=THREADS, wall_s=wall_s, note="most resident, weights and optimizer included",
-        ),
-    ]  # fmt: skip
+    ours = Contestant(system="ours", **shape)
+    return compare(ours, bench="ct_step", rate=("steps", 1), rounds=1 if quick else ROUNDS, threads=THREADS)
 
 
 if __name__ == "__main__":

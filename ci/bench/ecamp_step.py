@@ -14,11 +14,9 @@ with DISTILLED tokens of distilled sentences; beside it stands the same with rep
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -27,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ci.bench import process
-from ci.bench.figure import Figure, ratio
+from ci.bench.against_release import compare
+from ci.bench.figure import Figure
 from ci.bench.step import REPORT_TOKENS, plain_step
 from configs import chest
 from core.models.vision import sincos_positions
@@ -247,46 +246,15 @@ def _made(contestant: Contestant) -> Callable[[], float]:
     return our_step(contestant) if contestant.system == "ours" else released_step(contestant)
 
 
-def _measured(contestant: Contestant, rounds: int) -> list[process.Answer]:
-    command = [sys.executable, "-m", "ci.bench.ecamp_step", json.dumps(asdict(contestant))]
-    with process.running(command, contestant.system, threads=THREADS) as measure:
-        answers = [measure() for _ in range(rounds)]
-    for answer in answers:
-        print(f"{contestant}: {answer.seconds:.2f} s, {answer.peak_bytes / 1e9:.2f} GB", file=sys.stderr, flush=True)
-    return answers
-
-
 def run(quick: bool) -> list[Figure]:
     """The figures of `ecamp_step`; `quick` takes two layers, images of 64 px and one round."""
     shape: dict[str, Any] = {"depth": 2, "text_depth": 1, "image_size": 64} if quick else {}
     base, rounds = Contestant(system="ours", **shape), 1 if quick else ROUNDS
-    figures = _compared(base, rounds)
-    return figures if quick else figures + _compared(replace(base, full=True), rounds)
-
-
-def _compared(ours: Contestant, rounds: int) -> list[Figure]:
-    """Rate and memory, one process after the other: together they may not fit."""
-    started = time.perf_counter()
-    found = {"released": _measured(replace(ours, system="released"), rounds), "ours": _measured(ours, rounds)}
-    wall_s = time.perf_counter() - started
-    rates = {system: [BATCH / answer.seconds for answer in answers] for system, answers in found.items()}
-    memory = {system: [answer.peak_bytes / 1e9 for answer in answers] for system, answers in found.items()}
-    seconds = {system: statistics.median(answer.seconds for answer in answers) for system, answers in found.items()}
-    suffix, lengths = ("_full", "every report fills 256 tokens; ") if ours.full else ("", "")
-    unit = "ratio" if ours.full else None  # what no bar is set for is described here
-    peer = "the released algorithm"
-    return [
-        ratio(
-            f"ecamp_step.vs_released{suffix}", rates["ours"], rates["released"], peer_name=f"{peer} (images/s)",
-            unit=unit, better="higher" if ours.full else None, threads=THREADS, wall_s=wall_s,
-            note=f"{lengths}{seconds['ours']:.2f} s a step against {seconds['released']:.2f} s",
-        ),
-        ratio(
-            f"ecamp_step.memory_vs_released{suffix}", memory["ours"], memory["released"], peer_name=f"{peer} (GB)",
-            unit=unit, better="lower" if ours.full else None, threads=THREADS, wall_s=wall_s,
-            note=f"{lengths}most resident, weights and optimizer included",
-        ),
-    ]  # fmt: skip
+    compared = partial(compare, bench="ecamp_step", rate=("images", BATCH), rounds=rounds, threads=THREADS)
+    figures = compared(base)
+    if not quick:
+        figures += compared(replace(base, full=True), suffix="_full", note="every report fills 256 tokens; ")
+    return figures
 
 
 if __name__ == "__main__":

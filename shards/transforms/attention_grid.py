@@ -14,7 +14,6 @@ from PIL import Image
 
 from shards.transforms.augment import ViewParameters
 
-SUFFIX = "attention.png"  # of the member, after the view's id
 SIDE_MAX = 256
 _POINTS = 4  # along each side of a cell, at which the grid is read
 
