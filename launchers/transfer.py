@@ -25,7 +25,7 @@ from core.evaluation.classification import Features, with_validation
 from core.evaluation.comparison import Scored, by_subgroup, compare
 from core.evaluation.fitting import FitConfig
 from core.evaluation.segmentation import DECODERS
-from core.evaluation.transfer import TASKS, Outputs, Splits, TransferConfig, learn, scored
+from core.evaluation.transfer import TASKS, Outputs, Splits, TransferConfig, learn, not_asked_of, scored
 from core.metrics import Metrics
 from core.models.foreign import Given
 from core.world import World
@@ -151,6 +151,7 @@ def transfer(
         report["tasks"].setdefault(task, {})[f"{percent:g}"] = {
             "figure": TASKS[task],
             "seeds": len(next(iter(learned_by.values()))),
+            "not_asked": not_asked_of(task, splits),
             **of.to_json(),
             "subgroups": by_subgroup(scores, patients, splits.test.groups, replicates=options.replicates),
         }
@@ -220,7 +221,9 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     found = []
     for task, percents in report["tasks"].items():
         first = next(iter(percents.values()))
-        table = Table(title=f"{task}: {first['figure']}, {report['images']['test']} images, mean over seeds")
+        title = f"{task}: {first['figure']}, {report['images']['test']} images, mean over seeds"
+        caption = "; ".join(f"{count} x {cause}" for cause, count in first["not_asked"].items())
+        table = Table(title=title, caption=f"not asked: {caption}" if caption else None, caption_justify="left")
         table.add_column("encoder")
         for percent, of in percents.items():
             table.add_column(f"{percent} % of labels ({of['seeds']} seeds)", justify="right")

@@ -5,6 +5,7 @@ This module holds names, shapes and units only; nothing here reads a file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -78,6 +79,17 @@ class Box(BaseModel):
     top: float
     width: float
     height: float
+
+    def fault(self, height: int, width: int) -> str | None:
+        """Why this cannot be a box of an image of `height` and `width` pixels; None where it can."""
+        sides = (self.left, self.top, self.width, self.height)
+        if not all(map(math.isfinite, sides)) or self.width <= 0 or self.height <= 0:
+            return "box: empty"
+        # Half a pixel: what rounding of a scaled table may do.
+        right, bottom = self.left + self.width, self.top + self.height
+        if min(self.left, self.top) < -0.5 or right > width + 0.5 or bottom > height + 0.5:
+            return "box: outside the image"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

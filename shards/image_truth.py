@@ -68,12 +68,8 @@ class Frame:
         A box must have an extent and lie in its image of `height` and `width`, or it is a mistake of the table; what
         the crop leaves of it must be a pixel wide and high.
         """
-        sides = (box.left, box.top, box.width, box.height)
-        if not np.isfinite(sides).all() or box.width <= 0 or box.height <= 0:
-            return "box: empty"
-        # Half a pixel: what rounding of a scaled table may do.
-        if min(box.left, box.top) < -0.5 or box.left + box.width > width + 0.5 or box.top + box.height > height + 0.5:
-            return "box: outside the image"
+        if (fault := box.fault(height, width)) is not None:
+            return fault
         across, down = self.size / self.width, self.size / self.height
         left, right = ((x - self.left) * across for x in (box.left, box.left + box.width))
         top, bottom = ((y - self.top) * down for y in (box.top, box.top + box.height))

@@ -2,7 +2,8 @@
 
 The pyramid is a simple one of plain ViTs (after ViTDet, arXiv 2203.16527): the last map at twice, once and half its
 resolution. Average precision is accumulated over all images, those without a box included, so that false alarms on
-normal images count (ecamp.md, 9.8).
+normal images count (ecamp.md, 9.8); a label that is present in an image where nobody drew it is asked in neither
+teaching nor scoring.
 
 Letters: b = images, G = boxes of an image, Q = labels, P = places of all levels, D = width.
 """
@@ -99,9 +100,15 @@ def _sides(at: Tensor, boxes: Tensor) -> Tensor:
 
 
 def detection_loss(
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], boxes: Sequence[Tensor], labels: Sequence[Tensor]
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    told: Tensor,
 ) -> Tensor:
-    """Focal loss of classes, 1 - IoU of boxes weighted by centre-ness, cross-entropy of centre-ness; per positive."""
+    """Focal loss of classes, 1 - IoU of boxes weighted by centre-ness, cross-entropy of centre-ness; per positive.
+
+    `told [b, Q]`: classes whose boxes an image has all; the others are not asked (`ImageSplit.boxes_told`).
+    """
     classes, sides, centre, at, strides = outputs
     total, positives = classes.new_zeros(()), 0
     for image, (truth, names) in enumerate(zip(boxes, labels, strict=True)):
@@ -117,7 +124,7 @@ def detection_loss(
             total = total + ((1 - overlap) * central).sum()
             total = total + F.binary_cross_entropy_with_logits(centre[image][taken], central, reduction="sum")
             positives += int(taken.sum())
-        total = total + _focal(classes[image], target)
+        total = total + (_focal(classes[image], target) * told[image]).sum()
     return total / max(1, positives)
 
 
@@ -132,7 +139,7 @@ def _overlap_of_sides(first: Tensor, second: Tensor) -> Tensor:
 def _focal(logits: Tensor, target: Tensor) -> Tensor:
     cross = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     weight = torch.where(target > 0, 0.25, 0.75)
-    return (weight * (1 - torch.exp(-cross)) ** 2 * cross).sum()
+    return weight * (1 - torch.exp(-cross)) ** 2 * cross
 
 
 def keep_best(boxes: Tensor, scores: Tensor, overlap: float) -> Tensor:
@@ -210,6 +217,7 @@ def detect(
     device = encoder.patch.weight.device
     learner = copy.deepcopy(encoder).requires_grad_(True) if config.fine_tune else None
     model = learner or encoder
+    told = train.boxes_told(train.box_names)
     head = drawn(lambda: FcosHead(encoder.config, len(train.box_names)), config.fit.seed).to(device)
 
     def outputs_of(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -224,6 +232,7 @@ def detect(
             outputs_of(train.pixel_values[at]),
             [train.boxes[i].to(device) for i in places],
             [train.box_labels[i].to(device) for i in places],
+            told[at].to(device),
         )
 
     fit(head, learner, len(train), loss_of, config.fit, on_step)
@@ -272,6 +281,8 @@ class AveragePrecision:
             self._evaluation.params.areaRngLbl = ["all"]
             self._evaluation.evaluate()
         self._of_image = np.array(self._evaluation.evalImgs, dtype=object).reshape(len(names), len(found))
+        # None is how pycocotools has an image that a label is not counted in.
+        self._of_image[~test.boxes_told(names).numpy().T] = None
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         """`[n, r]` -> mAP `[r]` over IoU 0.50 to 0.95, NaN where no truth was drawn."""
@@ -287,6 +298,15 @@ class AveragePrecision:
         precisions = evaluation.eval["precision"][..., -1]  # [thresholds, recalls, labels, areas], most detections
         known = precisions > -1
         return float(precisions[known].mean()) if known.any() else float("nan")
+
+
+def not_asked(test: ImageSplit, names: Sequence[str]) -> dict[str, int]:
+    """What of the truth is in no figure of a detector of `names`, by cause."""
+    untaught = sum(int(test.box_names[label] not in names) for labels in test.box_labels for label in labels.tolist())
+    return {
+        "box: of a label that was not taught": untaught,
+        "label: present, and no box drawn": int((~test.boxes_told(names)).sum()),
+    }
 
 
 def _annotation(number: int, image: int, label: int, sides: Sequence[float]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Letters: n = images, one a study; K = labels, M = structures, S = pixels a side,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -55,6 +55,21 @@ class ImageSplit:
             box_labels=tuple(self.box_labels[i] for i in places) if self.box_labels else (),
             groups={name: tuple(values[i] for i in places) for name, values in self.groups.items()},
         )
+
+    def boxes_told(self, names: Sequence[str]) -> Tensor:
+        """[n, len(names)] bool: whether an image's boxes of a label are all there is of it.
+
+        Sets such as ChestX-ray14 draw boxes in a few images only: where a label of that name is present and no box
+        shows it, nobody looked for one, and a detector that finds it is not wrong.
+        """
+        told = torch.ones(len(self), len(names), dtype=torch.bool)
+        for column, name in enumerate(names):
+            if name not in self.label_names:
+                continue
+            number = self.box_names.index(name) if name in self.box_names else -1
+            drawn = torch.tensor([bool((labels == number).any()) for labels in self.box_labels], dtype=torch.bool)
+            told[:, column] = drawn | (self.labels[:, self.label_names.index(name)] != 1)
+        return told
 
     def need_masks(self) -> Tensor:
         """Raises ConfigError where the split was read without."""

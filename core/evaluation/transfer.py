@@ -15,7 +15,7 @@ import torch
 
 from core.evaluation.classification import Features, fine_tune_at_share, probe_at_share
 from core.evaluation.comparison import Areas, Means, Scored, Statistic
-from core.evaluation.detection import AveragePrecision, DetectionConfig, Detections, detect
+from core.evaluation.detection import AveragePrecision, DetectionConfig, Detections, detect, not_asked
 from core.evaluation.fitting import FitConfig
 from core.evaluation.images import ImageSplit, share_of_patients
 from core.evaluation.probe import LinearProbe
@@ -101,6 +101,12 @@ def scored(task: str, seeds: Sequence[Outputs], splits: Splits) -> Scored:
         return Means(values=[one["dice"].mean(axis=1) for one in seeds])
     names = splits.train.box_names
     return _Precisions([AveragePrecision(_detections(one, len(test)), test, names) for one in seeds], len(test))
+
+
+def not_asked_of(task: str, splits: Splits) -> dict[str, int]:
+    """Cause -> how much of the test images' truth is in no figure of the task, beside what was skipped in reading."""
+    found = not_asked(splits.test, splits.train.box_names) if task.startswith("detection") else {}
+    return {cause: count for cause, count in found.items() if count}
 
 
 class _Precisions:

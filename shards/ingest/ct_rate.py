@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import ConfigError
-from shards.ingest.table import Columns, LabelColumn, Labels, TableMapping, TableSource, read_rows
+from shards.ingest.table import Columns, LabelColumn, Labels, TableMapping, TableSource
+from shards.ingest.table_file import read_rows
 from shards.ingest.volume_file import VolumeFiles
 from shards.reports.labels import label_names
 

@@ -7,27 +7,23 @@ reason; a bad mapping or table stops before anything is written.
 
 from __future__ import annotations
 
-import csv
-import difflib
 import hashlib
-import io
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shards.batch import EncodedImage, EncodedVolume, LabelValue, Sample, StudyRecord, ViewRecord
+from shards.batch import Box, EncodedImage, EncodedVolume, LabelValue, Sample, StudyRecord, ViewRecord
 from shards.errors import ConfigError
 from shards.ingest import Item, Loaded, Plan, Refusal, hashed_key, key_fingerprint
 from shards.ingest.image_file import ImageRefusedError
+from shards.ingest.table_boxes import BoxTable, DrawnBox, read_boxes
+from shards.ingest.table_file import Rows, TableFile, nearest
 from shards.ingest.view_files import Fact, ImageFiles, View, ViewFiles
-from shards.reports.text import wide_charset
 
 if TYPE_CHECKING:  # the tables of the pipeline take a second to load; only --reports structured needs them
     from shards.reports.identity import KnownPatient
@@ -125,6 +121,7 @@ class TableMapping(_Strict):
     report: dict[str, str] = Field(default_factory=dict)  # section -> column
     known: Known = Known()
     labels: Labels = Labels()
+    boxes: BoxTable | None = None
     template: Template | None = None
     provenance: dict[str, str] = Field(default_factory=dict)
 
@@ -144,7 +141,7 @@ class TableMapping(_Strict):
             place = ".".join(str(part) for part in first["loc"])
             hint = ""
             if first["type"] == "extra_forbidden":
-                hint = _nearest(str(first["loc"][-1]), _names_beside(first["loc"]))
+                hint = nearest(str(first["loc"][-1]), _names_beside(first["loc"]))
             raise ConfigError(f"--mapping {path}: {place}: {first['msg'].lower()}{hint}") from None
 
     @property
@@ -166,14 +163,9 @@ class TableMapping(_Strict):
         return used
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"; nearest: {', '.join(close)}" if close else f"; known: {', '.join(known)}"
-
-
 def _names_beside(location: tuple[int | str, ...]) -> list[str]:
     models: dict[str, type[BaseModel]] = {
-        "columns": Columns, "known": Known, "labels": Labels, "template": Template,
+        "columns": Columns, "known": Known, "labels": Labels, "template": Template, "boxes": BoxTable,
     }  # fmt: skip
     model = models.get(str(location[0]), TableMapping) if len(location) > 1 else TableMapping
     return list(model.model_fields)
@@ -185,6 +177,7 @@ class _Study:
 
     name: str  # of the study, for refusals; safe for logs
     views: tuple[View, ...]
+    boxes: tuple[tuple[DrawnBox, ...], ...]  # of each view
     labels: tuple[tuple[str, LabelValue], ...]
     report: tuple[tuple[str, str], ...]
     sex: Literal["F", "M", "O"] | None
@@ -291,10 +284,14 @@ class TableSource:
                 groups.setdefault(study, []).append((shown, row))
             except _RowRefusedError as error:
                 refusals.append(Refusal(shown, str(error)))
+        boxes: Mapping[str, tuple[DrawnBox, ...]] = {}
+        if self.mapping.boxes is not None:
+            boxes, unused = read_boxes(self.input, self.mapping.boxes, sorted(files), self._shown)
+            refusals += unused
         items: list[Item] = []
         for study, rows in groups.items():
             try:
-                items.append(self._item(study, rows))
+                items.append(self._item(study, rows, boxes))
             except _RowRefusedError as error:
                 refusals += [Refusal(shown, str(error)) for shown, _ in rows]
         if self.structured is not None:
@@ -304,7 +301,9 @@ class TableSource:
     def _shown(self, file: str) -> str:
         return file if self.secret is None else hashed_key(self.secret, "file", file)
 
-    def _item(self, study: str, rows: Sequence[tuple[str, dict[str, str]]]) -> Item:
+    def _item(
+        self, study: str, rows: Sequence[tuple[str, dict[str, str]]], boxes: Mapping[str, tuple[DrawnBox, ...]]
+    ) -> Item:
         columns = self.mapping.columns
         patients = {row[columns.patient].strip() for _, row in rows}
         if len(patients) > 1:
@@ -320,6 +319,7 @@ class TableSource:
         payload = _Study(
             name=self._shown(study),
             views=tuple(self._view(row) for _, row in rows),
+            boxes=tuple(boxes.get(row[columns.file].strip(), ()) for _, row in rows),
             labels=tuple(labels.items()),
             report=tuple(self._report(key, labels, [row for _, row in rows]).items()),
             sex=cast(Literal["F", "M", "O"] | None, sex),
@@ -432,13 +432,19 @@ class TableSource:
         images: list[EncodedImage | EncodedVolume] = []
         masks: dict[tuple[str, int], EncodedImage | EncodedVolume] = {}
         provenance: dict[str, Fact] = dict(self.mapping.provenance)
-        for view in study.views:
+        boxes: list[Box] = []
+        for view, drawn in zip(study.views, study.boxes, strict=True):
             try:
                 opened = self.view_files.open(view, str(len(views)))
             except ImageRefusedError as error:
                 refusals.append(Refusal(self._shown(view.file), str(error)))
                 continue
             refusals += [Refusal(self._shown(view.file), note, kept=True) for note in opened.notes]
+            for box in self._placed(drawn, opened.record):
+                if isinstance(box, str):
+                    refusals.append(Refusal(self._shown(view.file), box, kept=True))
+                else:
+                    boxes.append(box)
             provenance |= {f"view {opened.record.id} {name}": fact for name, fact in opened.provenance.items()}
             views.append(opened.record)
             images.append(opened.image)
@@ -453,6 +459,7 @@ class TableSource:
             language=self.mapping.language,
             report={} if through_pipeline else dict(study.report),
             labels=dict(study.labels),
+            boxes=boxes,
             sex=study.sex,
             age_years=study.age_years,
             provenance=provenance,
@@ -467,6 +474,9 @@ class TableSource:
                     return Loaded(sample=None, refusals=tuple(refusals))
         sample = Sample(key=item.key, record=record, images=tuple(images), masks=masks)
         return Loaded(sample=sample, refusals=tuple(refusals))
+
+    def _placed(self, drawn: Sequence[DrawnBox], view: ViewRecord) -> list[Box | str]:
+        return [box.on(view, self.mapping.boxes.grid) for box in drawn] if self.mapping.boxes is not None else []
 
     def _statement(self, has_text: bool, has_report: bool) -> str | None:
         return self.deidentified if has_text else TEMPLATE_DEIDENTIFIER if has_report else None
@@ -508,88 +518,3 @@ def write_report(template: Template, key: str, labels: Mapping[str, LabelValue])
         written.append(sentence.replace("{label}", word))
     sentences = written or [choose(template.normal, "template normal")]
     return " ".join(sentence[:1].upper() + sentence[1:] for sentence in sentences)
-
-
-class Rows(Protocol):
-    """Rows of a table, wherever they lie; picklable."""
-
-    def read(self, used: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str] | None]]:
-        """(row number from 1, its `used` columns as text); None for a row whose cells do not fit the header."""
-        ...
-
-
-@dataclass(frozen=True)
-class TableFile:
-    """One table: CSV, TSV or Parquet."""
-
-    path: Path
-
-    def read(self, used: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str] | None]]:
-        return read_rows(self.path, used)
-
-
-def read_rows(path: Path, used: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str] | None]]:
-    """(row number from 1, the used columns as text) of a table; None for a row whose cells do not fit the header.
-
-    Bytes that are not UTF-8 come as surrogates, so that only their rows are refused. Raises ConfigError for a missing,
-    unreadable or empty table and for unknown columns, with the nearest names.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"table {path}: {error.strerror}; check `table` in the mapping and --input") from None
-    if path.suffix.lower() in (".parquet", ".pq"):
-        yield from _parquet_rows(path, data, used)
-        return
-    wide = wide_charset(data[:4096])
-    text = data.decode(wide, "replace").lstrip("\ufeff") if wide else data.decode("utf-8-sig", "surrogateescape")
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    try:
-        header = next(rows, [])
-        _check_columns(path, header, used)
-        at = {column: header.index(column) for column in used.values()}
-        count = 0
-        for row in rows:
-            if not row:
-                continue
-            count += 1
-            yield count, {name: row[i] for name, i in at.items()} if len(row) == len(header) else None
-    except csv.Error as error:
-        raise ConfigError(f"table {path}: line {rows.line_num}: {error}; mend the line") from None
-    if count == 0:
-        raise ConfigError(f"table {path}: no rows below the header; is it the right file?")
-
-
-def _parquet_rows(path: Path, data: bytes, used: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str] | None]]:
-    try:
-        file = pq.ParquetFile(io.BytesIO(data))
-        _check_columns(path, file.schema_arrow.names, used)
-        if file.metadata.num_rows == 0:
-            raise ConfigError(f"table {path}: no rows; is it the right file?")
-        count = 0
-        for batch in file.iter_batches(columns=sorted(set(used.values()))):
-            for row in batch.to_pylist():
-                count += 1
-                yield count, {name: _cell(value) for name, value in row.items()}
-    except pa.ArrowException as error:
-        raise ConfigError(f"table {path}: not a Parquet table ({type(error).__name__}); write it anew") from None
-
-
-def _cell(value: object) -> str:
-    if value is None or value != value:  # NaN is how pandas writes an empty cell
-        return ""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
-
-
-def _check_columns(path: Path, header: Sequence[str], used: Mapping[str, str]) -> None:
-    if not header:
-        raise ConfigError(f"table {path}: empty file; is it the right one?")
-    for key, column in used.items():
-        if column not in header:
-            raise ConfigError(f"table {path}: no column {column!r} ({key} of the mapping){_nearest(column, header)}")
-        if header.count(column) > 1:
-            raise ConfigError(f"table {path}: column {column!r} stands twice; rename one")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,9 @@ from core.evaluation.detection import (
     assign,
     decode,
     detect,
+    detection_loss,
     keep_best,
+    not_asked,
 )
 from core.evaluation.fitting import FitConfig, lr_factor, row_batches
 from core.evaluation.images import ImageSplit
@@ -88,6 +92,30 @@ def test_average_precision_is_of_all_images() -> None:
     assert measured(without)[1] == pytest.approx(8 / 9, abs=0.02)
     none = [of_one_label(torch.zeros(0, 4), 0.0)] * 9
     assert AveragePrecision(none, test, test.box_names)(ones) == pytest.approx([0.0])
+
+
+def test_what_nobody_drew_is_not_asked() -> None:
+    """Image 0 has the finding and no box; image 3 has neither."""
+    pytest.importorskip("pycocotools")
+    labels = torch.tensor([[1], [1], [1], [0], [1], [1], [0], [1], [1]], dtype=torch.int8)
+    test = replace(squares(9, seed=1), labels=labels, label_names=("opacity",))
+    told = test.boxes_told(("opacity", "mass"))
+    assert told[:, 0].tolist() == [False] + [True] * 8 and told[:, 1].all()
+    alarm = of_one_label(torch.tensor([[1.0, 1.0, 9.0, 9.0]]), 0.95)
+    right = [of_one_label(boxes, 0.9) for boxes in test.boxes]
+    ones = np.ones((9, 1))
+    assert AveragePrecision([alarm, *right[1:]], test, ("opacity",))(ones) == pytest.approx([1.0])
+    assert AveragePrecision([*right[:3], alarm, *right[4:]], test, ("opacity",))(ones)[0] < 0.9
+    assert not_asked(test, ("opacity",)) == {
+        "box: of a label that was not taught": 0, "label: present, and no box drawn": 1,
+    }  # fmt: skip
+    assert not_asked(test, ("mass",))["box: of a label that was not taught"] == 6
+    outputs = FcosHead(CONFIG, 1)(torch.randn(2, 32, 4, 4))
+    boxes, names = (test.boxes[0], test.boxes[1]), (test.box_labels[0], test.box_labels[1])
+    losses = [detection_loss(outputs, boxes, names, torch.tensor([[one], [True]])) for one in (True, False)]
+    assert losses[1] < losses[0]
+    gradient = torch.autograd.grad(losses[1], outputs[0])[0]
+    assert not gradient[0].any() and gradient[1].any()
 
 
 @pytest.mark.slow

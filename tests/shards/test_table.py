@@ -410,6 +410,7 @@ def test_bundled_set_packs(tmp_path: Path) -> None:
     assert (manifest.samples, manifest.refused) == (519, {})
     assert sum(manifest.patients.values()) == 346
     assert manifest.fields["report"] == manifest.fields["labels"] == 519
+    assert manifest.fields["boxes"] == 30
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert size < 5_500_000
 
@@ -437,3 +438,74 @@ def test_raw_formats_pack_or_are_refused_by_name(shared_data: Path, tmp_path: Pa
     samples, refusals = run(TableSource(input=tmp_path, mapping=mapping))
     assert len(samples) + len(refusals) == len(names)
     assert refusals == [Refusal("SOURCE.txt", "image does not decode: no image header")]
+
+
+BOXES = {
+    "table": "BBox_List_2017.csv", "file": "Image Index", "label": "Finding Label", "left": "Bbox [x", "top": "y",
+    "width": "w", "height": "h]", "grid": (1024, 1024), "values": {"Lump": "Mass"},
+}  # fmt: skip
+HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
+
+
+class TestBoxes:
+    ROWS = "file,patient,labels\nx/a.jpg,1,Mass\nb.jpg,2,Mass\n"
+
+    def source(self, folder: Path, boxes: str, rows: str = ROWS, **mapping: Any) -> TableSource:
+        (folder / "BBox_List_2017.csv").write_text(boxes)
+        (folder / "x").mkdir(exist_ok=True)
+        for place in ("x/a.jpg", "x/b.jpg"):
+            (folder / place).write_bytes(encoded(1))
+        return make(folder, rows, mapping={"boxes": BOXES | mapping})
+
+    def test_the_layout_of_chestxray14(self, tmp_path: Path) -> None:
+        source = self.source(tmp_path, HEADER + "a.png,Lump,256,128,512,64,,,\nx/a.jpg,Nodule,0,0,1024,1024,,,\n")
+        samples, refusals = run(source)
+        record = samples["x/a.jpg"].record
+        height, width = record.views[0].height, record.views[0].width
+        assert refusals == [] and samples["b.jpg"].record.boxes == []
+        assert [box.label for box in record.boxes] == ["Mass", "Nodule"]
+        first, whole = record.boxes
+        assert (first.left, first.top) == (width / 4, height / 8)
+        assert (first.width, first.height) == (width / 2, height / 16)
+        assert (whole.left, whole.top, whole.width, whole.height) == (0, 0, width, height) and whole.view == "0"
+
+    @pytest.mark.parametrize(
+        ("row", "name", "reason"),
+        [
+            ("a.png,Mass,1,1,0,9,,,", "x/a.jpg", "box: empty"),
+            ("a.png,Mass,1,1,nan,9,,,", "x/a.jpg", "box: empty"),
+            ("a.png,Mass,1000,1,100,9,,,", "x/a.jpg", "box: outside the image"),
+            ("a.png,,1,1,9,9,,,", "x/a.jpg", "box: no label"),
+            ("a.png,Mass,1,1,,9,,,", "x/a.jpg", "box: not a number"),
+            ("z.png,Mass,1,1,9,9,,,", "row 2 of boxes", "box: of a file that the table does not name"),
+            ("a.png,Mass,1", "row 2 of boxes", "box: row with too few or too many cells"),
+        ],
+    )
+    def test_a_bad_box_is_counted_and_its_image_kept(self, tmp_path: Path, row: str, name: str, reason: str) -> None:
+        samples, refusals = run(self.source(tmp_path, HEADER + "b.png,Mass,9,9,99,99,,,\n" + row + "\n"))
+        assert [(one.name, one.reason) for one in refusals] == [(name, reason)]
+        assert samples["x/a.jpg"].record.boxes == [] and len(samples["b.jpg"].record.boxes) == 1
+
+    @pytest.mark.parametrize(
+        ("boxes", "mapping", "message"),
+        [
+            (HEADER + "z.png,Mass,1,1,9,9,,,\n", {}, "none of its 1 rows draws a box in a file that columns"),
+            (HEADER + "b.png,Mass,1,1,9,9,,,\n", {}, "row 1 names its file without a folder, and several files"),
+            ("file,x\na,1\n", {}, r"no column 'Image Index' \(boxes.file of the mapping\)"),
+            (HEADER, {"table": "absent.csv"}, "absent.csv: No such file"),
+        ],
+    )
+    def test_a_table_of_other_files_stops(
+        self, tmp_path: Path, boxes: str, mapping: dict[str, Any], message: str
+    ) -> None:
+        source = self.source(tmp_path, boxes, self.ROWS + "x/b.jpg,3,Mass\n", **mapping)
+        with pytest.raises(ConfigError, match=message):
+            source.plan()
+
+    def test_mappings_of_chestxray14_agree(self) -> None:
+        ours = TableMapping.read(ROOT / "ci" / "data" / "nih_cxr" / "mapping.toml")
+        theirs = TableMapping.read(ROOT / "ci" / "data" / "mappings" / "chestxray14.toml")
+        assert ours.labels.names == theirs.labels.names and ours.template == theirs.template
+        assert ours.boxes is not None and theirs.boxes is not None
+        assert set(theirs.boxes.columns.values()) == set(HEADER.strip().rstrip(",").split(","))
+        assert ours.boxes.grid == theirs.boxes.grid and ours.boxes.values == theirs.boxes.values
