@@ -16,7 +16,7 @@ from unicodedata import normalize
 
 from shards.errors import ConfigError, DataError
 from shards.ingest import PUBLIC_SECRET, key_fingerprint
-from shards.reports import extract, llm
+from shards.reports import extract, french, llm
 from shards.reports.anatomy import READ, AnatomyText
 from shards.reports.entities import Entity
 from shards.reports.identity import DEIDENTIFIER, Detector, KnownPatient, Surrogates, deidentify
@@ -29,7 +29,7 @@ from shards.reports.prepared import PreparedReport
 from shards.reports.sections import SECTION_NAMES
 from shards.reports.text import clean
 
-VERSION = 5  # raised with every change that gives other reports: parts of an older run are made anew
+VERSION = 6  # raised with every change that gives other reports: parts of an older run are made anew
 RULES = f"rules {VERSION}"
 WHOLE = "report"  # name of a text that holds all sections, with or without headings
 
@@ -155,6 +155,10 @@ class Pipeline:
                 return Failed(study=raw.study, cause="no text")
             stage = "language"
             language = detect(text)
+            if language == "fr":
+                stage = "French cleaning"
+                text, removed = french.cleaned(text)
+                counts.update(f"repairs/{one.rule}" for one in removed)
             stage = "de-identification"
             known = KnownPatient(key=raw.patient) if raw.known is None else _composed(raw.known, raw.patient)
             found = deidentify(text, language, self._detector, self._surrogates, patient=known)

@@ -7,6 +7,8 @@ dropped, and every repair is counted by kind. What is no text is refused with th
 from __future__ import annotations
 
 import html
+import io
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -129,13 +131,15 @@ def clean(raw: bytes | str) -> Cleaned:
 
 
 def _as_text(raw: bytes | str, repairs: Counter[str]) -> str:
-    """Text of a cell or file; of RTF its text, where the extra is installed that reads it."""
+    """Text of a cell or file; of RTF and PDF files their text, where the extra is installed that reads them."""
     start = raw[:100].decode("latin-1") if isinstance(raw, bytes) else raw[:100]
     start = start.lstrip("\ufeff\xef\xbb\xbf \t\r\n\"'")
     for signature, kind in FILE_SIGNATURES:
         if start.startswith(signature):
             if kind == "an RTF file":
                 return _text_of_rtf(raw, repairs)
+            if kind == "a PDF file" and isinstance(raw, bytes):
+                return _text_of_pdf(raw, repairs)
             raise DataError(f"report is {kind}; give its text")
     return _decode(raw, repairs) if isinstance(raw, bytes) else raw
 
@@ -150,6 +154,24 @@ def _text_of_rtf(raw: bytes | str, repairs: Counter[str]) -> str:
     except Exception as error:  # it raises many kinds, whose messages quote the file
         raise DataError(f"report is a broken RTF file ({type(error).__name__}); give its text") from None
     repairs["rtf"] += 1
+    return text
+
+
+def _text_of_pdf(raw: bytes, repairs: Counter[str]) -> str:
+    """The text of all pages; a scan has none."""
+    try:
+        from pypdf import PdfReader
+    except ImportError:
+        raise DataError("report is a PDF file; pip install pypdf, which reads it, or give its text") from None
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL + 1)  # its warnings quote the file
+    try:
+        pages = [page.extract_text() for page in PdfReader(io.BytesIO(raw)).pages]
+    except Exception as error:  # it raises many kinds, whose messages quote the file
+        raise DataError(f"report is a broken PDF file ({type(error).__name__}); give its text") from None
+    text = "\n\n".join(pages)
+    if not any(map(str.isalnum, text)):
+        raise DataError("report is a PDF file without text; give the text of what it shows")
+    repairs["pdf"] += 1
     return text
 
 

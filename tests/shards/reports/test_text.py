@@ -133,6 +133,41 @@ def test_rtf_gives_its_text(raw: bytes | str) -> None:
     assert found.text == "FINDINGS: Panchement élevé.\nIMPRESSION: Normal." and found.repairs["rtf"] == 1
 
 
+def pdf(page: bytes) -> bytes:
+    """One page in a built-in font; `page` is what it draws."""
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 595 842]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
+        b"<</Length %d>>stream\n%s\nendstream" % (len(page), page),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica/Encoding/WinAnsiEncoding>>",
+    ]  # fmt: skip
+    body, places = b"%PDF-1.4\n", []
+    for number, content in enumerate(objects, start=1):
+        places.append(len(body))
+        body += b"%d 0 obj%sendobj\n" % (number, content)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    return body + b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (
+        table,
+        len(body),
+    )
+
+
+def test_pdf_is_refused_without_the_extra_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pypdf", None)
+    with pytest.raises(DataError, match=r"^report is a PDF file; pip install pypdf"):
+        clean(pdf(b"BT ET"))
+
+
+def test_pdf_gives_its_text() -> None:
+    pytest.importorskip("pypdf")
+    found = clean(pdf("BT /F1 12 Tf 50 700 Td (Fracture déplacée.) Tj 0 -20 Td (Os sain.) Tj ET".encode("cp1252")))
+    assert found.text == "Fracture déplacée.\nOs sain." and found.repairs["pdf"] == 1
+    with pytest.raises(DataError, match=r"^report is a PDF file without text;"):
+        clean(pdf(b"0 0 100 100 re f"))
+    with pytest.raises(DataError, match=r"^report is a broken PDF file \("):
+        clean(b"%PDF-1.7 secret")
+
+
 def test_largest_reports_of_one_repeated_mark_end_in_time() -> None:
     for unit in ("<!--", "<p ", "<script>", "&amp;", "&#38;", "a\u0301\u0316", "\u0301\u0316", " ", "\n ", "Ã©", "<"):
         clean(unit * (100_000 // len(unit)))
