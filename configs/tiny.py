@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from configs import chest
 from configs.schema import TrainConfig
@@ -10,22 +11,29 @@ from core.checkpoint import CheckpointConfig
 from core.models.contrast import GaussianContrast
 from core.models.fusion import Fusion
 from core.models.gaussian import GaussianEncoder
+from core.models.masked_image import DecoderConfig
 from core.models.prompts import PromptBank
 from core.models.text import TextEncoder, text_tiny
 from core.models.vision import VisionEncoder, vit_tiny
 from core.tasks.dmlm import Weights
+from shards.loader import Loader
 
 
 def _shrunk(config: TrainConfig) -> TrainConfig:
     vision: VisionEncoder.Config = replace(vit_tiny(), image_size=32, width=32, depth=2, heads=2)
     text: TextEncoder.Config = replace(text_tiny(), max_length=64, width=32, depth=1, heads=2)
+    return _short(config, replace(config.task, vision=vision, text=text, embed_dim=16), config.data)
+
+
+def _short(config: TrainConfig, task: Any, data: Loader.Config) -> TrainConfig:
+    """A few steps of a task that takes images of 32 px."""
     return replace(
         config,
         global_batch_size=12,
-        task=replace(config.task, vision=vision, text=text, embed_dim=16),
+        task=task,
         data=replace(
-            config.data,
-            decode=replace(config.data.decode, image_size=32),
+            data,
+            decode=replace(data.decode, image_size=32),
             text_length=48,
             lanes=12,
             buffer_bytes=1 << 28,
@@ -70,3 +78,20 @@ def umcl() -> TrainConfig:
     shrunk = _shrunk(chest.umcl_tiny())
     bank = PromptBank.Config(length=4)
     return replace(shrunk, task=replace(shrunk.task, bank=bank, negative_bank=True, class_weight=0.1))
+
+
+def ecamp() -> TrainConfig:
+    """chest:ecamp_tiny, smaller still: 16 patches of 4 px, twice that for super-resolution."""
+    base = chest.ecamp_tiny()
+    task = replace(
+        base.task,
+        vision=replace(base.task.vision, image_size=16, patch_size=4, width=32, depth=2, heads=2),
+        text=replace(base.task.text, max_length=64, width=32, depth=1, heads=2),
+        decoder=DecoderConfig(width=16, depth=1, heads=2),
+    )
+    data = replace(
+        base.data,
+        masking=replace(base.data.masking, patch_size=8),
+        entity_masking=replace(base.data.entity_masking, distilled_tokens=24),
+    )
+    return _short(base, task, data)

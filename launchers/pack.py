@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +24,15 @@ from rich.table import Table
 from launchers import command
 from shards import adopt, reader, tar_index, writer
 from shards.dataset import open_manifest
-from shards.errors import ConfigError
+from shards.errors import ConfigError, DataError
 from shards.ingest import Source
 from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS, ImageLimits
 from shards.ingest.phantom_chest import ChestPhantom
 from shards.ingest.phantom_ct import CtPhantom
 from shards.ingest.table import TableMapping, TableSource
 from shards.ingest.view_files import ImageFiles, ViewFiles
-from shards.manifest import Manifest
+from shards.manifest import MANIFEST, Manifest
+from shards.store import open_store
 
 if TYPE_CHECKING:
     from shards.ingest.segment import TotalSegmentator
@@ -64,6 +65,9 @@ Pack studies into shards: plain WebDataset tars with a manifest, split by patien
   synthetic chests with known truth, and CT volumes with organ masks:
     python launchers/pack.py --source phantom --samples 3000 --difficulty easy --output shards/phantom
     python launchers/pack.py --source phantom_ct --samples 1200 --normal 0.9 --output shards/phantom_ct
+  a packed set once more, with where the entities of each report look in its images, as a run of ECAMP sees it:
+    python launchers/pack.py --source grids --input shards/site/manifest.json --run-dir runs/ecamp \\
+        --output shards/site_grids
   WebDataset tars from elsewhere, indexed once and never rewritten:
     python launchers/pack.py --source adopt --input 'train=s3://bucket/cc/{000..127}.tar' --output shards/cc
   check a packed set, every byte:
@@ -83,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--verify", metavar="MANIFEST", help="check all shards of a set instead of packing")
     result.add_argument(
         "--source",
-        choices=("table", "dicom", "dicom_ct", "nifti", "ct_rate", "phantom", "phantom_ct", "adopt"),
+        choices=("table", "dicom", "dicom_ct", "nifti", "ct_rate", "phantom", "phantom_ct", "grids", "adopt"),
         help="what --input holds",
     )
     result.add_argument(
@@ -91,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATH",
-        help="folder; for adopt: [SPLIT=]URL, repeated",
+        help="folder; for grids: a manifest; for adopt: [SPLIT=]URL, repeated",
     )
     result.add_argument("--output", metavar="URL", help="folder or s3://bucket/prefix, made if missing")
     result.add_argument("--overwrite", action="store_true", help="remove the set that --output holds first")
@@ -192,6 +196,10 @@ def parser() -> argparse.ArgumentParser:
         help="write what the report's words are, as prepared reports have it; phantom",
     )
 
+    grids = result.add_argument_group("grids")
+    grids.add_argument("--run-dir", metavar="DIR", help="of a run of ECAMP that was trained without grids")
+    grids.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or step-N (%(default)s)")
+
     shards = result.add_argument_group("shards")
     shards.add_argument("--shard-bytes", type=int, default=64 << 20, help="a shard ends here (%(default)s)")
     shards.add_argument("--shard-samples", type=int, help="or here; small sets need many shards to mix well")
@@ -213,19 +221,23 @@ def _fractions(text: str) -> dict[str, float]:
         raise ConfigError(f"--fractions {text}: write e.g. train=0.8,validation=0.1,test=0.1") from None
 
 
-def _input_folder(arguments: argparse.Namespace) -> Path:
+def _one_input(arguments: argparse.Namespace) -> str:
     if len(arguments.input) != 1:
-        raise ConfigError(f"--source {arguments.source} takes one --input folder, {len(arguments.input)} given")
-    return Path(arguments.input[0])
+        what = "manifest" if arguments.source == "grids" else "folder"
+        raise ConfigError(f"--source {arguments.source} takes one --input {what}, {len(arguments.input)} given")
+    return str(arguments.input[0])
 
 
 def build_source(arguments: argparse.Namespace) -> Source:
-    """The source that the arguments name. Readers of DICOM and NIfTI are imported on demand: they are slow to load."""
+    """The source that the arguments name. Readers of DICOM and NIfTI, and torch, are imported on demand: they are slow
+    to load."""
     if arguments.source == "phantom":
         return ChestPhantom(_chest_config(arguments))
     if arguments.source == "phantom_ct":
         return CtPhantom(_ct_config(arguments))
-    folder, secret = _input_folder(arguments), command.secret(arguments, f"--source {arguments.source} needs")
+    if arguments.source == "grids":
+        return _grids(arguments)
+    folder, secret = Path(_one_input(arguments)), command.secret(arguments, f"--source {arguments.source} needs")
     structured, reports = _reports(arguments, secret)
     if arguments.source in ("table", "nifti", "ct_rate"):
         if reports is not None:
@@ -347,6 +359,22 @@ def _reports(arguments: argparse.Namespace, secret: bytes | None) -> tuple[Struc
     return Structured(secret, config), file
 
 
+def _grids(arguments: argparse.Namespace) -> Source:
+    """Raises ConfigError, too, where the set would be written over the one that is read."""
+    from launchers.attention_grids import AttentionGrids
+    from launchers.past_run import open_run
+
+    url = _one_input(arguments)
+    if arguments.run_dir is None:
+        raise ConfigError("--run-dir is missing: the run of ECAMP that looks at the images")
+    _, read = open_manifest(url)
+    with open_store(arguments.output, create=True) as output, suppress(DataError):  # what is broken is not what is read
+        if output.exists(MANIFEST) and Manifest.from_bytes(output.get(MANIFEST)).sha256 == read.sha256:
+            raise ConfigError(f"--output {arguments.output}: holds the set that is read; name another folder")
+    with open_run(arguments.run_dir, arguments.checkpoint) as run:
+        return AttentionGrids(run, url)
+
+
 def _phantom_counts(text: str) -> tuple[int, int, int]:
     """Studies to train, validate and test on."""
     try:
@@ -394,7 +422,8 @@ def _pack(arguments: argparse.Namespace, console: Console) -> Manifest:
         shard_bytes=arguments.shard_bytes,
         shard_samples=arguments.shard_samples,
         chunk_bytes=arguments.chunk_bytes,
-        workers=1 if arguments.segment else arguments.workers,  # a model splits its own work
+        # A model splits its own work.
+        workers=1 if arguments.segment or arguments.source == "grids" else arguments.workers,
         fractions=_fractions(arguments.fractions),
         overwrite=arguments.overwrite,
     )

@@ -172,13 +172,15 @@ class EncodedVolume:
 class Sample:
     """One study before collation. `images[i]` belongs to `record.views[i]`; `masks`: (view id, n) -> label map.
 
-    A view with a depth is a volume, and so are its label maps.
+    A view with a depth is a volume, and so are its label maps. `attention`: view id -> where the report's words look in
+    it (`shards.transforms.attention_grid`), as encoded.
     """
 
     key: str
     record: StudyRecord
     images: tuple[EncodedImage | EncodedVolume, ...]
     masks: Mapping[tuple[str, int], EncodedImage | EncodedVolume] = field(default_factory=dict)
+    attention: Mapping[str, bytes] = field(default_factory=dict)
     split: str = "train"
 
 

@@ -16,6 +16,7 @@ from shards.batch import IMAGE_EXTENSIONS, PICKLE_EXTENSIONS, VOLUME_EXTENSION
 from shards.errors import DataError
 
 TEXT_EXTENSIONS = ("json", "txt", "caption", "text")
+ATTENTION = "attention.png"  # the member of a view's attention grid, behind the view's id
 
 _VIEW_MEMBER = re.compile(r"^(\d+)(?:-(\d+))?\.[a-z0-9]+$")
 _VOLUME_PART = re.compile(rf"^(\d+)-(\d+)\.{VOLUME_EXTENSION}$")
@@ -87,7 +88,7 @@ class MembersTable:
 
     def attention_grid(self, sample: int, view_id: str) -> int | None:
         """Row of the attention grid of a view, if it has one."""
-        name = f"{view_id}.attention.png"
+        name = f"{view_id}.{ATTENTION}"
         return next((row for row in self.rows(sample) if self.member[row] == name), None)
 
     def records(self, sample: int) -> list[int]:

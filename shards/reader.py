@@ -22,6 +22,7 @@ from shards.errors import BadSampleError, DataError
 from shards.image_header import probe_image
 from shards.manifest import Manifest, Shard
 from shards.members import (
+    ATTENTION,
     TEXT_EXTENSIONS,
     MembersTable,
     group_views,
@@ -184,7 +185,8 @@ def sample_from_members(
         masks = _masks(members, record)
     except ValueError as error:
         raise BadSampleError(shard, shown_key or key, str(error)) from None
-    return Sample(key=key, record=record, images=images, masks=masks, split=split)
+    grids = {view.id: members[name] for view in record.views if (name := f"{view.id}.{ATTENTION}") in members}
+    return Sample(key=key, record=record, images=images, masks=masks, attention=grids, split=split)
 
 
 def _image(members: Mapping[str, bytes], view: ViewRecord, names: Sequence[str]) -> EncodedImage | EncodedVolume:
@@ -213,18 +215,24 @@ def _masks(members: Mapping[str, bytes], record: StudyRecord) -> dict[tuple[str,
     return masks
 
 
-def read_samples(store: Store, manifest: Manifest, shard: Shard) -> Iterator[Sample | BadSampleError]:
-    """All samples of one shard in order, member by member checked: for tools, tests and statistics, not for training.
+def read_samples(
+    store: Store, manifest: Manifest, shard: Shard, numbers: Sequence[int] | None = None
+) -> Iterator[Sample | BadSampleError]:
+    """Samples of one shard in order, member by member checked: for tools, not for training.
 
-    A bad sample is yielded as its error, so that the caller decides.
+    `numbers`: those of the shard that are read, None for all. A bad sample is yielded as its error, so that the caller
+    decides; so is one that was forgotten.
     """
     table = read_members(store, shard)
     with Stores() as elsewhere:  # adopted tars lie at their own URL
         where, name = (store, shard.tar) if shard.url is None else elsewhere.of(shard.url)
-        for sample, key in enumerate(table.keys):
+        for sample in range(len(table)) if numbers is None else numbers:
             members: dict[str, bytes] = {}
+            key = table.keys[sample]
             shown = log_key(manifest, key)
             try:
+                if sample in shard.void:
+                    raise BadSampleError(shard.name, shown, "forgotten")
                 for row in table.rows(sample):
                     offset, size = int(table.offset[row]), int(table.size[row])
                     data = where.get_range(name, offset, size) if size else b""

@@ -26,7 +26,7 @@ from shards.batch import EncodedImage, EncodedVolume, Sample, ViewRecord
 from shards.errors import ConfigError, DataError
 from shards.ingest import Item, Loaded, Refusal, Source
 from shards.manifest import MANIFEST, Manifest, Shard
-from shards.members import MembersTable, is_pickle
+from shards.members import ATTENTION, MembersTable, is_pickle
 from shards.store import Store, open_store
 from shards.tar_index import CHUNK_BYTES, TAR_BLOCK, TarIndex, describe_shard
 from shards.volume_codec import part_count
@@ -127,7 +127,7 @@ def assign_splits(items: Sequence[Item], fractions: Mapping[str, float]) -> dict
 
 
 def sample_members(sample: Sample) -> list[tuple[str, bytes]]:
-    """(member, content) of a sample in the order written: JSON, then each view, then masks.
+    """(member, content) of a sample in the order written: JSON, then each view with its attention grid, then masks.
 
     Raises DataError when images and views disagree or a member is in a pickle format: a mistake of the source.
     """
@@ -143,6 +143,8 @@ def sample_members(sample: Sample) -> list[tuple[str, bytes]]:
             members += _volume_members(sample, view, image)
         else:
             members.append((f"{view.id}.{image.extension}", image.data))
+        if view.id in sample.attention:
+            members.append((f"{view.id}.{ATTENTION}", sample.attention[view.id]))
     volumes = {(view.id, number) for view in sample.record.views for number in range(view.mask_maps)}
     for (view_id, number), mask in sorted(sample.masks.items()):
         if isinstance(mask, EncodedVolume) != ((view_id, number) in volumes):
@@ -217,6 +219,7 @@ class ShardBuilder:
             name: getattr(record, name) is not None for name in ("structured_report", "sex", "age_years")
         }
         present["masks"] = bool(sample.masks)
+        present["attention_grid"] = bool(sample.attention)
         present["view"] = any(view.view for view in record.views)
         present["spacing_mm"] = any(view.spacing_mm for view in record.views)
         self.fields.update(name for name, is_present in present.items() if is_present)

@@ -63,9 +63,8 @@ class ContextFusion(nn.Module):
         return normed
 
     def attention_map(self, x: Tensor, layout: Tokens, patches: Tensor) -> Tensor:
-        """Where each token looks, `[S, L, M]` fp32: the largest share that any head gives a patch."""
-        if self.query is None or self.key_value is None:
-            raise ConfigError("task.fusion=coarse looks at no patch; grids need a run with fine or both")
+        """Where each token looks, `[S, L, M]` fp32: the largest share that any head gives a patch. Not of `coarse`."""
+        assert self.query is not None and self.key_value is not None
         reports, seen = patches.shape[:2]
         query = layout.padded(self.query(self.attend(x, layout))).unflatten(2, (self.heads, -1)).float()
         keys = self.key_value(self.image_in(patches.flatten(0, 1))).view(reports, seen, 2, self.heads, -1)[:, :, 0]

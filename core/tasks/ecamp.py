@@ -95,14 +95,21 @@ class ECAMP(Task):
         pooled = self.image.vision(self.image.small(batch["pixel_values"])).pooled.float()
         return mean_over_views(pooled, batch["study_index"], len(batch["valid"]))
 
+    def check_attention(self) -> None:
+        """Raises ConfigError where `attention_maps` has nothing to tell, naming the setting that is why."""
+        if self.report is None:
+            raise ConfigError("task.weights.mlm=0: this run reads no report, so no word looks anywhere")
+        if self.config.fusion == "coarse":
+            raise ConfigError("task.fusion=coarse looks at no patch; attention grids need a run with fine or both")
+
     @torch.no_grad()
     def attention_maps(self, batch: Batch, chosen: Tensor) -> Tensor:
         """Where the tokens `chosen [b, L]` of each report look in its first view, nothing masked: `[b, N]` fp32.
 
-        The mean over those tokens; 0 for a report without any.
+        The mean over those tokens; 0 for a report without any. Raises ConfigError as `check_attention` does.
         """
-        if self.report is None:
-            raise ConfigError("task.weights.mlm=0: this run reads no report, so no word looks anywhere")
+        self.check_attention()
+        assert self.report is not None
         tokens = self.image.vision(self.image.small(batch["pixel_values"])).tokens[first_views(batch)]
         maps = self.report.attention_map(batch["input_ids"], batch["attention_mask"], tokens)
         share = chosen.float() / chosen.sum(dim=1, keepdim=True).clamp(min=1)
