@@ -195,7 +195,7 @@ def test_a_step_is_trained_on_grids_carried_through_crops(run_dir: Path, with_gr
         batches = [next(started) for _ in range(2)]
     for batch in batches:
         grid, images = batch["attention_grid"], batch["valid"][batch["study_index"]]
-        torch.testing.assert_close(grid[images].mean(dim=1), torch.ones(int(images.sum())))
+        np.testing.assert_allclose(grid[images].mean(dim=1).numpy(), 1.0, rtol=1e-5)
         assert grid[images].std(dim=1).gt(1e-3).any(), "words look at some places more than at others"
     valid = batches[0]["valid"]
     assert valid.any()
