@@ -46,7 +46,7 @@ encoders:
 
 tasks:
   linear_probe            logistic regression on pooled features, the strength chosen on the validation split
-  fine_tune               encoder and linear head
+  fine_tune               encoder and linear head on images moved a little, the best weights on the validation split
   segmentation            a decoder on frozen patches: Dice per image, of an empty mask 1 for an empty prediction only
   segmentation_fine_tune  the same, with the encoder
   detection               an FCOS head on frozen patches: COCO's mAP over all images (needs pycocotools)

@@ -8,6 +8,8 @@ Letters: n = images, K = labels, D = width.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.evaluation.augmentation import moved
+from core.evaluation.comparison import Areas
 from core.evaluation.embed import precision
 from core.evaluation.fitting import FitConfig, drawn, fit
 from core.evaluation.images import ImageSplit, halves_by_patient, pooled_features, share_of_patients
@@ -66,6 +70,7 @@ def probe_at_share(
 def fine_tune_at_share(
     encoder: VisionEncoder,
     train: ImageSplit,
+    validation: ImageSplit,
     test: ImageSplit,
     share: float,
     config: FitConfig,
@@ -75,13 +80,15 @@ def fine_tune_at_share(
 ) -> np.ndarray:
     """Logits `[n, K]` of the test images after a copy of the encoder and a linear head learned from a share.
 
-    Labels that are uncertain or not annotated are not asked. The weights after the last step count: nothing is chosen
-    on the validation split, which a share of labels would not have.
+    Images are moved a little at every step. Labels that are uncertain or not annotated are not asked. The weights that
+    tell best the labels of as few validation patients count; where these have no label of both classes, the last.
     """
     rows = share_of_patients(train, share, config.seed)
+    held = validation.rows(share_of_patients(validation, share, config.seed))
     device = encoder.patch.weight.device
     learner = copy.deepcopy(encoder).requires_grad_(True)
     head = drawn(lambda: nn.Linear(encoder.config.width, len(train.label_names)), config.seed).to(device)
+    steps = itertools.count()
 
     def logits_of(pixels: Tensor) -> Tensor:
         with precision(device, autocast):
@@ -92,15 +99,22 @@ def fine_tune_at_share(
     def loss_of(at: Tensor) -> Tensor:
         labels = train.labels[rows[at]].to(device)
         asked = ((labels == 0) | (labels == 1)).float()
-        each = F.binary_cross_entropy_with_logits(
-            logits_of(train.pixel_values[rows[at]]), labels.clamp(min=0).float(), reduction="none"
-        )
+        pixels = moved(train.pixel_values[rows[at]], config.seed, next(steps), rows[at].tolist())
+        each = F.binary_cross_entropy_with_logits(logits_of(pixels), labels.clamp(min=0).float(), reduction="none")
         return (each * asked).sum() / asked.sum().clamp(min=1)
 
-    fit(head, learner, len(rows), loss_of, config, on_step)
+    def scores_of(split: ImageSplit) -> np.ndarray:
+        found = [logits_of(pixels).cpu() for pixels in split.pixel_values.split(64)]
+        return torch.cat(found).double().numpy()
+
+    def judge() -> float:
+        areas = Areas(scores=[scores_of(held)], truth=held.labels.numpy(), patient_key=held.patient_key.numpy())
+        macro = areas(np.arange(len(held)))
+        return math.nan if macro is None else float(macro(np.ones((len(held), 1)))[0])
+
+    fit(head, learner, len(rows), loss_of, config, on_step, judge)
     with torch.no_grad():
-        found = [logits_of(pixels).cpu() for pixels in test.pixel_values.split(64)]
-    return torch.cat(found).double().numpy()
+        return scores_of(test)
 
 
 def with_validation(train: ImageSplit, validation: ImageSplit | None, seed: int) -> tuple[ImageSplit, ImageSplit]:

@@ -75,7 +75,10 @@ def learn(
         probe = LinearProbe.Config(strengths=config.strengths)
         return {"scores": probe_at_share(features, train, splits.validation, share, seed, probe).scores}
     if task == "fine_tune":
-        return {"scores": fine_tune_at_share(encoder, train, test, share, fit, autocast=autocast, on_step=on_step)}
+        scores = fine_tune_at_share(
+            encoder, train, splits.validation, test, share, fit, autocast=autocast, on_step=on_step
+        )
+        return {"scores": scores}
     rows, fine_tune = share_of_patients(train, share, seed), task.endswith("fine_tune")
     if task.startswith("segmentation"):
         segmentation = SegmentationConfig(decoder=config.decoder, fine_tune=fine_tune, fit=fit)

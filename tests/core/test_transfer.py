@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from core.evaluation.augmentation import moved
 from core.evaluation.comparison import Areas, Means, by_subgroup, compare
 from core.evaluation.detection import (
     AveragePrecision,
@@ -21,7 +24,7 @@ from core.evaluation.detection import (
     keep_best,
     not_asked,
 )
-from core.evaluation.fitting import FitConfig, lr_factor, row_batches
+from core.evaluation.fitting import FitConfig, fit, lr_factor, row_batches
 from core.evaluation.images import ImageSplit
 from core.models.initialise import draw_weights
 from core.models.vision import VisionEncoder
@@ -125,10 +128,10 @@ def test_a_head_learns_to_find_squares() -> None:
     draw_weights(encoder, 0)
     encoder.eval().requires_grad_(False)
     train, test = squares(96, seed=2), squares(30, seed=3)
-    fit = FitConfig(steps=300, batch_size=16, lr=3e-3, encoder_lr=3e-4)
+    config = FitConfig(steps=300, batch_size=16, lr=3e-3, encoder_lr=3e-4)
     ones = np.ones((30, 1))
     for fine_tune in (False, True):
-        found = detect(encoder, train, test, DetectionConfig(fine_tune=fine_tune, fit=fit))
+        found = detect(encoder, train, test, DetectionConfig(fine_tune=fine_tune, fit=config))
         assert AveragePrecision(found, test, train.box_names)(ones)[0] > 0.2
 
 
@@ -170,3 +173,40 @@ def test_order_of_images_is_keyed_and_every_epoch_whole() -> None:
     assert torch.equal(rows, torch.cat(list(row_batches(10, config))))
     assert [len(batch) for batch in row_batches(3, config)] == [3] * 5
     assert lr_factor(0, FitConfig(steps=100)) == pytest.approx(0.1) and lr_factor(99, FitConfig(steps=100)) < 0.01
+
+
+def test_the_best_weights_on_the_way_stay() -> None:
+    """The one weight goes from 0 towards 10 as steps go on; a judge that wants 3 gets the nearest that it was shown."""
+    config = FitConfig(steps=20, batch_size=1, lr=1.0, weight_decay=0.0, judged=10)
+
+    def fitted(judge: Callable[[torch.Tensor], float] | None) -> tuple[float, list[float]]:
+        head, shown = nn.Linear(1, 1, bias=False), []
+        nn.init.zeros_(head.weight)
+
+        def judged() -> float:
+            assert judge is not None and not head.training
+            shown.append(float(head.weight))
+            return judge(head.weight)
+
+        fit(head, None, 4, lambda rows: (10 - head.weight).square().sum(), config, judge=judged if judge else None)
+        return float(head.weight), shown
+
+    last, _ = fitted(None)
+    wanted, shown = fitted(lambda weight: -abs(float(weight) - 3))
+    assert len(shown) == 10 and wanted == min(shown, key=lambda weight: abs(weight - 3)) != last
+    assert fitted(lambda weight: float("nan"))[0] == fitted(lambda weight: 0.5)[0] == last
+
+
+def test_moved_images_are_keyed_and_stay_nearly_where_they_were() -> None:
+    pixels = torch.zeros(64, 1, 32, 32)
+    pixels[:, :, 10:20, 3:9] = 1.0  # on the left
+    pixels += 0.01 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    ids = list(range(64))
+    found = moved(pixels, 1, 0, ids)
+    assert torch.equal(found, moved(pixels, 1, 0, ids)) and torch.equal(found[5:9], moved(pixels[5:9], 1, 0, ids[5:9]))
+    for other in (moved(pixels, 2, 0, ids), moved(pixels, 1, 1, ids)):
+        assert (other != found).flatten(1).any(1).all()
+    bright = (found > 0.5).float()
+    columns = (bright.sum((1, 2)) * torch.arange(32)).sum(1) / bright.sum((1, 2, 3))
+    assert columns.std() > 0.3 and (columns - 5.5).abs().max() < 3.5
+    assert (found.mean((1, 2, 3)) - pixels.mean((1, 2, 3))).abs().max() < 0.05

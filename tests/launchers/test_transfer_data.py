@@ -139,7 +139,11 @@ def test_probe_and_fine_tuning_find_the_bright_half(tmp_path: Path, tiny: Transf
     fits = probe_at_share(features, train, validation, 1.0, 0, LinearProbe.Config(strengths=(0.01,)))
     truth = test.labels[:, 0].numpy()
     assert fits.fitted == [0] and fits.scores[truth == 1, 0].mean() > fits.scores[truth == 0, 0].mean() + 1
-    logits = fine_tune_at_share(tiny.vision, train, test, 1.0, FitConfig(steps=40, lr=1e-2, encoder_lr=1e-3))
+    fit = FitConfig(steps=40, lr=1e-2, encoder_lr=1e-3)
+    logits = fine_tune_at_share(tiny.vision, train, validation, test, 1.0, fit)
+    few = replace(fit, steps=3)
+    again = [fine_tune_at_share(tiny.vision, train, validation, test, 0.2, few) for _ in range(2)]
+    assert np.array_equal(*again)
     assert logits.shape == (40, 2)
     assert logits[truth == 1, 0].mean() > logits[truth == 0, 0].mean() + 1
 
