@@ -27,6 +27,7 @@ from shards.dataset import open_manifest
 from shards.errors import ConfigError, DataError
 from shards.ingest import Source
 from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS, ImageLimits
+from shards.ingest.phantom_bone import BonePhantom
 from shards.ingest.phantom_chest import ChestPhantom
 from shards.ingest.phantom_ct import CtPhantom
 from shards.ingest.table import TableMapping, TableSource
@@ -62,9 +63,10 @@ Pack studies into shards: plain WebDataset tars with a manifest, split by patien
   reports with them: raw text passes de-identification and extraction, or was prepared by prepare_reports.py
     python launchers/pack.py --source dicom --input DIR --key-file site.key --reports structured reports.csv \\
         --output shards/site
-  synthetic chests with known truth, and CT volumes with organ masks:
+  synthetic chests with known truth, CT volumes with organ masks, and bones with French reports:
     python launchers/pack.py --source phantom --samples 3000 --difficulty easy --output shards/phantom
     python launchers/pack.py --source phantom_ct --samples 1200 --normal 0.9 --output shards/phantom_ct
+    python launchers/pack.py --source phantom_bone --samples 3000 --difficulty standard --output shards/phantom_bone
   a packed set once more, with where the entities of each report look in its images, as a run of ECAMP sees it:
     python launchers/pack.py --source grids --input shards/site/manifest.json --run-dir runs/ecamp \\
         --output shards/site_grids
@@ -87,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--verify", metavar="MANIFEST", help="check all shards of a set instead of packing")
     result.add_argument(
         "--source",
-        choices=("table", "dicom", "dicom_ct", "nifti", "ct_rate", "phantom", "phantom_ct", "grids", "adopt"),
+        choices=(
+            "table", "dicom", "dicom_ct", "nifti", "ct_rate", "phantom", "phantom_ct", "phantom_bone", "grids", "adopt",
+        ),  # fmt: skip
         help="what --input holds",
     )
     result.add_argument(
@@ -172,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
     phantom.add_argument(
         "--samples", default="3000", metavar="N[,N,N]", help="studies: train, or train,validation,test (%(default)s)"
     )
-    phantom.add_argument("--difficulty", help="easy or standard (phantom: easy, phantom_ct: standard)")
+    phantom.add_argument("--difficulty", help="easy or standard (phantom_ct: standard, others: easy)")
     phantom.add_argument("--size", type=int, default=128, help="pixels a side (%(default)s)")
     phantom.add_argument(
         "--degraded", type=float, default=0.0, metavar="SHARE",
@@ -235,6 +239,8 @@ def build_source(arguments: argparse.Namespace) -> Source:
         return ChestPhantom(_chest_config(arguments))
     if arguments.source == "phantom_ct":
         return CtPhantom(_ct_config(arguments))
+    if arguments.source == "phantom_bone":
+        return BonePhantom(_bone_config(arguments))
     if arguments.source == "grids":
         return _grids(arguments)
     folder, secret = Path(_one_input(arguments)), command.secret(arguments, f"--source {arguments.source} needs")
@@ -414,6 +420,18 @@ def _ct_config(arguments: argparse.Namespace) -> CtPhantom.Config:
         seed=arguments.seed,
         normal=arguments.normal,
         shape=(depth, height, width),
+    )
+
+
+def _bone_config(arguments: argparse.Namespace) -> BonePhantom.Config:
+    train, validation, test = _phantom_counts(arguments.samples)
+    return BonePhantom.Config(
+        train=train,
+        validation=validation,
+        test=test,
+        difficulty=arguments.difficulty or BonePhantom.Config.difficulty,
+        seed=arguments.seed,
+        size=arguments.size,
     )
 
 

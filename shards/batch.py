@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
 
 from shards.keyed import hash_u64
 
@@ -126,6 +126,8 @@ class StudyRecord(BaseModel):
     boilerplate: list[Span] = Field(default_factory=list)  # words that every report uses alike
     descriptors: list[Span] = Field(default_factory=list)  # words right before what is mentioned
     labels: dict[str, LabelValue] = Field(default_factory=dict)  # absent = not annotated
+    # Name, with its unit where it has one (kl_grade, bone_age_months) -> number; absent = not measured.
+    measurements: dict[str, FiniteFloat] | None = None
     boxes: list[Box] = Field(default_factory=list)
     structured_report: dict[str, Any] | None = None
     sex: Literal["F", "M", "O"] | None = None
@@ -140,7 +142,7 @@ class StudyRecord(BaseModel):
 
     def without_labels(self) -> StudyRecord:
         """The study as if nobody had annotated it."""
-        return self.model_copy(update={"labels": {}})
+        return self.model_copy(update={"labels": {}, "measurements": None})
 
     @field_validator("distilled", "boilerplate", "descriptors")
     @classmethod

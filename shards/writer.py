@@ -39,7 +39,7 @@ RECEIPTS = "receipts/"
 # Members of a record that count as present where they are not empty.
 COUNTED = (
     "report", "anatomy", "anatomy_status", "anatomy_findings", "anatomy_impression", "entities", "distilled",
-    "boilerplate", "descriptors", "labels", "boxes",
+    "boilerplate", "descriptors", "labels", "measurements", "boxes",
 )  # fmt: skip
 KEY_LENGTH_MAX = 64  # with the longest member name still within the 100 bytes of a plain tar header
 

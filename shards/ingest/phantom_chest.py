@@ -109,7 +109,7 @@ class ChestPhantom:
         degradation = draw_degradation(scene.seed, scene.index, config.degraded) if config.degraded else None
         shown = degrade(drawing, scene, degradation) if degradation else drawing.pixels
         pixels = np.floor(shown * np.float32(2**config.bits - 1) + np.float32(0.5))
-        image = _encode(pixels.astype(np.uint8 if config.bits == 8 else np.uint16), config.encoding)
+        image = encode_image(pixels.astype(np.uint8 if config.bits == 8 else np.uint16), config.encoding)
         boxes = [
             _box(name, region) for name, region in drawing.regions.items() if region.any() and _is_present(scene, name)
         ]
@@ -135,7 +135,7 @@ class ChestPhantom:
         masks = {}
         if config.masks:
             for number, label_map in enumerate(_label_maps(drawing)):
-                masks["0", number] = _encode(label_map, "png")
+                masks["0", number] = encode_image(label_map, "png")
         return Loaded(
             sample=Sample(key=item.key, record=record, images=(image,), masks=masks, split=item.split or "train")
         )
@@ -187,7 +187,7 @@ def _is_present(scene: Scene, name: str) -> bool:
     return any(finding.name == name and finding.present for finding in scene.findings)
 
 
-def _encode(pixels: Array, encoding: str) -> EncodedImage:
+def encode_image(pixels: Array, encoding: str) -> EncodedImage:
     buffer = io.BytesIO()
     if encoding == "jpeg":
         Image.fromarray(pixels).save(buffer, "JPEG", quality=92)

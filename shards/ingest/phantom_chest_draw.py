@@ -236,10 +236,10 @@ def render(scene: Scene, difficulty: Difficulty, size: int) -> Drawing:
     level = (attenuation - np.float32(0.28 - anatomy.exposure)) * np.float32(1.0 / anatomy.latitude)
     noise = pixel_noise(scene.seed, "chest phantom: pixel noise", scene.index, (size, size)) + np.float32(0.5) * mottle
     level = level + np.float32(difficulty.noise) * noise * (np.float32(0.5) + np.maximum(level, 0.0))
-    return Drawing(_tone(level), organs, regions)
+    return Drawing(tone(level), organs, regions)
 
 
-def _tone(level: Array) -> Array:
+def tone(level: Array) -> Array:
     """Film-like curve: straight in the middle, soft at both ends, [0, 1]."""
     t = (level - np.float32(0.46)) * np.float32(2.7)
     return np.float32(0.5) + np.float32(0.5) * t / np.sqrt(np.float32(1.0) + t * t)
