@@ -331,7 +331,9 @@ def render(scene: Scene, number: int, difficulty: Difficulty, size: int) -> Draw
     if scene.cast:
         shell = step(film.depth + np.float32(CAST_WIDTH), 0.06)
         edge = shell - step(film.depth + np.float32(0.04), 0.10)
-        attenuation += np.float32(0.16) * shell * (np.float32(1.0) + np.float32(0.35) * mottle) + np.float32(0.14) * edge
+        attenuation += (
+            np.float32(0.16) * shell * (np.float32(1.0) + np.float32(0.35) * mottle) + np.float32(0.14) * edge
+        )
     pose = scene.poses[number]
     level = (attenuation - np.float32(0.10 - pose.exposure)) * np.float32(1.0 / pose.latitude)
     noise = pixel_noise(scene.seed, "bone phantom: pixel noise", place, (size, size)) + np.float32(0.5) * mottle

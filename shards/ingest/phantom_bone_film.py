@@ -123,7 +123,9 @@ class Film:
         )
         inside = np.sqrt(np.maximum(np.float32(1.0) - square, 0.0))
         rim = bump(squared((square - np.float32(0.72)) * np.float32(1.0 / 0.30)))
-        self.bone[rows, columns] += np.float32(amount) * np.float32(0.55) * inside + np.float32(abs(amount) * 0.22) * rim
+        self.bone[rows, columns] += (
+            np.float32(amount) * np.float32(0.55) * inside + np.float32(abs(amount) * 0.22) * rim
+        )
 
     def block(
         self, centre: Point, half_width: float, half_height: float, *, amount: float = 1.0, slope: float = 0.0

@@ -1,7 +1,8 @@
 """Words of a bone phantom: French reports as they are written in France, Belgium and Switzerland, and prompts.
 
 Templates are our own. What is there is named nearly always, what is absent is denied now and then, and nothing is said
-that is not so: a fracture whose coin was undecided is left open. Sides agree with their noun: `{m}` droit, `{f}` droite.
+that is not so: a fracture whose coin was undecided is left open. Sides agree with their noun: `{m}` droit, `{f}`
+droite.
 """
 
 from __future__ import annotations
@@ -386,8 +387,8 @@ def _prompts(name: str) -> dict[str, list[str]]:
                 positive.append(f"{template} {template}")
             positive += [template.format(**both) for template in _IMPLANTS["prosthesis"]]
     if name == "cast":
-        positive = [f"{text} {denial}" for texts, denials in zip(_CASTS.values(), _DENIED_FRACTURES.values(), strict=True)
-                    for text, denial in zip(texts, denials, strict=True)]  # fmt: skip
+        for habit, texts in _CASTS.items():
+            positive += [f"{text} {denial}" for text, denial in zip(texts, _DENIED_FRACTURES[habit], strict=True)]
     negative = [" ".join(pair) for pairs in _NORMAL.values() for pair in pairs]
     if name == "osteoarthritis":
         negative += [f"{denial} Examen sans particularité." for denial in _DENIED_ARTHRITIS]

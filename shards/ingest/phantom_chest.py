@@ -188,6 +188,7 @@ def _is_present(scene: Scene, name: str) -> bool:
 
 
 def encode_image(pixels: Array, encoding: str) -> EncodedImage:
+    """Pixels [S, S] of 8 or 16 bit as `jpeg` or `png`."""
     buffer = io.BytesIO()
     if encoding == "jpeg":
         Image.fromarray(pixels).save(buffer, "JPEG", quality=92)

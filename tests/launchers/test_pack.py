@@ -129,6 +129,7 @@ def test_verify_of_a_newer_manifest(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--source", "phantom", "--output", "o", "--fractions", "train"], "--fractions train: write e.g."),
         (["--source", "phantom", "--output", "o", "--workers", "0"], "--workers 0: needs at least 1"),
         (["--source", "phantom", "--output", "ftp://x", "--samples", "1"], "unknown kind of store"),
+        (["--source", "phantom_bone", "--output", "o", "--size", "8"], "size=8 is too small for a joint"),
         (["--source", "phantom_ct", "--output", "o", "--normal", "2"], "normal=2.0 is no share of organs"),
         (["--source", "phantom_ct", "--output", "o", "--shape", "4", "64", "64"], "is too coarse for a trunk"),
         (["--source", "ct_rate", "--input", ".", "--output", "o"], "--source ct_rate needs --key-file"),
