@@ -150,6 +150,7 @@ def umcl_b16() -> TrainConfig:
                 "logit_scale": 5.0,
                 "context_tokens": 20.0,
             },
+            layer_decay={"towers.vision": 0.75},
         ),
         engine=EngineConfig(zero_stage=1, precision="bf16", micro_batch=64),
         trainer=TrainerConfig(steps=30_000, log_every=20, evaluate_every=1000, save_every=1000, picture_every=5000),

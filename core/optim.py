@@ -6,6 +6,7 @@ The learning rate is a pure function of the step, set before every step: there i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch import nn
 
 from shards.errors import ConfigError
 
+_BLOCK = re.compile(r"\.blocks\.(\d+)\.")
 # Names of parameters that are not matrices to be shrunk, whatever their shape.
 NO_DECAY_WORDS = ("bias", "scale", "position", "token", "register", "norm", "gain")
 
@@ -25,7 +27,9 @@ class OptimConfig:
 
     `learning_rate` is the peak, reached after `warmup_steps`; the factor then falls to `final_factor` at the last step
     (`cosine`, `linear`) or stays (`constant`). `multipliers` maps the beginning of a parameter's name, or its last
-    part, to a factor on the learning rate: `{"logit_bias": 10.0}`.
+    part, to a factor on the learning rate: `{"logit_bias": 10.0}`. `layer_decay` maps a module with blocks, such as
+    `towers.vision`, to a factor on the learning rate from what follows its last block down to that block, from each
+    block to the one below, and from the first to the embeddings (as BEiT, arXiv 2106.08254, and MAE fine-tune).
     """
 
     learning_rate: float = 5e-4
@@ -36,6 +40,7 @@ class OptimConfig:
     warmup_steps: int = 0
     final_factor: float = 0.0
     multipliers: dict[str, float] = field(default_factory=dict)
+    layer_decay: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
@@ -50,6 +55,9 @@ class OptimConfig:
             raise ConfigError(f"optim.warmup_steps={self.warmup_steps} must not be negative; 0 switches warm-up off")
         if not 0 <= self.final_factor <= 1:
             raise ConfigError(f"optim.final_factor={self.final_factor} must lie in [0, 1]")
+        for module, factor in self.layer_decay.items():
+            if not 0 < factor <= 1:
+                raise ConfigError(f"optim.layer_decay: {module}={factor} must lie in (0, 1]; leave it out for none")
 
 
 def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -76,6 +84,29 @@ def _multiplier(name: str, multipliers: dict[str, float]) -> float:
     return 1.0
 
 
+def _layer_factors(names: Sequence[str], layer_decay: dict[str, float]) -> dict[str, float]:
+    """Name -> factor, of the parameters in modules whose learning rate falls from block to block.
+
+    Names come in the order of the modules: what stands before the first block lies below it, what stands behind the
+    last one above. Raises ConfigError for a module without trainable blocks.
+    """
+    factors: dict[str, float] = {}
+    for module, decay in layer_decay.items():
+        inside = [name for name in names if name.startswith(f"{module}.")]
+        numbers = [int(found[1]) if (found := _BLOCK.search(name)) else None for name in inside]
+        depth = 1 + max((number for number in numbers if number is not None), default=-1)
+        if not depth:
+            raise ConfigError(
+                f"optim.layer_decay: {module!r} has no trainable blocks; name one such as 'towers.vision'"
+            )
+        seen = False
+        for name, number in zip(inside, numbers, strict=True):
+            seen = seen or number is not None
+            layer = number + 1 if number is not None else depth + 1 if seen else 0
+            factors[name] = decay ** (depth + 1 - layer)
+    return factors
+
+
 def turn_of(name: str, turns: Sequence[str]) -> int | None:
     """Which of the modules that learn in turn a parameter belongs to; None if it learns at every step."""
     return next((turn for turn, module in enumerate(turns) if name.startswith(f"{module}.")), None)
@@ -87,7 +118,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig, turns: Sequence[str
     That order is the same on every rank. `turns`: names of modules that learn in turn (core.tasks).
 
     Raises:
-        ConfigError: nothing to train, or a multiplier that matches no parameter.
+        ConfigError: nothing to train, a multiplier that matches no parameter, or layers to decay where there are none.
     """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     if not named:
@@ -95,9 +126,11 @@ def parameter_groups(module: nn.Module, config: OptimConfig, turns: Sequence[str
     for pattern in config.multipliers:
         if not any(_multiplier(name, {pattern: 0.0}) == 0.0 for name, _ in named):
             raise ConfigError(f"optim.multipliers: {pattern!r} matches no trainable parameter, such as {named[0][0]!r}")
+    layer_factors = _layer_factors([name for name, _ in named], config.layer_decay)
     groups: dict[tuple[bool, float, int | None], list[nn.Parameter]] = {}
     for name, parameter in named:
-        kind = (decays(name, parameter), _multiplier(name, config.multipliers), turn_of(name, turns))
+        factor = _multiplier(name, config.multipliers) * layer_factors.get(name, 1.0)
+        kind = (decays(name, parameter), factor, turn_of(name, turns))
         groups.setdefault(kind, []).append(parameter)
     return [
         {

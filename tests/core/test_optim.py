@@ -7,7 +7,7 @@ import itertools
 import pytest
 from torch import nn
 
-from configs.chest import clip_b16, siglip_tiny
+from configs.chest import clip_b16, siglip_tiny, umcl_b16
 from core.optim import OptimConfig, build, decays, parameter_groups, schedule_factor
 from core.tasks import Task
 from shards.errors import ConfigError
@@ -59,12 +59,40 @@ def test_groups_hold_every_parameter_once_and_the_bias_learns_faster() -> None:
     assert build(task, config).defaults["fused"]
 
 
+def test_the_learning_rate_falls_from_block_to_block() -> None:
+    task = siglip()
+    config = OptimConfig(
+        learning_rate=1.0, multipliers={"towers.vision.patch": 2.0}, layer_decay={"towers.vision": 0.5}
+    )
+    rate = {id(one): group["lr"] for group in parameter_groups(task, config) for one in group["params"]}
+    named = {name: rate[id(parameter)] for name, parameter in task.named_parameters()}
+    assert len(named) == len(rate)
+    depth = siglip_tiny().task.vision.depth
+    for name, found in named.items():
+        if not name.startswith("towers.vision."):
+            assert found == 1.0, name
+        elif ".blocks." in name:
+            assert found == 0.5 ** (depth - int(name.split(".blocks.")[1].split(".")[0])), name
+    assert named["towers.vision.norm.weight"] == 1.0
+    assert named["towers.vision.positions"] == named["towers.vision.class_token"] == 0.5 ** (depth + 1)
+    assert named["towers.vision.patch.weight"] == 2 * 0.5 ** (depth + 1)
+    assert umcl_b16().optim.layer_decay == {"towers.vision": 0.75}
+
+
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match="matches no trainable parameter"):
         parameter_groups(siglip(), OptimConfig(multipliers={"logit_bais": 2.0}))
+    with pytest.raises(ConfigError, match=r"'towers\.visoin' has no trainable blocks"):
+        parameter_groups(siglip(), OptimConfig(layer_decay={"towers.visoin": 0.5}))
     with pytest.raises(ConfigError, match="no parameter is trainable"):
         parameter_groups(nn.Linear(2, 2).requires_grad_(False), OptimConfig())
-    for bad in ({"learning_rate": 0.0}, {"betas": (0.9, 1.0)}, {"final_factor": 2.0}, {"warmup_steps": -1}):
+    for bad in (
+        {"layer_decay": {"a": 0.0}},
+        {"learning_rate": 0.0},
+        {"betas": (0.9, 1.0)},
+        {"final_factor": 2.0},
+        {"warmup_steps": -1},
+    ):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             OptimConfig(**bad)  # type: ignore[arg-type]
     assert clip_b16().optim.multipliers == {}
