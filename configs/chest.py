@@ -25,7 +25,7 @@ from shards.decode import Decoder
 from shards.ingest.phantom_chest_text import LABELS as PHANTOM_LABELS
 from shards.label_union import NO_FINDING, THORAX, class_of
 from shards.loader import Loader
-from shards.transforms import augment, entity_masking, label_text, masking
+from shards.transforms import augment, entity_masking, label_text, masking, report_sentences
 
 
 def clip_b16() -> TrainConfig:
@@ -136,6 +136,7 @@ def umcl_b16() -> TrainConfig:
             text_length=128,
             lanes=64,
             label_text=label_text.Config(classes=classes),
+            sentences=report_sentences.Config(shuffle=True, drop=0.2),
         ),
         optim=OptimConfig(
             learning_rate=1e-4,

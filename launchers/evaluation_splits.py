@@ -25,6 +25,7 @@ from launchers.past_run import PastRun
 from shards.batch import Batch
 from shards.collate import ANATOMY_TEXT_FIELDS, Collator
 from shards.dataset import DataSet
+from shards.label_union import table_of
 from shards.loader import as_mixture, evaluation_batches, label_columns
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -81,6 +82,11 @@ class Splits:
         if config.validation_split not in whole.splits or config.validation_split == options.split:
             self.held_out = None
         self.manifest, self.labels = whole, label_columns(config, [self.open(options.split)])
+        # Classes that labels or prompts of training named; those that only these data know come behind them.
+        self.seen = None if config.label_text is None else config.label_text.classes
+        if config.label_text is not None:
+            known = table_of(whole.labels, config.label_text.names).known
+            self.labels += tuple(name for name in known if name not in self.labels)
 
     def open(self, split: str) -> DataSet:
         """Raises ConfigError or DataError naming the manifest or the splits there are."""

@@ -35,7 +35,7 @@ from shards.reports.structured import (
     serialise,
 )
 from shards.tokenizer import EmptyReportError, Tokenizer, report_text
-from shards.transforms import attention_grid, augment, label_text
+from shards.transforms import attention_grid, augment, label_text, report_sentences
 from shards.transforms.anatomy import ABNORMAL, AnatomyTexts, Sides, anatomy_texts, plain_name, text_keys
 from shards.transforms.augment import ViewParameters
 from shards.transforms.entity_masking import MarkedReport, build_mlm, mark_report, tokenise
@@ -206,6 +206,11 @@ class Collator:
             raise ConfigError(
                 f"data.text_length={config.text_length} is too short for structured reports of "
                 f"{config.structured.diseases} diseases; use {TOKENS_PER_DISEASE * config.structured.diseases} or more"
+            )
+        if config.sentences.changes and (self._reads_structure or self._reads_entities or self._reads_anatomies):
+            raise ConfigError(
+                "data.sentences changes whole reports, and this task reads parts or places of them; set "
+                "data.sentences.shuffle=false and data.sentences.drop=0"
             )
         if self._reads_structure and config.label_text is not None:
             raise ConfigError("data.label_text makes texts beside raw reports; set data.report=raw")
@@ -383,7 +388,11 @@ class Collator:
             if of_labels is None:
                 raise
             return _Text([(OBSERVATION, of_labels.text)], of_labels.key, is_report=False)
-        return _Text([(OBSERVATION, text)], keyed.text_key(text))
+        text_key = keyed.text_key(text)  # of the whole report: equal reports are positives, however they are read
+        if key is not None and self.config.sentences.changes:
+            varied = report_sentences.varied(self.config.sentences, record, self.config.sections, key)
+            text = report_text(varied, self.config.sections)
+        return _Text([(OBSERVATION, text)], text_key)
 
     @staticmethod
     def _add_image(to: Prepared, row: int, view: int, data: memoryview, window: tuple[float, float], bits: int) -> None:

@@ -124,6 +124,11 @@ class LabelTable:
                 )
         return cls(meaning, implying)
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Classes that the set's labels say something of, in the order of its labels."""
+        return tuple(dict.fromkeys((*self.meaning.values(), *self.implying.values())))
+
     def classes(self, labels: Mapping[str, LabelValue]) -> dict[str, LabelValue]:
         """What a study's labels say of classes; what they do not say is missing.
 

@@ -33,7 +33,7 @@ from shards.order import Order, Slots, lanes_of_rank
 from shards.reports import structured
 from shards.store import StoreConfig
 from shards.tokenizer import EmptyReportError, Tokenizer, load_tokenizer, report_text
-from shards.transforms import augment, entity_masking, label_text, masking
+from shards.transforms import augment, entity_masking, label_text, masking, report_sentences
 
 # After a start these many batches read just their own members; from then on whole chunk pieces are read.
 _SINGLE_READ_BATCHES = 2
@@ -89,6 +89,7 @@ class Loader:
         report: Literal["raw", "structured"] = "raw"  # which text of a study is read
         structured: structured.Config = field(default_factory=structured.Config)
         label_text: label_text.Config | None = None  # labels are classes of the union, and a text where need be
+        sentences: report_sentences.Config = field(default_factory=report_sentences.Config)  # of reports, in training
         masking: masking.Config = field(default_factory=masking.Config)
         entity_masking: entity_masking.Config = field(default_factory=entity_masking.Config)
         max_skip_rate: float = 0.01  # of the last 10,000 slots; above it the run stops

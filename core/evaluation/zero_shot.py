@@ -51,13 +51,18 @@ class ZeroShot:
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`text_length` in tokens; `replicates` of the bootstrap; `batch_size` prompts are encoded at once."""
+        """`text_length` in tokens; `replicates` of the bootstrap; `batch_size` prompts are encoded at once.
+
+        `seen`: labels that training named, if it named any: of a class that was taught no zero-shot figure is strictly
+        one, so the others are averaged apart.
+        """
 
         text_length: int = 128
         replicates: int = 1000
         level: float = 0.95
         seed: int = 0
         batch_size: int = 256
+        seen: tuple[str, ...] | None = None
 
     def __init__(self, prompts: Prompts, config: Config | None = None) -> None:
         """Raises ConfigError for a label without positive prompts, or with an unknown member."""
@@ -75,25 +80,37 @@ class ZeroShot:
     ) -> Iterator[tuple[str, float]]:
         """Yields (label, AUC), then ("macro", their mean). `labels` name the columns of `split.labels`.
 
+        Where some labels were seen in training and some not, ("macro_seen", AUC) and ("macro_unseen", AUC), too.
+
         Raises ConfigError when no label of the data has prompts.
         """
         scored = self.scored(labels)
         directions = self.directions(task, tokenizer, scored, device, autocast)
         scores = scores_of(split.need("image_embeds"), directions)
         truth = split.labels[:, [list(labels).index(name) for name in scored]].numpy()
-        areas = areas_under_curve(
-            scores, truth, split.patient_key.numpy(), scored,
-            seed=self.config.seed, replicates=self.config.replicates, level=self.config.level,
-        )  # fmt: skip
+
+        def areas_of(columns: Sequence[int]) -> AreasUnderCurve:
+            return areas_under_curve(
+                scores[:, columns], truth[:, columns], split.patient_key.numpy(), [scored[k] for k in columns],
+                seed=self.config.seed, replicates=self.config.replicates, level=self.config.level,
+            )  # fmt: skip
+
+        areas = areas_of(list(range(len(scored))))
+        seen = [k for k, name in enumerate(scored) if self.config.seen is None or name in self.config.seen]
+        unseen = [k for k in range(len(scored)) if k not in seen]
+        apart = {"seen": areas_of(seen).macro, "unseen": areas_of(unseen).macro} if seen and unseen else {}
         self._report = {
             "protocol": self.protocol,
             "studies": len(split),
             "level": self.config.level,
             "labels_without_prompts": [name for name in labels if name not in self.prompts],
             "prompts": {name: {side: len(texts) for side, texts in self.prompts[name].items()} for name in scored},
+            "unseen": [scored[k] for k in unseen],
+            "macro_of": {which: macro.to_json() for which, macro in apart.items()},
             **areas.to_json(),
         }
         yield from named_areas(areas)
+        yield from ((f"macro_{which}", macro.value) for which, macro in apart.items() if np.isfinite(macro.value))
 
     def report(self) -> dict[str, Any]:
         """What the last run found, ready for JSON: intervals and counts per label."""

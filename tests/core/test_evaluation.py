@@ -266,7 +266,14 @@ def test_zero_shot_score_is_mean_positive_less_mean_negative_similarity() -> Non
     report = evaluator.report()
     assert report["labels"]["aorta"]["positives"] + report["labels"]["aorta"]["negatives"] == 75
     assert report["prompts"]["aorta"] == {"positive": 2, "negative": 1}
+    assert report["unseen"] == [] and report["macro_of"] == {}
     assert task.training
+    taught = ZeroShot(PROMPTS, ZeroShot.Config(replicates=50, seen=("bone", "heart")))
+    apart = dict(taught.run(task, tokenizer, split, ["bone", "aorta"], CPU))
+    assert apart == found | {"macro_seen": found["bone"], "macro_unseen": found["aorta"]}
+    assert taught.report()["unseen"] == ["aorta"] and set(taught.report()["macro_of"]) == {"seen", "unseen"}
+    every = ZeroShot(PROMPTS, ZeroShot.Config(replicates=50, seen=("bone", "aorta")))
+    assert dict(every.run(task, tokenizer, split, ["bone", "aorta"], CPU)) == found
 
 
 def test_prompts_in_parts_are_encoded_in_parts_and_plain_ones_beside_them_as_ever() -> None:

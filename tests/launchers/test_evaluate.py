@@ -21,6 +21,7 @@ from shards.ingest.phantom_ct_text import PROMPTS
 from shards.manifest import Manifest
 from shards.store import open_store
 from shards.tokenizer import Tokenizer, train_wordpiece
+from shards.transforms import label_text
 from shards.writer import WriterConfig, write_shards
 from tests.launchers.past_runs import STEP, make_run, pack
 
@@ -283,9 +284,15 @@ def test_a_run_of_anatomies_is_asked_by_every_protocol(
 def test_learned_prompts_are_judged_beside_wordings_of_written_ones(
     manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run(tmp_path / "umcl", manifest, replace(tiny.umcl(), recipe="tiny:umcl"))
+    recipe = tiny.umcl()
+    classes = tuple(name for name in recipe.task.classes if name != "lung nodule")  # which the data ask for
+    task = replace(recipe.task, classes=classes)
+    data = replace(recipe.data, label_text=label_text.Config(classes=classes))
+    config = replace(recipe, recipe="tiny:umcl", task=task, data=data)
+    run = make_run(tmp_path / "umcl", manifest, config)
     found = evaluate_json(run, tmp_path, "wording", "zero_shot")
-    assert found["zero_shot"]["macro_over"] == ["pleural effusion"]
+    assert found["zero_shot"]["macro_over"] == ["pleural effusion"] and found["zero_shot"]["unseen"] == ["lung nodule"]
+    assert found["zero_shot"]["macro_of"]["seen"]["value"] == found["zero_shot"]["macro"]["value"]
     wording = found["wording"]
     assert wording["labels"][0] == "atelectasis" and len(wording["paraphrases"]) == 20
     assert set(wording["figures"]) == {
@@ -293,13 +300,15 @@ def test_learned_prompts_are_judged_beside_wordings_of_written_ones(
     }  # fmt: skip
     assert wording["figures"]["written"]["value"] == found["zero_shot"]["macro"]["value"]
     assert 0 < wording["figures"]["false_negatives_pushed_apart"]["value"] < 1
-    assert "paraphrases deviation" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "paraphrases deviation" in shown and "lung nodule (unseen)" in shown
+    assert "macro of classes unseen in training" in shown
     exported = tmp_path / "exported"
     with open_run(str(run)) as past:
         export(past, exported)
     encoder = load_exported(exported)
     prompts = encoder.embed_classes()
-    assert prompts.shape == (9, 16)
+    assert prompts.shape == (len(classes), 16)
     torch.testing.assert_close(encoder.embed_classes(["a rare disease", "no finding"])[1], prompts[0])
 
 

@@ -63,6 +63,7 @@ def test_a_narrower_label_tells_presence_alone() -> None:
     table = LabelTable.of(("Pneumonia", "Bacterial pneumonia", "Support Devices", "No Finding"))
     assert table.classes({"Bacterial pneumonia": 1})["pneumonia"] == 1
     assert "pneumonia" not in table.classes({"Bacterial pneumonia": 0})
+    assert table.known == ("pneumonia", "support devices", NO_FINDING)
     assert table.classes({"No Finding": 1, "Support Devices": 1}) == {NO_FINDING: 1, "support devices": 1}
     for contradiction in ({"Pneumonia": 0, "Bacterial pneumonia": 1}, {"Pneumonia": 1, "No Finding": 1}):
         with pytest.raises(BadSampleError, match="labels disagree"):
@@ -118,7 +119,8 @@ class Studies:
         if self.positive_only:
             labels = {name: value for name, value in labels.items() if value == 1}
         record = StudyRecord(
-            study=item.key, patient=item.key, report={"findings": f"Report {item.payload}."}, labels=labels,
+            study=item.key, patient=item.key, labels=labels,
+            report={"findings": f"Report {item.payload}. There is pulmonary edema."},
             provenance={"degradation grade": float(item.payload)},  # a batch has it
             views=[ViewRecord(id="0", height=8, width=8)],
         )  # fmt: skip
