@@ -59,6 +59,8 @@ protocols:
                 Definitions: core/evaluation/generation.py
   wording       macro AUC of the prompts, of 20 other wordings of them (mean and deviation) and of prompts that the task
                 has learned; share of pairs of studies of like labels that the loss pushes apart. Only when named
+  set_identity  AUC of a logistic regression on frozen image embeddings for each set of a training mixture against the
+                others: how much of a hospital they hold. Only when named
 By default: those that the run's task can be asked.
 
 exit codes: 0 done, 2 bad arguments or configuration, 3 bad data or damaged checkpoint, 4 embeddings not finite

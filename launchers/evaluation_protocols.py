@@ -27,6 +27,7 @@ from core.evaluation.generation import Generation
 from core.evaluation.heat_map import Explained, HeatMaps
 from core.evaluation.probe import AnatomyProbe, LinearProbe
 from core.evaluation.retrieval import Retrieval
+from core.evaluation.set_identity import SetIdentity
 from core.evaluation.uncertainty import Uncertainty
 from core.evaluation.wording import Wording
 from core.evaluation.zero_shot import Prompts, ZeroShot, check_prompts
@@ -47,11 +48,13 @@ PROTOCOLS = (
     AnatomyProbe.protocol,
     Generation.protocol,
     Wording.protocol,
+    SetIdentity.protocol,
 )
 WORDINGS = 20  # of each label's prompts, where the recipe has none
 TRAINED = {LinearProbe.protocol, AnatomyProbe.protocol, Generation.protocol}  # on the training split
 PROMPTED = {ZeroShot.protocol, Uncertainty.protocol, AnatomyZeroShot.protocol, Wording.protocol}
-ONLY_WHEN_NAMED = {Generation.protocol, Wording.protocol}  # the first trains for minutes
+# The first trains for minutes, the last needs the sets that the run was trained on.
+ONLY_WHEN_NAMED = {Generation.protocol, Wording.protocol, SetIdentity.protocol}
 COVERAGES = (1.0, 0.9, 0.7, 0.5)  # of retrieval with abstention
 
 
@@ -156,15 +159,12 @@ def evaluate(run: PastRun, options: Options, progress: Progress = lambda what, d
         skipped = asking.skipped_with_text if protocol == Retrieval.protocol else asking.skipped
         report.setdefault("skipped", skipped)
     _ask_by_anatomy(asking)
-    for report in asking.reports.values():
-        report |= {
-            "step": run.step,
-            "recipe": run.recipe,
-            "data": splits.url,
-            "manifest_sha256": splits.manifest.sha256,
-            "split": options.split,
-            "seed": options.seed,
-        }
+    for protocol, report in asking.reports.items():
+        report |= {"step": run.step, "recipe": run.recipe, "seed": options.seed}
+        if protocol == SetIdentity.protocol:
+            report |= {"data": "each set of the mixture", "split": "training split"}
+        else:
+            report |= {"data": splits.url, "manifest_sha256": splits.manifest.sha256, "split": options.split}
     return Evaluation(reports=asking.reports, figures=asking.figures, pictures=asking.pictures, written=asking.written)
 
 
@@ -245,6 +245,14 @@ def _ask_generation(asking: Asking) -> None:
         asking.written = list(zip(studies, generation.written, strict=True))
 
 
+def _ask_set_identity(asking: Asking) -> None:
+    identity = SetIdentity(LinearProbe.Config(**asking.common))
+    asking.splits.skipped.clear()
+    sets = asking.splits.embed_training_sets({"image_embeds"}, asking.options.probe_studies)
+    fits = identity.run(sets, lambda done, total: asking.progress("sets: fits", done, total))
+    asking.take(identity, fits)["skipped"] = dict(asking.splits.skipped)
+
+
 # In the order of what is printed.
 ASKED: dict[str, Callable[[Asking], None]] = {
     ZeroShot.protocol: _ask_zero_shot,
@@ -254,6 +262,7 @@ ASKED: dict[str, Callable[[Asking], None]] = {
     Uncertainty.protocol: _ask_uncertainty,
     Generation.protocol: _ask_generation,
     Wording.protocol: _ask_wording,
+    SetIdentity.protocol: _ask_set_identity,
 }
 
 
@@ -326,7 +335,7 @@ def protocols_of(run: PastRun, asked: Sequence[str] | None) -> set[str]:
     def has(*methods: str) -> bool:
         return all(callable(getattr(task, name, None)) for name in methods)
 
-    fit = {*PROTOCOLS[:4], Wording.protocol} if has("embed_images", "embed_texts") else set()
+    fit = {*PROTOCOLS[:4], Wording.protocol, SetIdentity.protocol} if has("embed_images", "embed_texts") else set()
     fit |= {AnatomyZeroShot.protocol, AnatomyProbe.protocol} if has("embed_anatomies", "embed_texts") else set()
     fit |= {LabelAreas.protocol} if has("label_logits") else set()
     fit |= {Generation.protocol} if has("embed_patches") else set()

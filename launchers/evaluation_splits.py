@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from launchers.past_run import PastRun
 from shards.batch import Batch
 from shards.collate import ANATOMY_TEXT_FIELDS, Collator
 from shards.dataset import DataSet
+from shards.errors import ConfigError
 from shards.label_union import table_of
 from shards.loader import as_mixture, evaluation_batches, label_columns
 
@@ -63,7 +65,8 @@ class Splits:
     def __init__(self, run: PastRun, options: Options, progress: Progress) -> None:
         self._run, self._options, self._progress = run, options, progress
         config = run.config.data
-        trained_on = as_mixture(config, run.config.global_batch_size)[0]
+        self._mixture = as_mixture(config, run.config.global_batch_size)
+        trained_on = self._mixture[0]
         self.url = options.data or config.validation or trained_on.manifest
         self.train_url = options.data or trained_on.manifest
         self.train_split = trained_on.split
@@ -108,7 +111,33 @@ class Splits:
 
         `change` is made to every batch before it is encoded. `quiet`: no progress is shown.
         """
-        run, data = self._run, self.open(split)
+        return self._embed(self.open(split), split, parts, limit, change=change, quiet=quiet)
+
+    def embed_training_sets(self, parts: set[str], limit: int) -> dict[str, EmbeddedSplit]:
+        """Manifest -> the training split of each set of the run's mixture, the first `limit` studies of all together.
+
+        A set that is mixed in twice is read once. Raises ConfigError where there are not two.
+        """
+        sets = {one.manifest: one for one in self._mixture}
+        if len(sets) < 2:
+            raise ConfigError(f"the run was trained on {len(sets)} set, which has no other to be told from")
+        found = {}
+        for number, (url, one) in enumerate(sets.items(), start=1):
+            with closing(DataSet(url, one.split, store=self._config.store)) as data:
+                found[url] = self._embed(data, f"set {number} of {len(sets)}", parts, limit // len(sets))
+        return found
+
+    def _embed(
+        self,
+        data: DataSet,
+        name: str,
+        parts: set[str],
+        limit: int | None = None,
+        *,
+        change: Callable[[Batch], Batch] | None = None,
+        quiet: bool = False,
+    ) -> EmbeddedSplit:
+        run = self._run
         limits = [value for value in (limit, self._options.limit) if value is not None]
         total = min([data.table.total, *limits])
         batches = self._batches(data, parts, total)
@@ -118,7 +147,7 @@ class Splits:
             nonlocal done
             done += studies
             if not quiet:
-                self._progress(f"{split}: {' '.join(sorted(parts))}", done, total)
+                self._progress(f"{name}: {' '.join(sorted(parts))}", done, total)
 
         return embed_split(
             cast(Encoders, run.task),

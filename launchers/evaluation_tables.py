@@ -64,7 +64,7 @@ def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
                 table.add_row(label + unseen + counted, _interval(area), str(area["positives"]), str(area["negatives"]))
             table.add_row("macro", _interval(report["macro"]), "", "", style="bold")
             for which, macro in report.get("macro_of", {}).items():
-                table.add_row(f"macro of classes {which} in training", _interval(macro), "", "")
+                table.add_row(f"macro, {which} classes", _interval(macro), "", "")
             if "paraphrases" in report and report["paraphrases"]["macro"]["mean"] is not None:
                 wordings = report["paraphrases"]["macro"]
                 spread = f"{wordings['mean']:.3f} ± {wordings['deviation']:.3f}"

@@ -72,6 +72,18 @@ class Options:
     full_disk_at: int | None = None  # saving fails with ENOSPC from this step on
 
 
+class Words:
+    """One token a word, [CLS] and [SEP] around; the full stop is a word."""
+
+    prefix, suffix = (1,), (2,)
+
+    def encode(self, texts: Any, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [[1, *(5 + sum(map(ord, word)) % 30 for word in text.split()), 2] for text in texts]
+        longest = max(map(len, rows))
+        mask = torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
+        return torch.tensor([row + [0] * (longest - len(row)) for row in rows]), mask
+
+
 def config_of(options: Options) -> TrainConfig:
     config = apply_overrides(getattr(tiny, options.recipe)(), options.overrides)
     return replace(
@@ -117,7 +129,8 @@ def global_batch(step: int, seed: int = 0, rows: int = GLOBAL_BATCH) -> Batch:
         "input_ids": torch.randint(5, VOCABULARY, (rows, length), generator=generator),
         "attention_mask": torch.arange(length)[None] < torch.arange(rows)[:, None] % length + 1,
         "report_key": torch.arange(rows) + 100 * step,
-        "labels": torch.zeros(rows, 2, dtype=torch.int8),
+        "labels": torch.stack([torch.arange(rows) % 3 == 0, torch.arange(rows) % 3 != 0], dim=1).to(torch.int8),
+        "text_is_report": torch.arange(rows) % 4 != 0,
         "patient_key": torch.arange(rows),
         "sample_id": torch.arange(rows) + rows * step,
         "set_index": torch.zeros(rows, dtype=torch.int64),
@@ -191,6 +204,7 @@ def build(options: Options, world: World) -> tuple[TrainConfig, Task, Engine]:
     """Engine with fresh weights, no files."""
     config = config_of(options)
     task: Task = config.task.build(vocab_size=VOCABULARY, seed=config.seed)
+    task.take_tokenizer(Words())
     engine = Engine(
         config.engine, task, world, optim=config.optim, total_steps=config.trainer.steps, seed=config.seed
     )  # fmt: skip
@@ -221,6 +235,7 @@ def rank_main(rank: int, world_size: int, port: int, options: Options) -> None:
             allow_changed=options.allow_changed, on_event=events.write,
         )  # fmt: skip
         task = config.task.build(vocab_size=VOCABULARY, seed=config.seed)
+        task.take_tokenizer(Words())
         source = checkpoints.prepare(task)
         engine = Engine(
             config.engine, task, world, optim=config.optim, total_steps=config.trainer.steps, seed=config.seed,

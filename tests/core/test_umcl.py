@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from core import collectives
 from core.models.initialise import draw_weights
@@ -15,26 +19,17 @@ from core.models.prompts import PromptBank
 from core.models.text import TextEncoder
 from core.tasks.clip import CLIP
 from core.tasks.umcl import UMCL
+from core.world import World
 from shards.batch import FIELDS, NO_FINDING, NOT_ANNOTATED, Batch
 from shards.errors import ConfigError
+from tests.core.runs import Options, Words, in_ranks, run
+from tests.core.test_engine import losses
 from tests.core.test_tasks import TEXT, VISION, batch_of, loss_of, rows_of
 from tests.distributed import run_distributed
 
 VOCABULARY = 40
 CLASSES = (NO_FINDING, "edema", "pleural effusion", "nodule", "hernia")
 BANK = PromptBank.Config(length=4, dropout=0.5)
-
-
-class Words:
-    """One token a word, [CLS] and [SEP] around; the full stop is a word."""
-
-    prefix, suffix = (1,), (2,)
-
-    def encode(self, texts: Any, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [[1, *(5 + sum(map(ord, word)) % 30 for word in text.split()), 2] for text in texts]
-        longest = max(map(len, rows))
-        mask = torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
-        return torch.tensor([row + [0] * (longest - len(row)) for row in rows]), mask
 
 
 def bank_of(config: PromptBank.Config = BANK, names: tuple[str, ...] = CLASSES) -> tuple[PromptBank, TextEncoder]:
@@ -208,3 +203,47 @@ def test_data_of_other_classes_are_refused() -> None:
     batch = labelled_batch()
     with pytest.raises(ConfigError, match=r"3 classes.*names 5"):
         task_of().encode(batch | {"labels": batch["labels"][:, :3]})
+
+
+# ---- in the engine ----
+
+TWO_CLASSES = '["no finding", "pulmonary edema"]'  # as the batches of tests.core.runs have labels
+RUN: dict[str, Any] = {
+    "recipe": "umcl", "overrides": (f"task.classes={TWO_CLASSES}", f"data.label_text.classes={TWO_CLASSES}"),
+}  # fmt: skip
+
+
+def losses_of(world: World, *, schedules: tuple[tuple[int, int | None], ...]) -> list[list[float]]:
+    """The loss of three steps, by (ZeRO stage, micro-batch).
+
+    Adam moves key biases, whose gradient is all rounding, by the whole learning rate in any direction: it is small.
+    """
+    options = Options(run_dir="", learning_rate=1e-4, **RUN)
+    return [losses(world, replace(options, zero_stage=stage, micro_batch=size), 3) for stage, size in schedules]
+
+
+@pytest.mark.slow
+def test_ranks_stages_and_schedules_give_one_loss_curve() -> None:
+    ((expected,),) = in_ranks(1, partial(losses_of, schedules=((1, None),)))
+    assert len(set(expected)) == 3
+    schedules = ((1, None), (2, 3), (3, None), (3, 2))
+    for curve in in_ranks(2, partial(losses_of, schedules=schedules))[0]:
+        assert curve == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "zero_stage", "micro_batch"), [(1, 1, 4), (2, 3, None), (2, 3, 2)])
+def test_a_killed_run_resumes_bit_identical(
+    tmp_path: Path, ranks: int, zero_stage: int, micro_batch: int | None
+) -> None:
+    whole = Options(run_dir=str(tmp_path / "whole"), zero_stage=zero_stage, micro_batch=micro_batch, steps=4, **RUN)
+    broken = replace(whole, run_dir=str(tmp_path / "broken"))
+    assert run(ranks, whole) == [0] * ranks
+    assert set(run(ranks, replace(broken, kill_at=3))) == {-signal.SIGKILL}
+    assert run(ranks, broken) == [0] * ranks
+    first, second = (
+        load_file(Path(one.run_dir) / "checkpoints" / "step-4" / "weights.safetensors") for one in (whole, broken)
+    )
+    assert first.keys() == second.keys() and "bank.context_tokens" in first
+    assert int(first["steps"]) == 4, "what drop-out of prompts is keyed by"
+    assert all(torch.equal(first[name], second[name]) for name in first)

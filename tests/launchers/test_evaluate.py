@@ -16,8 +16,11 @@ from core.tasks.clip import CLIP
 from launchers import evaluate, evaluation_protocols
 from launchers.export import export, load_exported
 from launchers.past_run import open_run
+from shards.errors import ConfigError
+from shards.ingest.phantom_chest import ChestPhantom
 from shards.ingest.phantom_ct import CtPhantom
 from shards.ingest.phantom_ct_text import PROMPTS
+from shards.loader import MixtureSet
 from shards.manifest import Manifest
 from shards.store import open_store
 from shards.tokenizer import Tokenizer, train_wordpiece
@@ -302,7 +305,7 @@ def test_learned_prompts_are_judged_beside_wordings_of_written_ones(
     assert 0 < wording["figures"]["false_negatives_pushed_apart"]["value"] < 1
     shown = capsys.readouterr().out
     assert "paraphrases deviation" in shown and "lung nodule (unseen)" in shown
-    assert "macro of classes unseen in training" in shown
+    assert "macro, unseen classes" in shown
     exported = tmp_path / "exported"
     with open_run(str(run)) as past:
         export(past, exported)
@@ -310,6 +313,24 @@ def test_learned_prompts_are_judged_beside_wordings_of_written_ones(
     prompts = encoder.embed_classes()
     assert prompts.shape == (len(classes), 16)
     torch.testing.assert_close(encoder.embed_classes(["a rare disease", "no finding"])[1], prompts[0])
+
+
+def test_sets_of_a_mixture_are_told_apart(manifest: Path, tmp_path: Path) -> None:
+    phantoms = ChestPhantom(ChestPhantom.Config(train=40, validation=2, test=2, size=40))
+    write_shards(phantoms, str(tmp_path / "phantoms"), WriterConfig(shard_samples=40, workers=1))
+    sets = tuple(
+        MixtureSet(manifest=str(path), quota=4)
+        for path in (manifest, tmp_path / "phantoms" / "manifest.json", manifest)
+    )
+    options = evaluation_protocols.Options(protocols=("set_identity",), replicates=20, batch_size=16)
+    with open_run(str(make_run(tmp_path / "run", manifest)), device=torch.device("cpu")) as run:
+        with pytest.raises(ConfigError, match="trained on 1 set, which has no other to be told from"):
+            evaluation_protocols.evaluate(run, options)
+        mixed = replace(run, config=replace(run.config, data=replace(run.config.data, train=sets)))
+        found = evaluation_protocols.evaluate(mixed, options)
+    report = found.reports["set_identity"]
+    assert set(report["labels"]) == {sets[0].manifest, sets[1].manifest} and report["macro"]["value"] > 0.9
+    assert report["split"] == "training split" and report["skipped"] == {}
 
 
 def evaluate_json(run: Path, folder: Path, *protocols: str) -> dict[str, Any]:
