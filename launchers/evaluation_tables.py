@@ -1,4 +1,4 @@
-"""Reports of evaluators as tables on a terminal."""
+"""Reports of evaluators as tables on a terminal, and how every program shows an estimate there."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
                 if name == "median_rank":
                     table.add_row("median rank", *(f"{one[name]:g}" for one in found))
                 else:
-                    table.add_row(f"R@{name.removeprefix('r')}", *(_interval(one[name]) for one in found))
+                    table.add_row(f"R@{name.removeprefix('r')}", *(interval(one[name]) for one in found))
             for by, percent, name in _abstentions(report["abstention"]):
                 found = [report["abstention"][direction].get(by) for direction in report["directions"]]
-                shown = ("" if one is None else _interval(one[percent][name]) for one in found)
+                shown = ("" if one is None else interval(one[percent][name]) for one in found)
                 table.add_row(f"R@{name.removeprefix('r')}, surest {percent} % by {by}", *shown)
         elif "shares" in report:
             table = Table(title=f"{protocol}: AUC by share of labels, {where}")
@@ -37,15 +37,15 @@ def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
             for percent in report["shares"]:
                 table.add_column(f"{percent} %", justify="right")
             for label in report["anatomy_of"]:
-                table.add_row(label, *(_interval(one["labels"][label]) for one in report["shares"].values()))
-            table.add_row("macro", *(_interval(one["macro"]) for one in report["shares"].values()), style="bold")
+                table.add_row(label, *(interval(one["labels"][label]) for one in report["shares"].values()))
+            table.add_row("macro", *(interval(one["macro"]) for one in report["shares"].values()), style="bold")
         elif "less" in report:
             counts = report["studies"]
             table = Table(title=f"{protocol}: {counts['train']} studies read, {counts['test']} written, {where}")
             for name in ("", *report["reports"]):
                 table.add_column(name, justify="right" if name else "left")
             for measure in MEASURES:
-                shown = (_interval(one[measure], undefined="no label") for one in report["reports"].values())
+                shown = (interval(one[measure], undefined="no label") for one in report["reports"].values())
                 table.add_row(measure.replace("_", " "), *shown)
             table.add_row("distinct reports", *map(str, report["distinct_reports"].values()))
         elif "figures" in report:
@@ -53,7 +53,7 @@ def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
             table.add_column("")
             table.add_column("", justify="right")
             for name, estimate in report["figures"].items():
-                table.add_row(name.replace("_", " "), _interval(estimate, undefined="not defined"))
+                table.add_row(name.replace("_", " "), interval(estimate, undefined="not defined"))
         else:
             table = Table(title=f"{protocol}: AUC, {where}")
             for name, justify in (("label", "left"), ("AUC", "right"), ("present", "right"), ("absent", "right")):
@@ -61,10 +61,10 @@ def tables(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
             for label, area in report["labels"].items():
                 counted = "" if label in report["macro_over"] else " (not in macro)"
                 unseen = " (unseen)" if label in report.get("unseen", ()) else ""
-                table.add_row(label + unseen + counted, _interval(area), str(area["positives"]), str(area["negatives"]))
-            table.add_row("macro", _interval(report["macro"]), "", "", style="bold")
+                table.add_row(label + unseen + counted, interval(area), str(area["positives"]), str(area["negatives"]))
+            table.add_row("macro", interval(report["macro"]), "", "", style="bold")
             for which, macro in report.get("macro_of", {}).items():
-                table.add_row(f"macro, {which} classes", _interval(macro), "", "")
+                table.add_row(f"macro, {which} classes", interval(macro), "", "")
             if "paraphrases" in report and report["paraphrases"]["macro"]["mean"] is not None:
                 wordings = report["paraphrases"]["macro"]
                 spread = f"{wordings['mean']:.3f} ± {wordings['deviation']:.3f}"
@@ -85,8 +85,10 @@ def _abstentions(report: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str
     )
 
 
-def _interval(estimate: Mapping[str, Any], undefined: str = "one class only") -> str:
+def interval(estimate: Mapping[str, Any], undefined: str = "one class only", *, sign: bool = False) -> str:
+    """A figure with its bounds, as far as they are known; `sign`: shown in front of positive ones, too."""
     if estimate["value"] is None:
         return undefined
-    bounds = "" if estimate["low"] is None else f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
-    return f"{estimate['value']:.3f}{bounds}"
+    form = "+.3f" if sign else ".3f"
+    bounds = "" if estimate["low"] is None else f" [{estimate['low']:{form}}, {estimate['high']:{form}}]"
+    return f"{estimate['value']:{form}}{bounds}"

@@ -31,11 +31,13 @@ from core.models.foreign import Given
 from core.world import World
 from launchers.command import errors_in_one_line
 from launchers.evaluation_progress import shown_progress
+from launchers.evaluation_tables import interval
 from launchers.transfer_data import TransferEncoder, open_encoder, random_like, read_images
 from shards.dataset import DataSet
 from shards.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
+UNDEFINED = "not defined"
 PERCENTS = (1.0, 10.0, 100.0)
 EPILOG = """\
 encoders:
@@ -228,10 +230,10 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         for percent, of in percents.items():
             table.add_column(f"{percent} % of labels ({of['seeds']} seeds)", justify="right")
         for name in first["figures"]:
-            table.add_row(name, *(_interval(of["figures"][name]) for of in percents.values()))
+            table.add_row(name, *(interval(of["figures"][name], UNDEFINED) for of in percents.values()))
         for name in first["differences"]:
             cells = [of["differences"][name] for of in percents.values()]
-            shown = (f"{_interval(one, sign=True)} p {one['p']:.3f}" for one in cells)
+            shown = (f"{interval(one, UNDEFINED, sign=True)} p {one['p']:.3f}" for one in cells)
             table.add_row(f"  {name} - {first['reference']}", *shown)
         found.append(table)
     return found
@@ -250,18 +252,10 @@ def subgroup_tables(report: Mapping[str, Any]) -> list[Table]:
         for attribute, values in of["subgroups"].items():
             for value, one in values.items():
                 figures = (one["comparison"] or {}).get("figures", {})
-                shown = (_interval(figures[name]) if name in figures else "too few" for name in of["figures"])
+                shown = (interval(figures[name], UNDEFINED) if name in figures else "too few" for name in of["figures"])
                 table.add_row(attribute, value, str(one["studies"]), str(one["patients"]), *shown)
         found.append(table)
     return found
-
-
-def _interval(estimate: Mapping[str, Any], sign: bool = False) -> str:
-    if estimate["value"] is None:
-        return "not defined"
-    form = "+.3f" if sign else ".3f"
-    bounds = "" if estimate["low"] is None else f" [{estimate['low']:{form}}, {estimate['high']:{form}}]"
-    return f"{estimate['value']:{form}}{bounds}"
 
 
 def parser() -> argparse.ArgumentParser:
