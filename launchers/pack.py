@@ -36,6 +36,7 @@ from shards.manifest import MANIFEST, Manifest
 from shards.store import open_store
 
 if TYPE_CHECKING:
+    from shards.ingest.archive import HospitalArchive
     from shards.ingest.segment import TotalSegmentator
     from shards.reports.identity.burned_in import BurnedInText
     from shards.reports.packing import Structured
@@ -60,6 +61,10 @@ Pack studies into shards: plain WebDataset tars with a manifest, split by patien
         --deidentified 'public set' --output shards/ct_rate
   DICOM series of CT slices, each a volume:
     python launchers/pack.py --source dicom_ct --input DIR --key-file site.key --output shards/ct
+  a hospital's export, DICOM studies and reports as files or a table, matched by accession number or patient and day
+  (start from ci/data/mappings/archive.toml); writes an audit of counts beside the manifest:
+    python launchers/pack.py --source archive --input EXPORT --mapping archive.toml --key-file site.key \\
+        --output shards/bone
   reports with them: raw text passes de-identification and extraction, or was prepared by prepare_reports.py
     python launchers/pack.py --source dicom --input DIR --key-file site.key --reports structured reports.csv \\
         --output shards/site
@@ -90,7 +95,17 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--source",
         choices=(
-            "table", "dicom", "dicom_ct", "nifti", "ct_rate", "phantom", "phantom_ct", "phantom_bone", "grids", "adopt",
+            "table",
+            "dicom",
+            "archive",
+            "dicom_ct",
+            "nifti",
+            "ct_rate",
+            "phantom",
+            "phantom_ct",
+            "phantom_bone",
+            "grids",
+            "adopt",
         ),  # fmt: skip
         help="what --input holds",
     )
@@ -126,8 +141,8 @@ def parser() -> argparse.ArgumentParser:
     names.add_argument(
         "--refuse-burned-in-text",
         action="store_true",
-        help="dicom, table: leave out images in which OCR reads 35 characters or more; needs rapidocr-onnxruntime, "
-        "and about a second an image",
+        help="dicom, archive, table: leave out images in which OCR reads 35 characters or more; needs "
+        "rapidocr-onnxruntime, and about a second an image",
     )
 
     dicom = result.add_argument_group("dicom")
@@ -138,8 +153,20 @@ def parser() -> argparse.ArgumentParser:
         help="DICOM modalities taken, others are refused by name (CR DX DR); MG, RF, PX, IO come by asking",
     )
 
-    table = result.add_argument_group("table")
-    table.add_argument("--mapping", metavar="TOML", help="which column is what; default: mapping.toml in --input")
+    archive = result.add_argument_group("archive")
+    archive.add_argument(
+        "--window-days", type=int, default=0, metavar="N",
+        help="between study and report, where no accession number joins them (%(default)s: the same day)",
+    )  # fmt: skip
+    archive.add_argument(
+        "--keep-without-laterality", action="store_true", help="take images of hands, knees, ... of an unknown side"
+    )
+    archive.add_argument("--shared-folders", action="store_true", help="a folder may hold images of several patients")
+
+    table = result.add_argument_group("table, archive")
+    table.add_argument(
+        "--mapping", metavar="TOML", help="which column is what; default: mapping.toml, or archive.toml, in --input"
+    )
     table.add_argument("--side-min", type=int, default=SIDE_MIN_PIXELS, help="smallest side taken (%(default)s)")
     table.add_argument("--area-max", type=int, default=AREA_MAX_PIXELS, help="most pixels an image has (%(default)s)")
 
@@ -249,6 +276,8 @@ def build_source(arguments: argparse.Namespace) -> Source:
         if reports is not None:
             raise ConfigError(f"--reports {reports}: a table names its columns of text in the mapping, [report]")
         return _table_source(arguments, folder, secret, structured)
+    if arguments.source == "archive":
+        return _archive(arguments, folder, secret, structured, reports)
     from shards.ingest.dicom import RADIOGRAPHY, DicomRadiographs
 
     modalities, series, name = tuple(arguments.modalities or RADIOGRAPHY), None, arguments.source
@@ -269,6 +298,41 @@ def build_source(arguments: argparse.Namespace) -> Source:
         series=series,
         name=name,
     )
+
+
+def _archive(
+    arguments: argparse.Namespace,
+    folder: Path,
+    secret: bytes | None,
+    structured: Structured | None,
+    reports: Path | None,
+) -> HospitalArchive:
+    """An export with its reports, whose text always passes the pipeline."""
+    from shards.ingest.archive import ArchiveOptions, HospitalArchive
+    from shards.ingest.archive_reports import MAPPING, ArchiveMapping
+    from shards.ingest.dicom import RADIOGRAPHY, DicomRadiographs
+    from shards.reports.packing import Structured
+    from shards.reports.pipeline import Config
+
+    if secret is None:
+        raise ConfigError("--source archive --public: an export of a hospital is no public set; give --key-file")
+    if reports is not None or arguments.deidentified or (structured and structured.prepared):
+        raise ConfigError("--source archive: its reports are those that the mapping names; leave --reports out")
+    images = DicomRadiographs(
+        folder=folder, secret=secret, modalities=tuple(arguments.modalities or RADIOGRAPHY),
+        limits=_limits(arguments), burned_in=_burned_in(arguments), name="archive",
+    )  # fmt: skip
+    return HospitalArchive(
+        folder=folder,
+        mapping=ArchiveMapping.read(Path(arguments.mapping) if arguments.mapping else folder / MAPPING),
+        images=images,
+        structured=Structured(secret, Config(ontology=arguments.labels)),
+        secret=secret,
+        options=ArchiveOptions(
+            window_days=arguments.window_days, keep_without_laterality=arguments.keep_without_laterality,
+            shared_folders=arguments.shared_folders,
+        ),
+    )  # fmt: skip
 
 
 def _limits(arguments: argparse.Namespace) -> ImageLimits:
@@ -448,7 +512,16 @@ def _pack(arguments: argparse.Namespace, console: Console) -> Manifest:
     config.check()
     source = build_source(arguments)
     with _progress(console) as show:
-        return writer.write_shards(source, arguments.output, config, on_progress=show)
+        return writer.write_shards(source, arguments.output, config, on_progress=show, audit=_audit(source))
+
+
+def _audit(source: Source) -> Callable[[Manifest, Mapping[str, int]], str] | None:
+    """What writes `audit.md`, for sources that read a clinic's text."""
+    if source.name != "archive":
+        return None
+    from shards.ingest.archive_audit import audit
+
+    return lambda manifest, counts: audit(source.settings, manifest, counts)
 
 
 def _adopt(arguments: argparse.Namespace) -> Manifest:
@@ -563,8 +636,10 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.verify:
         return _verify(arguments, console)
-    if arguments.refuse_burned_in_text and arguments.source not in ("dicom", "table"):
-        raise ConfigError(f"--refuse-burned-in-text: reads images of dicom and table, not of {arguments.source}")
+    if arguments.refuse_burned_in_text and arguments.source not in ("dicom", "archive", "table"):
+        raise ConfigError(
+            f"--refuse-burned-in-text: reads images of dicom, archive and table, not of {arguments.source}"
+        )
     for option in ("source", "output"):
         if getattr(arguments, option) is None:
             raise ConfigError(f"--{option} is missing; see --help for examples")

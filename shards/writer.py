@@ -24,7 +24,7 @@ from awscrt.checksums import crc32c as crc32c_of
 
 from shards.batch import EncodedImage, EncodedVolume, Sample, ViewRecord
 from shards.errors import ConfigError, DataError
-from shards.ingest import Item, Loaded, Refusal, Source
+from shards.ingest import Item, Loaded, Plan, Refusal, Source
 from shards.manifest import MANIFEST, Manifest, Shard
 from shards.members import ATTENTION, MembersTable, is_pickle
 from shards.store import Store, open_store
@@ -35,6 +35,7 @@ from shards.workers import WorkerDiedError, in_order
 logger = logging.getLogger(__name__)
 
 REFUSED = "refused.jsonl"
+AUDIT = "audit.md"
 RECEIPTS = "receipts/"
 # Members of a record that count as present where they are not empty.
 COUNTED = (
@@ -258,6 +259,7 @@ class Span:
     next_item: int
     lost: tuple[int, ...]
     refusals: tuple[Refusal, ...]
+    counts: Mapping[str, int] = field(default_factory=dict)  # of what was done to these items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,7 +353,7 @@ def _clear(store: Store) -> None:
             old = Manifest.from_bytes(store.get(MANIFEST), MANIFEST)
             stems += [shard.name for shard in old.shards if not shard.url]
     doomed = {f"{stem}{end}" for stem in stems for end in (".tar", ".idx", ".members.parquet")}
-    for name in (MANIFEST, REFUSED, *sorted(doomed), *(name for name in names if name.startswith(RECEIPTS))):
+    for name in (MANIFEST, REFUSED, AUDIT, *sorted(doomed), *(name for name in names if name.startswith(RECEIPTS))):
         if name in names:
             store.delete(name)
 
@@ -362,8 +364,11 @@ def write_shards(
     config: WriterConfig | None = None,
     *,
     on_progress: Callable[[Progress], None] | None = None,
+    audit: Callable[[Manifest, Mapping[str, int]], str] | None = None,
 ) -> Manifest:
     """Pack a source into `output` (folder or s3:// prefix) and return the manifest, which is written last.
+
+    `audit`: the manifest and all counts of plan and loads -> the text of `audit.md`, written beside it.
 
     The same plan and key give the same bytes, whatever the number of workers and interruptions. Raises ConfigError for
     an output that holds another set, DataError for a duplicate key, a patient in two splits, a full disk, or when no
@@ -404,7 +409,7 @@ def write_shards(
                     written += event.shard.bytes
     spans += [receipt.span for receipt in receipts]
     spans.sort(key=lambda span: (span.split, span.first_item))
-    return _write_manifest(source, plan.refusals, splits, receipts, spans, store)
+    return _write_manifest(source, plan, splits, receipts, spans, store, audit)
 
 
 def _finished(store: Store, split: str, items: Sequence[Item], plan: str) -> list[Receipt]:
@@ -439,18 +444,20 @@ def _write_split(
     builder, first_item = ShardBuilder(), position
     lost: list[int] = []
     refusals: list[Refusal] = []
+    counts: Counter[str] = Counter()
     pending: Future[Receipt] | None = None
 
     def span(next_item: int) -> Span:
-        refused = tuple(refusals)
         return Span(
-            plan=plan, split=split, first_item=first_item, next_item=next_item, lost=tuple(lost), refusals=refused
-        )
+            plan=plan, split=split, first_item=first_item, next_item=next_item, lost=tuple(lost),
+            refusals=tuple(refusals), counts=dict(sorted(counts.items())),
+        )  # fmt: skip
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="put") as putter:
         for index, loaded in enumerate(islice(loads, len(items) - position), start=position):
             key, sample = items[index].key, loaded.sample
             refusals += loaded.refusals
+            counts.update(loaded.counts)
             if sample is not None:
                 if sample.key != key:
                     raise DataError(f"source {source_name}: item {key} gave sample {sample.key}")
@@ -467,11 +474,11 @@ def _write_split(
             if pending is not None:
                 yield pending.result()
             pending = putter.submit(_put_shard, store, name, split, builder, span(index + 1), config.chunk_bytes)
-            builder, first_item, lost, refusals = ShardBuilder(), index + 1, [], []
+            builder, first_item, lost, refusals, counts = ShardBuilder(), index + 1, [], [], Counter()
             number += 1
         if pending is not None:
             yield pending.result()
-        if refusals:
+        if refusals or counts:
             yield span(len(items))
 
 
@@ -489,13 +496,14 @@ def _put_shard(store: Store, name: str, split: str, builder: ShardBuilder, span:
 
 def _write_manifest(
     source: Source,
-    planned: Sequence[Refusal],
+    plan: Plan,
     splits: Mapping[str, Sequence[Item]],
     receipts: Sequence[Receipt],
     spans: Sequence[Span],
     store: Store,
+    audit: Callable[[Manifest, Mapping[str, int]], str] | None,
 ) -> Manifest:
-    refusals = [*planned, *(refusal for span in spans for refusal in span.refusals)]
+    refusals = [*plan.refusals, *(refusal for span in spans for refusal in span.refusals)]
     reasons = Counter(refusal.reason for refusal in refusals if not refusal.kept)
     noted = Counter(refusal.reason for refusal in refusals if refusal.kept)
     lost: dict[str, set[int]] = {}
@@ -525,6 +533,9 @@ def _write_manifest(
     )
     if refusals:
         store.put(REFUSED, "".join(map(_refused_line, refusals)).encode())
+    if audit is not None:
+        counts = sum((Counter(span.counts) for span in spans), Counter(plan.counts))
+        store.put(AUDIT, audit(manifest, counts).encode())
     store.put(MANIFEST, manifest.to_bytes())
     for shard in shards:
         store.delete(f"{RECEIPTS}{shard.name}.json")

@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +52,7 @@ class Plan:
 
     items: Sequence[Item]
     refusals: Sequence[Refusal] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)  # of inputs, for an audit; named `group/member`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Loaded:
 
     sample: Sample | None
     refusals: tuple[Refusal, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)  # of what was done, for an audit; named `group/member`
 
 
 class Source(Protocol):

@@ -8,16 +8,12 @@ reasons.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
-
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from shards.batch import EncodedImage, EncodedVolume, Sample, StudyRecord, ViewRecord
 from shards.errors import ConfigError
@@ -34,10 +30,10 @@ from shards.ingest.dicom_file import (
     text_of,
 )
 from shards.ingest.dicom_pixels import load_view
+from shards.ingest.dicom_reports import read_reports
 from shards.ingest.image_file import ImageLimits, ImageRefusedError
 from shards.ingest.view_files import Fact, OpenedView
 from shards.reports.identity.header import MODALITIES, SEARCHED, age_years_of, sex_of
-from shards.reports.text import wide_charset
 
 if TYPE_CHECKING:  # only --reports structured needs them
     from shards.reports.identity import KnownPatient
@@ -45,14 +41,15 @@ if TYPE_CHECKING:  # only --reports structured needs them
     from shards.reports.packing import Structured
 
 DEIDENTIFIER = "dicom headers dropped 1"
-REPORT_SECTIONS = ("report", "indication", "technique", "comparison", "findings", "impression")
 # Radiography by its DICOM terms; DR is no standard term but common. Others come by the `modalities` option.
 RADIOGRAPHY = ("CR", "DX", "DR")
 _PLAN_THREADS = 8
 
+Read = TypeVar("Read")
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Header:
+class Header:
     """What planning keeps of one file, in memory only."""
 
     path: str  # relative to the folder
@@ -63,6 +60,18 @@ class _Header:
     patient: str
     instance: str
     order: tuple[int, int, str]  # series number, instance number, instance
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedStudy:
+    """A study's sample without its report, None where no view is left, and what was refused of it.
+
+    `known`: what the headers say of persons and numbers, in memory only; None where no text is to be searched for it.
+    """
+
+    sample: Sample | None
+    refusals: tuple[Refusal, ...]
+    known: KnownPatient | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,43 +169,27 @@ class DicomRadiographs:
 
     def plan(self) -> Plan:
         """Reads all headers. A study comes whole or, where two patients claim it, not at all."""
-        reports = self._read_reports()
-        paths = sorted(_files(self.folder))
+        reports = {} if self.reports is None else read_reports(self.reports)
+        paths = sorted(files_below(self.folder))
         if not paths:
             raise ConfigError(f"--input {self.folder}: holds no file")
-        with quiet, ThreadPoolExecutor(_PLAN_THREADS, thread_name_prefix="header") as pool:
-            headers = list(pool.map(self._header, paths))
+        headers = read_headers(self._header, paths)
         masks = self._find_masks(headers)
         if masks.files:
             root = self.folder.resolve()
             pairs = zip(paths, headers, strict=True)
             headers = [header for path, header in pairs if (root / path).resolve() not in masks.files]
-        refusals = [header for header in headers if isinstance(header, Refusal)]
-        refusals += [Refusal(self._log_name(name), reason) for name, reason in masks.refused]
-        studies: dict[str, list[_Header]] = {}
-        seen: set[str] = set()
-        for header in headers:
-            if isinstance(header, Refusal):
-                continue
-            if header.instance in seen:
-                refusals.append(Refusal(self._log_name(header.path), "the same DICOM instance twice"))
-                continue
-            seen.add(header.instance)
-            studies.setdefault(header.study, []).append(header)
+        studies, refusals = self.grouped(headers)
+        refusals += [Refusal(self.log_name(name), reason) for name, reason in masks.refused]
         items = []
         prepared = self.structured.file if self.structured else None
-        for study, views in sorted(studies.items()):
-            patients = {view.patient for view in views}
-            if len(patients) > 1:
-                refusals += [Refusal(self._log_name(view.path), "study of two patients") for view in views]
-                continue
-            views.sort(key=lambda view: view.order)
+        for study, views in studies.items():
             key = hashed_key(self.secret, "study", study)
             place = prepared.place(key) if prepared else None
             items.append(
                 Item(
                     key=key,
-                    patient=hashed_key(self.secret, "patient", patients.pop()),
+                    patient=hashed_key(self.secret, "patient", views[0].patient),
                     payload=(
                         self._views(views, masks),
                         tuple(sorted(reports.get(study, {}).items())),
@@ -210,8 +203,54 @@ class DicomRadiographs:
         items.sort(key=lambda item: item.key)  # the order of UIDs is one of dates
         return Plan(items=items, refusals=refusals)
 
+    def grouped(self, headers: Sequence[Header | Refusal]) -> tuple[dict[str, list[Header]], list[Refusal]]:
+        """Study -> its files in the order of its views, and what is refused: broken, twice there, of two patients."""
+        refusals = [header for header in headers if isinstance(header, Refusal)]
+        studies: dict[str, list[Header]] = {}
+        seen: set[str] = set()
+        for header in headers:
+            if isinstance(header, Refusal):
+                continue
+            if header.instance in seen:
+                refusals.append(Refusal(self.log_name(header.path), "the same DICOM instance twice"))
+                continue
+            seen.add(header.instance)
+            studies.setdefault(header.study, []).append(header)
+        kept = {}
+        for study, views in sorted(studies.items()):
+            if len({view.patient for view in views}) > 1:
+                refusals += [Refusal(self.log_name(view.path), "study of two patients") for view in views]
+            else:
+                kept[study] = sorted(views, key=lambda view: view.order)
+        return kept, refusals
+
     def load(self, item: Item) -> Loaded:
         groups, report, place, study_by = item.payload
+        searched = self.structured is not None
+        opened = self.open_study(item.key, item.patient, groups, searched=searched)
+        if opened.sample is None:
+            return Loaded(sample=None, refusals=opened.refusals)
+        record, refusals = opened.sample.record, list(opened.refusals)
+        if study_by is not None:
+            record = record.model_copy(update={"provenance": {**record.provenance, "study told by": study_by}})
+            reason = f"no StudyInstanceUID: study told by its {study_by}"
+            refusals.append(Refusal(self.log_name(groups[0][0][0]), reason, kept=True))
+        if self.structured is not None and (report or self.structured.prepared):
+            record, cause, _ = self.structured.complete(record, dict(report), opened.known, place)
+            if cause is not None:
+                refusals.append(Refusal(item.key, cause))
+        elif report:
+            stated = {"report": dict(report), "deidentifier": f"{DEIDENTIFIER}; text: {self.deidentified}"}
+            record = record.model_copy(update=stated)
+        return Loaded(sample=replace(opened.sample, record=record), refusals=tuple(refusals))
+
+    def open_study(
+        self, key: str, patient: str, groups: Sequence[tuple[Sequence[str], Sequence[str]]], *, searched: bool
+    ) -> OpenedStudy:
+        """Read, check and encode the views of one study: (files, files of masks) of each. Never raises for data.
+
+        `searched`: a text will be searched for what the headers say.
+        """
         images: list[EncodedImage | EncodedVolume] = []
         masks: dict[tuple[str, int], EncodedImage | EncodedVolume] = {}
         views: list[ViewRecord] = []
@@ -227,36 +266,25 @@ class DicomRadiographs:
                 try:
                     view = self._open(list(datasets.values()), str(len(views)), mask_files)
                 except ImageRefusedError as error:
-                    refusals += [Refusal(self._log_name(path), str(error)) for path in datasets]
+                    refusals += [Refusal(self.log_name(path), str(error)) for path in datasets]
                     continue
                 first = next(iter(datasets.values()))
                 persons.append(_person(first))
                 provenance |= _provenance(first, view.record.id)
-                if self.structured is not None and known is None:
-                    known = _known_patient(first, item.patient)
+                if searched and known is None:
+                    known = _known_patient(first, patient)
             provenance |= {f"view {view.record.id} {name}": fact for name, fact in view.provenance.items()}
-            refusals += [Refusal(self._log_name(paths[0]), note, kept=True) for note in view.notes]
+            refusals += [Refusal(self.log_name(paths[0]), note, kept=True) for note in view.notes]
             images.append(view.image)
             masks |= view.masks
             views.append(view.record)
         if not views:
-            return Loaded(sample=None, refusals=tuple(refusals))
-        if study_by is not None:
-            provenance["study told by"] = study_by
-            reason = f"no StudyInstanceUID: study told by its {study_by}"
-            refusals.append(Refusal(self._log_name(groups[0][0][0]), reason, kept=True))
-        stated = bool(report) and self.structured is None
+            return OpenedStudy(sample=None, refusals=tuple(refusals))
         record = StudyRecord(
-            study=item.key, patient=item.patient, report=dict(report) if stated else {}, views=views,
-            provenance=provenance, deidentifier=DEIDENTIFIER + (f"; text: {self.deidentified}" if stated else ""),
-            **persons[0],
-        )  # fmt: skip
-        if self.structured is not None and (report or self.structured.prepared):
-            record, cause = self.structured.complete(record, dict(report), known, place)
-            if cause is not None:
-                refusals.append(Refusal(item.key, cause))
-        sample = Sample(key=item.key, record=record, images=tuple(images), masks=masks)
-        return Loaded(sample=sample, refusals=tuple(refusals))
+            study=key, patient=patient, views=views, provenance=provenance, deidentifier=DEIDENTIFIER, **persons[0]
+        )
+        sample = Sample(key=key, record=record, images=tuple(images), masks=masks)
+        return OpenedStudy(sample=sample, refusals=tuple(refusals), known=known)
 
     def _read_all(self, paths: Sequence[str], refusals: list[Refusal]) -> dict[str, FileDataset]:
         """Path -> file, of those that can be read."""
@@ -266,20 +294,20 @@ class DicomRadiographs:
                 dataset = read_file(self.folder / path)
                 check_image(dataset, self.modalities)
             except RefusedError as error:
-                refusals.append(Refusal(self._log_name(path), str(error)))
+                refusals.append(Refusal(self.log_name(path), str(error)))
             else:
                 datasets[path] = dataset
         return datasets
 
-    def _find_masks(self, headers: Sequence[_Header | Refusal]) -> FoundMasks:
+    def _find_masks(self, headers: Sequence[Header | Refusal]) -> FoundMasks:
         if self.series is None:
             return FoundMasks()
         with quiet:
             return self.series.find_masks(
-                {header.series: header.frame for header in headers if isinstance(header, _Header) and header.series}
+                {header.series: header.frame for header in headers if isinstance(header, Header) and header.series}
             )
 
-    def _views(self, headers: Sequence[_Header], masks: FoundMasks) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    def _views(self, headers: Sequence[Header], masks: FoundMasks) -> tuple[tuple[tuple[str, ...], ...], ...]:
         """(files, files of masks) of each view."""
         if self.series is None:
             return tuple(((header.path,), ()) for header in headers)
@@ -293,26 +321,30 @@ class DicomRadiographs:
             return self.series.open(datasets, view_id, masks)
         return load_view(datasets[0], view_id, self.limits, self.burned_in)
 
-    def _log_name(self, path: str) -> str:
+    def log_name(self, path: str) -> str:
+        """The file as logs may show it."""
         return path if self.secret is None else hashed_key(self.secret, "file", path)
 
-    def _header(self, path: str) -> _Header | Refusal:
+    def _header(self, path: str) -> Header | Refusal:
         try:
-            dataset = read_file(self.folder / path, pixels=False)
-            check_image(dataset, self.modalities)
-            if self.series is not None:
-                self.series.check(dataset)
-            study, study_by = self._study(dataset, path)
-            instance = text_of(dataset, "SOPInstanceUID") or path
-            series, number = (number_of(dataset, name) or 0.0 for name in ("SeriesNumber", "InstanceNumber"))
-            return _Header(
-                path=path, study=study, study_by=study_by, series=text_of(dataset, "SeriesInstanceUID"),
-                frame=text_of(dataset, "FrameOfReferenceUID"), instance=instance,
-                patient=text_of(dataset, "PatientID") or f"of study {study}",
-                order=(int(series), int(number), instance),
-            )  # fmt: skip
+            return self.header_of(read_file(self.folder / path, pixels=False), path)
         except RefusedError as error:
-            return Refusal(self._log_name(path), str(error))
+            return Refusal(self.log_name(path), str(error))
+
+    def header_of(self, dataset: FileDataset, path: str) -> Header:
+        """What planning keeps of a file. Raises RefusedError for one that can be no view here."""
+        check_image(dataset, self.modalities)
+        if self.series is not None:
+            self.series.check(dataset)
+        study, study_by = self._study(dataset, path)
+        instance = text_of(dataset, "SOPInstanceUID") or path
+        series, number = (number_of(dataset, name) or 0.0 for name in ("SeriesNumber", "InstanceNumber"))
+        return Header(
+            path=path, study=study, study_by=study_by, series=text_of(dataset, "SeriesInstanceUID"),
+            frame=text_of(dataset, "FrameOfReferenceUID"), instance=instance,
+            patient=text_of(dataset, "PatientID") or f"of study {study}",
+            order=(int(series), int(number), instance),
+        )  # fmt: skip
 
     def _study(self, dataset: FileDataset, path: str) -> tuple[str, str | None]:
         """What names the study, and what stands for its StudyInstanceUID if that is missing. Raises RefusedError.
@@ -329,41 +361,15 @@ class DicomRadiographs:
                 return f"{name} {uid}", name
         return f"folder {PurePosixPath(path).parent}", "folder"
 
-    def _read_reports(self) -> dict[str, dict[str, str]]:
-        """StudyInstanceUID -> section -> text. Raises ConfigError for a table that cannot serve."""
-        if self.reports is None:
-            return {}
-        try:
-            if self.reports.suffix.lower() == ".parquet":
-                rows = pq.read_table(self.reports).to_pylist()
-            else:
-                data = self.reports.read_bytes()
-                text = data.decode(wide_charset(data[:4096]) or "utf-8-sig").lstrip("\ufeff")
-                rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        except OSError as error:
-            raise ConfigError(f"--reports {self.reports}: {error.strerror or 'cannot be read'}") from None
-        except (ValueError, csv.Error):
-            raise ConfigError(
-                f"--reports {self.reports}: no Parquet and no CSV in UTF-8 or UTF-16; convert it"
-            ) from None
-        columns = set(rows[0]) if rows else set()
-        sections = [name for name in REPORT_SECTIONS if name in columns]
-        if "study" not in columns or not sections:
-            raise ConfigError(
-                f"--reports {self.reports}: needs a column study (StudyInstanceUID) "
-                f"and one of {', '.join(REPORT_SECTIONS)}"
-            )
-        reports: dict[str, dict[str, str]] = {}
-        for row in rows:
-            study = str(row["study"] or "").strip()
-            if study in reports:
-                raise ConfigError(f"--reports {self.reports}: a study stands twice; keep one row for each")
-            texts = {name: str(row[name] or "").strip() for name in sections}
-            reports[study] = {name: text for name, text in texts.items() if text}
-        return reports
+
+def read_headers(read: Callable[[str], Read], paths: Sequence[str]) -> list[Read]:
+    """`read` of every path, in their order, by threads: most of the time goes into waiting for files."""
+    with quiet, ThreadPoolExecutor(_PLAN_THREADS, thread_name_prefix="header") as pool:
+        return list(pool.map(read, paths))
 
 
-def _files(folder: Path) -> Iterator[str]:
+def files_below(folder: Path) -> Iterator[str]:
+    """Paths of all files, relative to the folder."""
     for parent, folders, names in os.walk(folder):
         folders.sort()
         for name in names:

@@ -467,7 +467,7 @@ class TableSource:
             views=views,
         )
         if through_pipeline and self.structured is not None:
-            record, cause = self.structured.complete(record, dict(study.report), study.known, study.prepared)
+            record, cause, _ = self.structured.complete(record, dict(study.report), study.known, study.prepared)
             if cause is not None:
                 refusals.append(Refusal(study.name, cause))
                 if not study.labels:

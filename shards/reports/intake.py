@@ -66,7 +66,7 @@ def read_reports(path: Path, columns: Columns, secret: bytes | None) -> Iterator
         return
     if not path.is_file():
         raise ConfigError(f"--input {path}: no such file or folder")
-    for number, row in enumerate(_rows(path, columns), start=1):
+    for number, row in enumerate(rows(path, columns.used()), start=1):
         yield _report(row, columns, secret, f"row {number}")
 
 
@@ -83,12 +83,12 @@ def _report(row: Mapping[str, Cell] | None, columns: Columns, secret: bytes | No
     key = hashed_key(secret, "patient", patient)
     known = known_patient(
         key,
-        first_names=_texts(row, columns.first_names),
-        last_names=_texts(row, columns.last_names),
-        names=_texts(row, columns.names),
-        birth_dates=_texts(row, (columns.birth_date,) if columns.birth_date else ()),
+        first_names=cells_of(row, columns.first_names),
+        last_names=cells_of(row, columns.last_names),
+        names=cells_of(row, columns.names),
+        birth_dates=cells_of(row, (columns.birth_date,) if columns.birth_date else ()),
         # The names of patient and study are identifiers wherever they stand.
-        ids=dict.fromkeys((*_texts(row, columns.ids), patient, study)),
+        ids=dict.fromkeys((*cells_of(row, columns.ids), patient, study)),
     )
     return RawReport(study=shown, patient=key, texts=texts, known=known)
 
@@ -103,7 +103,8 @@ def _identifier(cell: Cell) -> str | None:
     return text or None
 
 
-def _texts(row: Mapping[str, Cell], columns: Sequence[str]) -> tuple[str, ...]:
+def cells_of(row: Mapping[str, Cell], columns: Sequence[str]) -> tuple[str, ...]:
+    """What stands in these columns of a row, those left out that are empty."""
     cells = (row[column] for column in columns)
     texts = (_decoded(cell) if isinstance(cell, bytes) else cell for cell in cells)
     return tuple(text.strip() for text in texts if text.strip())
@@ -125,6 +126,9 @@ def known_patient(
     names: Iterable[str] = (),
     birth_dates: Sequence[str] = (),
     ids: Iterable[str] = (),
+    phones: Iterable[str] = (),
+    address: str = "",
+    city: str = "",
 ) -> KnownPatient:
     """What a record says of a patient, as it is written there; `names` hold first and last name in one.
 
@@ -137,6 +141,9 @@ def known_patient(
         last_names=(*last_names, *(last for _, last in parts if last)),
         birth_date=birth_date(birth_dates[0]) if birth_dates else None,
         ids=tuple(ids),
+        phones=tuple(phones),
+        address=address,
+        city=city,
     )
 
 
@@ -204,14 +211,18 @@ def _text_files(folder: Path) -> Iterator[Path]:
 # --- tables ---
 
 
-def _rows(path: Path, columns: Columns) -> Iterator[Mapping[str, Cell] | None]:
+def rows(path: Path, used: Sequence[str]) -> Iterator[Mapping[str, Cell] | None]:
+    """Cells of the columns `used` of every row of a table, None for a row that does not fit it.
+
+    Raises ConfigError: not a table, no such column, no rows.
+    """
     kind = path.suffix.lower()
     if kind not in TABLES:
         raise ConfigError(f"--input {path}: no table by its name; known are {', '.join(TABLES)}, or give a folder")
     read = {".parquet": _parquet, ".pq": _parquet, ".jsonl": _json_lines, ".ndjson": _json_lines}.get(kind, _csv)
     count = 0
     try:
-        for row in read(path, columns.used()):
+        for row in read(path, used):
             count += 1
             yield row
     except OSError as error:

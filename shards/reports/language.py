@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, cast
 
 from shards.batch import Span
 
@@ -89,6 +89,17 @@ def languages_of(text: str, spans: Sequence[Span], language: Language) -> tuple[
     if min(english, french) < LEAD:
         return (language,) * len(spans)
     return tuple(_language_of(text[start:end], language) for start, end in spans)
+
+
+def clear_language(text: str) -> Literal["en", "fr", "other"] | None:
+    """The language that `LEAD` words or more speak for, and half as many at most for another; None where none is.
+
+    "other" stands for Dutch, German, Italian or Spanish.
+    """
+    votes = dict(zip(("en", "fr", "other"), _votes(text[:SAMPLE_CHARACTERS]), strict=True))
+    second, first = sorted(votes, key=lambda name: votes[name])[1:]
+    clear = votes[first] >= LEAD and votes[second] <= votes[first] / 2
+    return cast(Literal["en", "fr", "other"], first) if clear else None
 
 
 def _language_of(text: str, otherwise: Language) -> Language:

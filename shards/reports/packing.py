@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,26 +89,27 @@ class Structured:
 
     def complete(
         self, record: StudyRecord, texts: Mapping[str, Cell], known: KnownPatient | None, place: Place | None
-    ) -> tuple[StudyRecord, str | None]:
-        """(record with what its report gave, why it gave nothing). Never raises for data, never lets raw text through.
+    ) -> tuple[StudyRecord, str | None, Counter[str]]:
+        """(record with what its report gave, why it gave nothing, what was counted: `Pipeline.each`).
 
-        Labels that the record has already stay.
+        Never raises for data, never lets raw text through. Labels that the record has already stay.
         """
+        counts: Counter[str] = Counter()
         if self.prepared is not None:
             result = self._joined(record.study, record.patient, place)
         elif texts:
             raw = RawReport(study=record.study, patient=record.patient, texts=texts, known=known)
-            result = self._pipeline.prepare([raw])[0][0]
+            (result,), counts = self._pipeline.prepare([raw])
         else:
-            return record, None
+            return record, None, counts
         if isinstance(result, Failed):
-            return record, f"report: {result.cause}"
+            return record, f"report: {result.cause}", counts
         members = record.model_dump() | result.members()
         members["labels"] = {**result.labels, **record.labels}
         members["provenance"] = {**record.provenance, "extractor": result.extractor}
         if record.deidentifier is not None:
             members["deidentifier"] = f"{record.deidentifier}; text: {result.deidentifier}"
-        return StudyRecord.model_validate(members), None
+        return StudyRecord.model_validate(members), None, counts
 
     def _joined(self, study: str, patient: str, place: Place | None) -> PreparedReport | Failed:
         cause = "changed since the start"

@@ -123,6 +123,11 @@ SEARCHED: dict[str, Literal["person", "birth date", "id"]] = {
     **dict.fromkeys(("PatientID", "OtherPatientIDs", "AccessionNumber", "StudyID", "StudyInstanceUID"), "id"),
 }
 
+# Attribute -> what it is. Read into memory only, so that a report is matched with its study.
+MATCHED: dict[str, Literal["date", "id"]] = {
+    **dict.fromkeys(("StudyDate", "PatientBirthDate"), "date"), "AccessionNumber": "id",
+}  # fmt: skip
+
 
 def sex_of(written: str) -> Literal["F", "M", "O"] | None:
     """Patient's Sex, or None for anything that is not one of its three codes."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.reports.identity.header import OLDEST_AGE_YEARS, PASSES, age_years_of, sex_of
+from shards.reports.identity.header import MATCHED, OLDEST_AGE_YEARS, PASSES, age_years_of, sex_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 READERS = {"text_of", "element_of", "number_of", "numbers_of", "items_of"}
@@ -36,6 +36,8 @@ def test_only_named_attributes_are_read() -> None:
     assert {"PatientID", "PatientAge"} <= asked["dicom"] and "Modality" in asked["dicom_file"]
     assert {"ImagePositionPatient", "RescaleSlope"} <= asked["dicom_slices"] and "ROIName" in asked["dicom_masks"]
     assert set().union(*asked.values()) <= set(PASSES)
+    matched = attributes(REPOSITORY / "shards/ingest/archive.py")
+    assert "StudyDate" in matched and matched <= {*PASSES, *MATCHED}
 
 
 def test_names_dates_and_institutions_have_no_entry() -> None:
