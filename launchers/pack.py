@@ -45,6 +45,11 @@ EXIT_FAULTS = 3
 QUIET_REPORT_S = 10.0  # without a terminal, a line of progress this often
 FAULTS_SHOWN = 50
 
+SOURCES = (
+    "table", "dicom", "archive", "dicom_ct", "nifti", "ct_rate", "phantom", "phantom_ct", "phantom_bone", "grids",
+    "adopt",
+)  # fmt: skip
+
 DESCRIPTION = """\
 Pack studies into shards: plain WebDataset tars with a manifest, split by patient, under keyed names.
 
@@ -94,19 +99,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--verify", metavar="MANIFEST", help="check all shards of a set instead of packing")
     result.add_argument(
         "--source",
-        choices=(
-            "table",
-            "dicom",
-            "archive",
-            "dicom_ct",
-            "nifti",
-            "ct_rate",
-            "phantom",
-            "phantom_ct",
-            "phantom_bone",
-            "grids",
-            "adopt",
-        ),  # fmt: skip
+        choices=SOURCES,
         help="what --input holds",
     )
     result.add_argument(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -129,7 +129,9 @@ class HospitalArchive:
             for path in others
             if not path.startswith(image_root)
         ]
-        files = {one.header.path: one for one in read_headers(self._file, images) if self._is_file(one, refusals)}
+        read = read_headers(self._file, images)
+        refusals += [one for one in read if isinstance(one, Refusal)]
+        files = {one.header.path: one for one in read if isinstance(one, _File)}
         studies, refused = self.images.grouped([one.header for one in files.values()])
         refusals += refused
         self._drop_shared_folders(studies, refusals)
@@ -180,13 +182,6 @@ class HospitalArchive:
             accession=text_of(dataset, "AccessionNumber"),
         )  # fmt: skip
 
-    @staticmethod
-    def _is_file(one: _File | Refusal, refusals: list[Refusal]) -> bool:
-        if isinstance(one, Refusal):
-            refusals.append(one)
-            return False
-        return True
-
     def _drop_shared_folders(self, studies: dict[str, list[Header]], refusals: list[Refusal]) -> None:
         """Studies with a view in a folder of two patients: one lies there by mistake, and nothing tells which."""
         if self.options.shared_folders:
@@ -228,7 +223,7 @@ class HospitalArchive:
         return found
 
     @staticmethod
-    def _dated_reports(reports: Any) -> list[Dated]:
+    def _dated_reports(reports: Iterable[ArchiveReport]) -> list[Dated]:
         return [Dated(name=one.name, patient=one.patient, day=one.day, accession=one.accession) for one in reports]
 
     # --- load: one pair ---
@@ -301,8 +296,11 @@ def _united(header: KnownPatient | None, table: KnownPatient) -> KnownPatient:
     """What both say of the patient."""
     if header is None:
         return table
-    both = {
-        name: tuple(dict.fromkeys((*getattr(header, name), *getattr(table, name))))
-        for name in ("first_names", "last_names", "ids")
-    }
-    return replace(table, birth_date=header.birth_date or table.birth_date, **both)
+
+    def both(name: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*getattr(header, name), *getattr(table, name))))
+
+    return replace(
+        table, first_names=both("first_names"), last_names=both("last_names"), ids=both("ids"),
+        birth_date=header.birth_date or table.birth_date,
+    )  # fmt: skip
