@@ -1,13 +1,18 @@
-"""What the programs share: one-line errors, exit codes, a stop on request, the secret of a key file."""
+"""What the programs share: one-line errors, exit codes, a stop on request, the secret of a key file, a
+folder that is there whole or not at all."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from types import FrameType
 from typing import ParamSpec
 
@@ -18,6 +23,28 @@ from shards.errors import ConfigError, NonFiniteError, RoentgenError
 from shards.ingest import read_key_file
 
 P = ParamSpec("P")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """An empty folder that becomes `output` at the end, or leaves nothing where something is raised.
+
+    Raises ConfigError where `output` is not empty or cannot be written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output {output}: exists and is not an empty folder; name a new one")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise ConfigError(f"--output {output}: cannot be written ({error.strerror}); name another") from None
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        scratch.replace(output)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 class _Interrupted(BaseException):

@@ -1,5 +1,8 @@
 """The encoders of a run -> a folder that needs neither the run, DeepSpeed nor the data: weights, config, tokenizer.
 
+With `--form timm` it is the image encoder alone, as `timm.create_model("local-dir:FOLDER", pretrained=True)` and
+transfer.py open it. With the usual form:
+
 from launchers.export import load_exported
 encoder = load_exported("exported/clip")
 images = encoder.embed_images(encoder.read_images(["a.png", "b.jpg"]))   # [2, E], unit length
@@ -17,7 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -35,10 +37,13 @@ from torch import Tensor
 
 from configs import schema
 from core.evaluation.embed import GaussianTask
+from core.models.foreign import load_encoder
 from core.models.gaussian import Gaussian
+from core.models.timm_names import timm_config, timm_weights
 from core.tasks import Task
-from launchers.command import errors_in_one_line
+from launchers.command import errors_in_one_line, new_folder
 from launchers.past_run import PastRun, open_run
+from launchers.transfer_data import vision_of
 from shards import keyed
 from shards.batch import Batch, ViewRecord
 from shards.decode import Decoder
@@ -262,28 +267,46 @@ def export(run: PastRun, output: Path) -> float:
             written gives other embeddings than the run's model; nothing is left behind then.
     """
     if not hasattr(run.config.task, "to_embed"):
-        raise ConfigError(f"task {type(run.task).__name__} has no image and text encoder to export")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output}: exists and is not an empty folder; name a new one")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise ConfigError(f"--output {output}: cannot be written ({error.strerror}); name another") from None
-    try:
+        raise ConfigError(
+            f"task {type(run.task).__name__} has no image and text encoder to export; an encoder of images alone goes "
+            "with --form timm"
+        )
+    with new_folder(output) as scratch:
         _write(run, scratch)
         difference = _largest_difference(run, load_exported(scratch, run.device))
-        if not difference <= TOLERANCE:
-            raise DataError(
-                f"the exported encoders differ from the run's by {difference:.2g} in an embedding, {TOLERANCE:g} is "
-                "allowed; nothing was kept"
-            )
-        scratch.chmod(0o755)
-        scratch.replace(output)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        _check(difference)
     return difference
+
+
+@torch.no_grad()
+def export_timm(run: PastRun, output: Path) -> float:
+    """Write `run`'s image encoder under timm's names into `output` and read it back as an encoder of others.
+
+    Returns the largest difference of a feature. Raises ConfigError for an encoder that timm has no model for, of
+    volumes, or an `output` that is not empty; DataError as `export`.
+    """
+    vision = vision_of(run.task)
+    config = timm_config(vision.config, mean=run.decode.mean, std=run.decode.std)
+    config["origin"] = {"task": type(run.task).__name__, "step": run.step, "recipe": run.recipe}
+    with new_folder(output) as scratch:
+        save_file(timm_weights(vision), scratch / WEIGHTS, metadata={"format": "pt"})
+        (scratch / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        found = load_encoder(scratch).encoder.to(run.device)
+        side = vision.config.image_size
+        pixels = _noise("images", vision.config.channels, side, side).to(run.device)
+        ours, theirs = vision(pixels), found(pixels)
+        pairs = ((ours.tokens, theirs.tokens), (ours.pooled, theirs.pooled))
+        difference = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
+        _check(difference)
+    return difference
+
+
+def _check(difference: float) -> None:
+    if not difference <= TOLERANCE:
+        raise DataError(
+            f"the exported encoders differ from the run's by {difference:.2g} in an embedding, {TOLERANCE:g} is "
+            "allowed; nothing was kept"
+        )
 
 
 def _write(run: PastRun, folder: Path) -> None:
@@ -332,20 +355,20 @@ def _largest_difference(run: PastRun, exported: ExportedEncoder) -> float:
 
 def _checked_views(config: ExportedConfig) -> dict[str, Tensor]:
     """Noise in the shape of the encoder's images; of anatomies each has the patches that another draw leaves it."""
-
-    def draw(what: str, *shape: int) -> Tensor:
-        draws = keyed.normal(0, f"export: {what}", np.arange(CHECKED_VIEWS), draws=int(np.prod(shape)))
-        return torch.from_numpy(draws.astype(np.float32)).reshape(CHECKED_VIEWS, *shape)
-
     vision = config.task["vision"]
     volume = config.volume
     if volume is None:
-        return {"pixel_values": draw("images", vision["channels"], vision["image_size"], vision["image_size"])}
-    views = {"pixel_values": draw("images", vision["channels"], *volume.size)}
+        return {"pixel_values": _noise("images", vision["channels"], vision["image_size"], vision["image_size"])}
+    views = {"pixel_values": _noise("images", vision["channels"], *volume.size)}
     if "anatomies" in config.task:
-        share = draw("anatomies", len(volume.anatomies), volume.patches).clamp(0.0, 1.0)
+        share = _noise("anatomies", len(volume.anatomies), volume.patches).clamp(0.0, 1.0)
         views |= {"anatomy_share": share, "anatomy_intact": share.any(dim=2)}
     return views
+
+
+def _noise(what: str, *shape: int) -> Tensor:
+    draws = keyed.normal(0, f"export: {what}", np.arange(CHECKED_VIEWS), draws=int(np.prod(shape)))
+    return torch.from_numpy(draws.astype(np.float32)).reshape(CHECKED_VIEWS, *shape)
 
 
 def _read_config(file: Path) -> ExportedConfig:
@@ -380,6 +403,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--run-dir", required=True, metavar="DIR", help="run directory, folder or s3://")
     command.add_argument("--output", required=True, metavar="DIR", help="new folder, or s3://bucket/prefix")
     command.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or step-N")
+    command.add_argument(
+        "--form",
+        choices=("roentgen", "timm"),
+        default="roentgen",
+        help="timm: the encoder of images alone, under timm's names; of any task on images (%(default)s)",
+    )
     return command
 
 
@@ -388,23 +417,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = parser().parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
+    write = export_timm if arguments.form == "timm" else export
     with open_run(arguments.run_dir, arguments.checkpoint) as run:
         if arguments.output.startswith("s3://"):
             with tempfile.TemporaryDirectory(prefix="roentgen-export-") as scratch:
                 folder = Path(scratch) / "exported"
-                difference = export(run, folder)
+                difference = write(run, folder)
                 with open_store(arguments.output) as store:
                     files = sorted(path for path in folder.rglob("*") if path.is_file())
                     # The config goes last: a folder that has one is complete.
                     for path in sorted(files, key=lambda path: path.name == CONFIG and path.parent == folder):
                         store.put(path.relative_to(folder).as_posix(), path)
         else:
-            difference = export(run, Path(arguments.output))
+            difference = write(run, Path(arguments.output))
         console.print(
             f"step {run.step} of {arguments.run_dir} -> {arguments.output}: embeddings equal to the run's"
             f" (largest difference {difference:.1g})"
         )
-        console.print(f'load it with: from launchers.export import load_exported; load_exported("{arguments.output}")')
+        call = f'load it with: from launchers.export import load_exported; load_exported("{arguments.output}")'
+        if arguments.form == "timm":
+            call = f'load it with: timm.create_model("local-dir:{arguments.output}", pretrained=True), or transfer.py'
+        console.print(call)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 Understood: names of timm, MAE, ECAMP and DINOv2, of Hugging Face's ViT and DINOv2 (RAD-DINO), of open_clip, and ours,
 behind any prefix. What a file cannot say (heads, activation, how pixels were normalised) comes from the `config.json`
-and `preprocessor_config.json` beside it, else from the dialect's custom, and can be given.
+and `preprocessor_config.json` beside it (Hugging Face's or timm's), else from the dialect's custom, and can be given.
 
 Letters: D = width, P = patch side, C = channels, N = patches.
 """
@@ -35,7 +35,8 @@ _KERNELS = (
 _HEAD_WIDTH = 64  # of nearly every ViT
 _HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, -g and -G
 _ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
 _OPEN_CLIP_EPSILON = 1e-5
 # Of RGB in [0, 1], where nothing else is said: open_clip's own; for the others ImageNet's.
@@ -147,11 +148,14 @@ def _config_of(
     side = next((math.isqrt(n) for n in (count, count - 1) if math.isqrt(n) ** 2 == n), None)
     if side is None:
         raise ConfigError(f"{path}: {count} positions are no square of patches; square images are needed")
-    heads = given.heads or beside.get("num_attention_heads") or _HEADS_OF_WIDTH.get(width) or width // _HEAD_WIDTH
+    timm = _part(beside, "model_args")
+    named = beside.get("num_attention_heads") or timm.get("num_heads")
+    heads = given.heads or named or _HEADS_OF_WIDTH.get(width) or width // _HEAD_WIDTH
     if not heads or width % int(heads):
         raise ConfigError(f"{path}: width {width} says nothing of its heads; give their number")
     class_token = "class_token" in ours
-    pool = given.pool or ("mean" if not class_token or any(name.startswith("fc_norm.") for name in own) else "class")
+    mean_pooled = timm.get("global_pool") == "avg" or any(name.startswith("fc_norm.") for name in own)
+    pool = given.pool or ("class" if class_token and not mean_pooled else "mean")
     scale = "transformer.blocks.0.scale1.gamma" in ours
     registers = ours["registers"].numel() // width if "registers" in ours else 0
     open_clip = kernel_name.startswith("visual.")
@@ -165,9 +169,9 @@ def _config_of(
 
 
 def _activation(path: str | Path, beside: Mapping[str, Any]) -> Activation:
-    named = str(beside.get("hidden_act", "gelu"))
+    named = str(beside.get("hidden_act") or _part(beside, "model_args").get("act_layer") or "gelu")
     if named not in _ACTIVATIONS:
-        raise ConfigError(f"{path}: hidden_act={named!r} of its config.json is not understood")
+        raise ConfigError(f"{path}: activation {named!r} of its config.json is not understood")
     return _ACTIVATIONS[named]
 
 
@@ -175,16 +179,23 @@ def _normalisation(
     path: str | Path, kernel_name: str, channels: int, given: Given
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     beside = _json_beside(path, "preprocessor_config.json")
+    timm = _part(_json_beside(path, "config.json"), "pretrained_cfg")
     custom = OPEN_CLIP if kernel_name.startswith("visual.") else IMAGENET
     found = []
     for name, chosen, usual in (("image_mean", given.mean, custom[0]), ("image_std", given.std, custom[1])):
-        values = tuple(float(value) for value in chosen or beside.get(name) or usual)
+        said = beside.get(name) or timm.get(name.removeprefix("image_"))
+        values = tuple(float(value) for value in chosen or said or usual)
         if channels == 1 and len(values) == 3:
             values = (sum(values) / 3,)
         if len(values) != channels or (name == "image_std" and min(values) <= 0):
             raise ConfigError(f"{path}: {name} {values} does not fit an encoder of {channels} channels")
         found.append(values)
     return found[0], found[1]
+
+
+def _part(beside: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = beside.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _json_beside(path: str | Path, name: str) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from core.models.foreign import Given, load_encoder
+from core.models.timm_names import timm_config, timm_weights
 from core.models.vision import VisionEncoder
 from shards.errors import ConfigError
 from tests.core.test_initialise import VISION, hugging_face_names, timm_names, vision
@@ -92,6 +95,64 @@ def test_the_same_features_by_path_alone(dialect: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found.encoder((grey - 0.5) / 0.25).tokens, expected, atol=5e-3, rtol=5e-3)
     # Another image size: positions are interpolated.
     assert found.encoder(torch.zeros(1, 1, 48, 48)).tokens.shape == (1, 36, 128)
+
+
+def plain_timm(weights: dict[str, torch.Tensor], args: dict[str, Any], pixels: torch.Tensor) -> torch.Tensor:
+    """Pooled features as timm's VisionTransformer computes them from its state and arguments."""
+    norm = partial(torch.nn.functional.layer_norm, normalized_shape=(args["embed_dim"],), eps=1e-6)
+    linear = torch.nn.functional.linear
+
+    def of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
+    x = torch.nn.functional.conv2d(pixels, *of("patch_embed.proj"), stride=args["patch_size"]).flatten(2).mT
+    prefix = [weights[name].expand(len(x), -1, -1) for name in ("cls_token", "reg_token") if name in weights]
+    positions = weights["pos_embed"]
+    x = torch.cat([*prefix, x + positions], 1) if args["no_embed_class"] else torch.cat([*prefix, x], 1) + positions
+    for number in range(args["depth"]):
+        block = f"blocks.{number}."
+        scale = [weights[f"{block}ls{i}.gamma"] if args["init_values"] else 1.0 for i in (1, 2)]
+        weight, bias = of(f"{block}norm1")
+        qkv = linear(norm(x, weight=weight, bias=bias), *of(f"{block}attn.qkv"))
+        query, key, value = qkv.unflatten(2, (3, args["num_heads"], -1)).permute(2, 0, 3, 1, 4)
+        mixed = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1) @ value
+        x = x + scale[0] * linear(mixed.transpose(1, 2).flatten(2), *of(f"{block}attn.proj"))
+        weight, bias = of(f"{block}norm2")
+        hidden = torch.nn.functional.gelu(linear(norm(x, weight=weight, bias=bias), *of(f"{block}mlp.fc1")))
+        x = x + scale[1] * linear(hidden, *of(f"{block}mlp.fc2"))
+    weight, bias = of("norm")
+    x = norm(x, weight=weight, bias=bias)
+    return x[:, 0] if args["global_pool"] == "token" else x[:, sum(one.shape[1] for one in prefix) :].mean(1)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"registers": 0},
+        {"registers": 2, "layer_scale": 0.1},
+        {"registers": 0, "pool": "mean", "positions": "sincos", "channels": 1},
+        {"registers": 0, "pool": "mean", "class_token": False},
+    ],
+)
+def test_our_encoders_under_timms_names(changed: dict[str, Any], tmp_path: Path) -> None:
+    source = vision(replace(VISION, **changed), seed=1)
+    weights, config = timm_weights(source), timm_config(source.config, mean=0.4, std=0.3)
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pixels = torch.randn(2, source.config.channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = source(pixels).pooled
+        args = config["model_args"]
+        torch.testing.assert_close(plain_timm(weights, args, pixels), expected, atol=1e-4, rtol=1e-4)
+        found = load_encoder(tmp_path)
+        assert torch.equal(found.encoder(pixels).pooled, expected)
+    assert found.report.missing == found.report.unexpected == () and found.mean == (0.4,) * source.config.channels
+
+
+def test_what_timm_has_no_place_for_is_refused_by_name() -> None:
+    for changed in ({"norm_epsilon": 1e-5}, {"input_norm": True}, {"patch_bias": False}):
+        with pytest.raises(ConfigError, match=rf"task\.vision\.{next(iter(changed))}="):
+            timm_weights(vision(replace(VISION, **changed)))
 
 
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2"])

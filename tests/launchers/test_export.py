@@ -20,6 +20,7 @@ from kernels.gaussian_similarity import sweep
 from launchers import export
 from launchers.export import ExportedEncoder, load_exported
 from launchers.past_run import open_run
+from launchers.transfer_data import open_encoder
 from shards.errors import ConfigError, DataError
 from shards.store import open_store
 from tests.launchers.past_runs import STEP, make_run, pack
@@ -210,6 +211,25 @@ def test_whole_volumes_and_gaussian_encoders_are_exported_too(run_dir: Path, tmp
     found = encoder.distribution_of_images(torch.zeros(2, 1, 32, 32))
     assert found.logvar.shape == found.mean.shape == (2, tiny.dmlm().task.embed_dim)
     assert not any("fused" in name for name in load_file(tmp_path / "dmlm" / "out" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("recipe", ["ecamp", "clip"])
+def test_image_encoders_go_to_timm_and_come_back(recipe: str, run_dir: Path, tmp_path: Path) -> None:
+    run, out = run_dir, tmp_path / "timm"
+    if recipe == "ecamp":
+        manifest = Path(json.loads((run_dir / "config.json").read_text())["data"]["train"])
+        run = make_run(tmp_path / "run", manifest, replace(tiny.ecamp(), recipe="tiny:ecamp"))
+        assert export.main(["--run-dir", str(run), "--output", str(out)]) == 2
+    assert export.main(["--run-dir", str(run), "--output", str(out), "--form", "timm"]) == 0
+    ours, theirs = (open_encoder(str(path), device=CPU) for path in (run, out))
+    assert theirs.source["missing"] == () == theirs.source["unexpected"]
+    assert theirs.vision.config.heads == ours.vision.config.heads and theirs.decode.fit == ours.decode.fit
+    size = ours.decode.image_size
+    grey = torch.rand(3, 1, size, size, generator=torch.Generator().manual_seed(0))
+    features = [one.vision((grey - one.decode.mean) / one.decode.std) for one in (ours, theirs)]
+    torch.testing.assert_close(features[1].tokens, features[0].tokens, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features[1].pooled, features[0].pooled, atol=1e-4, rtol=1e-4)
+    assert export.main(["--run-dir", str(run), "--output", str(out), "--form", "timm"]) == 2, "not empty"
 
 
 def test_a_task_without_texts_is_refused_by_name(tmp_path: Path) -> None:
