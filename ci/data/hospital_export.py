@@ -92,17 +92,23 @@ class Export:
 
 
 def make_export(
-    folder: Path, *, studies: int, layout: Layout = "text", seed: int = 10, size: int = 64, faulty: float = 0.1
+    folder: Path,
+    *,
+    studies: int,
+    layout: Layout = "text",
+    seed: int = 10,
+    size: int | tuple[int, int] = 64,
+    faulty: float = 0.1,
 ) -> Export:
     """Write an export of about `studies` studies, of which the share `faulty` has one fault, each kind in turn.
 
-    `size`: pixels a side, 12 bits. Sound studies have one to four views.
+    `size`: pixels a side, or rows and columns, of 12 bits. Sound studies have one to four views.
     """
     return _Maker(folder, layout, seed, size).make(studies, faulty)
 
 
 class _Maker:
-    def __init__(self, folder: Path, layout: Layout, seed: int, size: int) -> None:
+    def __init__(self, folder: Path, layout: Layout, seed: int, size: int | tuple[int, int]) -> None:
         self.layout, self.choose = layout, random.Random(seed)
         self.fakers = []
         for number, locale in enumerate(LOCALES):
@@ -110,7 +116,7 @@ class _Maker:
             self.fakers[-1].seed_instance(seed + number)
         self.export = Export(folder=folder)
         self.rows: list[dict[str, str]] = []
-        self.pixels = _films(size, seed)
+        self.pixels = _films(*((size, size) if isinstance(size, int) else size), seed)
         self.uid = 0
 
     def make(self, studies: int, faulty: float) -> Export:
@@ -279,15 +285,15 @@ _OF_IMAGES = ("no laterality", "colour photograph", "dose report", "page saved a
               "no DICOM")  # fmt: skip
 
 
-def _films(size: int, seed: int) -> list[np.ndarray]:
-    """[size, size] uint16 of 12 bits: a shaft, soft tissue and a detector's noise."""
+def _films(rows: int, columns: int, seed: int) -> list[np.ndarray]:
+    """[rows, columns] uint16 of 12 bits: a shaft, soft tissue and a detector's noise."""
     generator = np.random.default_rng(seed)
-    y, x = np.mgrid[0:size, 0:size] / size
+    y, x = np.mgrid[0:rows, 0:columns] / max(rows, columns)
     films = []
     for _ in range(8):
         bone = np.exp(
             -(((x - 0.5 - 0.1 * np.sin(6 * y + generator.uniform(0, 6))) / generator.uniform(0.05, 0.2)) ** 2)
         )
-        film = 500 + 900 * np.sin(np.pi * x) + 1500 * bone + generator.normal(0, 12, (size, size))
+        film = 500 + 900 * np.sin(np.pi * x) + 1500 * bone + generator.normal(0, 12, x.shape)
         films.append(np.clip(film, 0, 4095).astype(np.uint16))
     return films
