@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from core.evaluation.zero_shot import Prompt, Prompts
 from shards.batch import NO_FINDING
+from shards.ingest.phantom_bone_text import PROMPTS as BONE_PHANTOM
 from shards.ingest.phantom_chest_text import PROMPTS as PHANTOM_PROMPTS
 from shards.ingest.phantom_chest_text import STRUCTURED_PROMPTS as PHANTOM_STRUCTURED
 from shards.ingest.phantom_ct_text import DISEASES as CT_PHANTOM_DISEASES
@@ -169,6 +170,10 @@ CT_RATE_PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
 CT_PHANTOM_ANATOMY = {name: disease.anatomy for name, disease in CT_PHANTOM_DISEASES.items()}
 CT_PHANTOM_PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
     label: {side: tuple(texts) for side, texts in sides.items()} for label, sides in CT_PHANTOM.items()
+}
+# In French, as its reports are.
+BONE_PHANTOM_PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
+    label: {side: tuple(texts) for side, texts in sides.items()} for label, sides in BONE_PHANTOM.items()
 }
 
 _WORDINGS = (

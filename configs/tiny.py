@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from configs import chest
+from configs import bone, chest
 from configs.schema import TrainConfig
 from core.checkpoint import CheckpointConfig
 from core.models.contrast import GaussianContrast
@@ -78,6 +78,11 @@ def umcl() -> TrainConfig:
     shrunk = _shrunk(chest.umcl_tiny())
     bank = PromptBank.Config(length=4)
     return replace(shrunk, task=replace(shrunk.task, bank=bank, negative_bank=True, class_weight=0.1))
+
+
+def align() -> TrainConfig:
+    """bone:align_tiny, smaller still."""
+    return _shrunk(bone.align_tiny())
 
 
 def ecamp() -> TrainConfig:

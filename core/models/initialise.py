@@ -1,7 +1,7 @@
 """First values of weights: drawn from a seed by parameter name, or read from local files of common key names.
 
 Files are data: safetensors, or torch files read with `weights_only=True`; anything else is refused by name. Nothing is
-downloaded. Names understood: ours, timm / MAE / DINOv2, Hugging Face ViT and DINOv2, open_clip, BERT.
+downloaded. Names understood: ours, timm / MAE / DINOv2, Hugging Face ViT and DINOv2, open_clip, BERT and RoBERTa.
 
 Letters: D = width, P = patch side, C = channels, N = patches.
 """
@@ -29,13 +29,14 @@ from core.models.fusion import CrossStack
 from core.models.heads import LogitBias, LogitScale, Projection
 from core.models.text import TextEncoder
 from core.models.transformer import Block, LayerScale, Linear, Transformer
-from core.models.vision import VisionEncoder, resize_positions
+from core.models.vision import VisionEncoder, resize_patches, resize_positions
 from core.models.volume import VolumeEncoder
 from shards.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth"})
+ROBERTA_PADDING = 2  # rows of its table of positions that no token has
 FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -204,8 +205,8 @@ VISION_RULES: tuple[tuple[str, str], ...] = (
     (r"visual\.(transformer\.resblocks\..+)", "open_clip:{}"),
 )
 _TEXT_RULES: tuple[tuple[str, str], ...] = (
-    # BERT
-    (r"bert\.(.+)", "again:{}"),
+    # BERT, RoBERTa
+    (r"(?:bert|roberta|camembert)\.(.+)", "again:{}"),
     (r"embeddings\.word_embeddings\.weight", "words.weight"),
     (r"embeddings\.position_embeddings\.weight", "positions"),
     (r"embeddings\.token_type_embeddings\.weight", "token_types"),
@@ -293,9 +294,10 @@ def load_weights(
     """Copy a local file's weights into `encoder` and report, also to the log, what matched.
 
     `prefix` is cut from the file's names first (`image_encoder.` and the like), names without it are left out. Learned
-    positions are interpolated (vision) or cut or left partly as drawn (text) when sizes differ, three-channel patch
-    weights are summed for a grey encoder; a volume encoder inflates those of a 2D one. ConfigError, with the list, when
-    shapes disagree or less than half of the encoder is there (a norm fits anything); the encoder is then unchanged.
+    positions are interpolated (vision) or cut or left partly as drawn (text) when sizes differ, patch weights are
+    resized (`resize_patches`), and summed for a grey encoder; a volume encoder inflates those of a 2D one. RoBERTa's
+    table of positions (XLM-R, CamemBERT) loses its first two rows, which stand for padding. ConfigError, with the list,
+    when shapes disagree or less than half of the encoder is there (a norm fits anything); it is then unchanged.
     """
     wanted = dict(encoder.named_parameters())
     rules = _TEXT_RULES if isinstance(encoder, TextEncoder) else VISION_RULES
@@ -372,13 +374,21 @@ def _join_qkv(load: _Load) -> None:
 
 def _fit_vision(encoder: VisionEncoder, load: _Load) -> None:
     config, tensors = encoder.config, load.tensors
+    kernel = tensors.get("patch.weight")
+    if kernel is not None and kernel.ndim == 2 and kernel.shape[1] != config.channels * config.patch_size**2:
+        side = math.isqrt(kernel.shape[1] // config.channels)  # our own, of another patch
+        if side * side * config.channels == kernel.shape[1]:
+            tensors["patch.weight"] = kernel.view(-1, config.channels, side, side)
     if "patch.weight" in tensors and tensors["patch.weight"].ndim == 4:
         kernel = tensors["patch.weight"]  # [D, C, P, P]
         if kernel.shape[1] == 3 and config.channels == 1:
             load.change("patch.weight", kernel.sum(1, keepdim=True), "channels summed for grey input")
         elif kernel.shape[1] == 1 and config.channels == 3:
             load.change("patch.weight", kernel.expand(-1, 3, -1, -1) / 3, "grey weights spread over channels")
-        if kernel.shape[2:] == (config.patch_size, config.patch_size):
+        if kernel.shape[2] == kernel.shape[3] != config.patch_size:
+            resized = resize_patches(tensors["patch.weight"], config.patch_size)
+            load.change("patch.weight", resized, "resized by the pseudo-inverse of a patch's resize")
+        if tensors["patch.weight"].shape[2:] == (config.patch_size, config.patch_size):
             tensors["patch.weight"] = tensors["patch.weight"].flatten(1)
     for name in ("class_token", "registers"):
         if name in tensors:
@@ -438,7 +448,11 @@ def _inflate(encoder: VolumeEncoder, load: _Load) -> None:
 
 
 def _fit_text(encoder: TextEncoder, load: _Load) -> None:
-    table = load.tensors.get("positions")
+    table, types = load.tensors.get("positions"), load.tensors.get("token_types")
+    if table is not None and types is not None and len(types) == 1 and len(table) > ROBERTA_PADDING:
+        # Only RoBERTa's family has one type of tokens; its positions start behind the padding's.
+        load.change("positions", table[ROBERTA_PADDING:], "rows of padding left out")
+        table = load.tensors["positions"]
     if table is None or table.shape[1:] != encoder.positions.shape[1:] or len(table) == encoder.config.max_length:
         return
     rows = min(len(table), encoder.config.max_length)

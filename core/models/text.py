@@ -158,6 +158,11 @@ def bert_base() -> TextEncoder.Config:
     return TextEncoder.Config()
 
 
+def xlm_roberta_base() -> TextEncoder.Config:
+    """XLM-RoBERTa, CamemBERT, DrBERT (base): BERT-base with one type of tokens."""
+    return TextEncoder.Config(token_types=1, norm_epsilon=1e-5)
+
+
 def clip_text_b16() -> TextEncoder.Config:
     """The text tower of CLIP ViT-B/16: 12 causal pre-norm layers of width 512, 77 positions, last-token pooling."""
     return TextEncoder.Config(

@@ -58,6 +58,23 @@ def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tup
     return grid.permute(0, 2, 3, 1).reshape(new_grid[0] * new_grid[1], -1).to(positions.dtype)
 
 
+def resize_patches(kernel: Tensor, patch_size: int) -> Tensor:
+    """Patch kernel `[D, C, P, P]` -> `[D, C, patch_size, patch_size]` that answers to resized patches as before.
+
+    With R the matrix of a bilinear resize of a patch, w' = pinv(R^T) w: the token of a larger patch R x is that of x,
+    exactly; of a smaller patch it is the least-squares answer (FlexiViT, arXiv 2212.08013).
+    """
+    old = kernel.shape[-1]
+    if old == patch_size:
+        return kernel
+    basis = torch.eye(old * old, dtype=torch.float64, device=kernel.device).view(old * old, 1, old, old)
+    resized = F.interpolate(
+        basis, size=(patch_size, patch_size), mode="bilinear", align_corners=False, antialias=True
+    ).flatten(1)  # [P P, new new], the transpose of R
+    solved = kernel.flatten(2).double() @ torch.linalg.pinv(resized).T  # [D, C, new new]
+    return solved.view(*kernel.shape[:2], patch_size, patch_size).to(kernel.dtype)
+
+
 class VisionEncoder(nn.Module):
     """Own ViT. Weights of timm, MAE, DINOv2, Hugging Face and open_clip key names load through `initialise`."""
 

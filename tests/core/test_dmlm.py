@@ -341,9 +341,10 @@ def test_settings_out_of_range_are_refused(override: str, message: str) -> None:
 
 
 @pytest.mark.slow
-def test_stop_and_resume_is_the_unbroken_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["dmlm", "align"])
+def test_stop_and_resume_is_the_unbroken_run(recipe: str, tmp_path: Path) -> None:
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    settings: dict[str, Any] = {"recipe": "dmlm", "steps": 4, "micro_batch": 4, "precision": "bf16"}
+    settings: dict[str, Any] = {"recipe": recipe, "steps": 4, "micro_batch": 4, "precision": "bf16"}
     assert run(1, Options(run_dir=whole, **settings)) == [0]
     assert run(1, Options(run_dir=broken, kill_at=3, **settings)) == [-9]
     assert run(1, Options(run_dir=broken, **settings)) == [0]

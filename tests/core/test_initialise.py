@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from core.models.initialise import draw_weights, load_weights, read_weights
 from core.models.text import TextEncoder
-from core.models.vision import VisionEncoder, resize_positions
+from core.models.vision import VisionEncoder, resize_patches, resize_positions
 from shards.errors import ConfigError
 
 VISION = VisionEncoder.Config(image_size=32, patch_size=8, channels=3, width=12, depth=2, heads=2, registers=2)
@@ -214,6 +214,43 @@ def test_misfits_are_listed_and_nothing_is_changed(tmp_path: Path) -> None:
     save_file(dict(words.state_dict()), tmp_path / "words.safetensors")
     with pytest.raises(ConfigError, match=r"words.weight \(31, 12\) in the file, \(30, 12\) here"):
         load_weights(TextEncoder(TEXT), tmp_path / "words.safetensors")
+
+
+@pytest.mark.parametrize(("old", "new"), [(8, 12), (8, 16), (16, 8)])
+def test_resized_patches_answer_to_resized_images_as_before(old: int, new: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    kernel = torch.randn(5, 2, old, old, generator=generator)
+    image = torch.nn.functional.interpolate(torch.randn(3, 2, 2, 2, generator=generator), size=(old, old))
+    larger = torch.nn.functional.interpolate(image, size=(new, new), mode="bilinear", antialias=True)
+    before = torch.einsum("dchw,nchw->nd", kernel, image)
+    after = torch.einsum("dchw,nchw->nd", resize_patches(kernel, new), larger)
+    if new > old:  # nothing of the patch is lost: the answers are the same
+        torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-4)
+        back = resize_patches(resize_patches(kernel, new), old)
+        assert back.shape == kernel.shape
+    else:
+        plain = torch.nn.functional.interpolate(kernel, size=(new, new), mode="bilinear", antialias=True)
+        missed = torch.einsum("dchw,nchw->nd", plain, larger) - before
+        assert (after - before).norm() < 0.5 * missed.norm()
+    assert resize_patches(kernel, old) is kernel
+
+
+@pytest.mark.parametrize("dialect", ["timm", "ours"])
+def test_an_encoder_of_larger_images_takes_larger_patches(dialect: str, tmp_path: Path) -> None:
+    """Twice the image size and patch size: the grid stays, and so do the features of an enlarged image."""
+    small = vision(replace(VISION, channels=1))
+    names = timm_names(small) if dialect == "timm" else dict(small.state_dict())
+    save_file(names, tmp_path / "vit.safetensors")
+    large = vision(replace(VISION, channels=1, image_size=64, patch_size=16), seed=2)
+    report = load_weights(large, tmp_path / "vit.safetensors")
+    assert not report.missing and any("pseudo-inverse" in line for line in report.reshaped)
+    # Each patch is resized by itself, so that none sees its neighbours.
+    images = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(4))
+    patches = images.view(2, 4, 8, 4, 8).transpose(2, 3).reshape(32, 1, 8, 8)
+    enlarged = torch.nn.functional.interpolate(patches, size=(16, 16), mode="bilinear", antialias=True)
+    whole = enlarged.view(2, 4, 4, 16, 16).transpose(2, 3).reshape(2, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(large(whole).pooled, small(images).pooled, atol=1e-4, rtol=1e-3)
 
 
 class Payload:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from core.models.initialise import draw_weights, load_weights
-from core.models.text import TextEncoder, bert_base, bert_config, clip_text_b16
+from core.models.text import TextEncoder, bert_base, bert_config, clip_text_b16, xlm_roberta_base
 from shards.errors import ConfigError
 
 SMALL = TextEncoder.Config(vocab_size=50, max_length=20, width=16, depth=2, heads=2)
@@ -104,6 +105,33 @@ def test_bert_of_transformers_loads_and_agrees(tmp_path: Path) -> None:
                 out = encoder(ids, mask, token_types)
                 torch.testing.assert_close(out.tokens[mask], expected[mask], atol=1e-5, rtol=1e-4)
                 torch.testing.assert_close(out.pooled, expected[:, 0], atol=1e-5, rtol=1e-4)
+
+
+def test_xlm_roberta_of_transformers_loads_and_agrees(tmp_path: Path) -> None:
+    """Its positions begin behind two rows of padding, and it has one type of tokens."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.XLMRobertaModel(
+        transformers.XLMRobertaConfig(
+            vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+            max_position_embeddings=32, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5,
+        )
+    ).eval()  # fmt: skip
+    for parameter in theirs.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    named = {f"roberta.{name}": value.contiguous() for name, value in theirs.state_dict().items()}
+    save_file(named, tmp_path / "model.safetensors")  # as in a checkpoint with a head
+    shape = replace(xlm_roberta_base(), vocab_size=61, max_length=30, width=24, depth=2, heads=4, mlp_ratio=40 / 24)
+    ours = TextEncoder(shape)
+    report = load_weights(ours, tmp_path)
+    assert report.missing == () and report.reshaped == ("positions: rows of padding left out, (32, 24) -> (30, 24)",)
+    ids = torch.randint(2, 61, (3, 12), generator=torch.Generator().manual_seed(5))
+    mask = torch.arange(12)[None] < torch.tensor([12, 5, 9])[:, None]
+    with torch.no_grad():
+        expected = theirs(ids.where(mask, torch.ones_like(ids)), attention_mask=mask.long()).last_hidden_state
+        found = ours(ids, mask)
+    torch.testing.assert_close(found.tokens[mask], expected[mask], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.pooled, expected[:, 0], atol=1e-5, rtol=1e-4)
 
 
 def _padded_twin(encoder: TextEncoder) -> TextEncoder:
