@@ -3,7 +3,9 @@
 Phantoms of `standard` difficulty. Every run sees the same studies in the same order for the same number of steps;
 processor seconds stand beside. Encoders are judged frozen, at their own 64 px: a linear probe taught with the labels of
 1 % of the patients (macro AUC over findings, mean of PROBE_DRAWS draws of them), and a decoder of the structures
-(Dice, mean over structures). `mae` is ECAMP's image part alone, `uniform` MRM (`chest:mrm_tiny`).
+(Dice, mean over structures). `mae` is ECAMP's image part alone, `uniform` MRM (`chest:mrm_tiny`). A step of `mae` is
+cheaper, so that it runs once more, for as many steps as fill ECAMP's processor time: that pair is printed, not judged,
+since there it sees more images.
 
 The judged runs come first and are printed before the ablations start; finished runs of the same settings are kept, so
 an experiment that was cut off goes on: delete runs/bench_ecamp after a change of code.
@@ -16,7 +18,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -46,6 +48,7 @@ FOLDER = REPOSITORY / "runs" / "bench_ecamp"
 SHARE, PROBE_DRAWS = 0.01, 5
 STRUCTURES = ("right lung", "left lung", "heart", "consolidation", "effusion")
 OURS, MAE, UNIFORM = "ecamp", "mae", "uniform"
+EQUAL_TIME = "mae, equal time"
 
 # Name -> recipe and what is changed of it.
 JUDGED: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -86,8 +89,8 @@ def run(quick: bool) -> list[Figure]:
     console = Console(stderr=True, highlight=False)
     size, seeds = (QUICK, SEEDS[:1]) if quick else (FULL, SEEDS)
 
-    def made(name: str, seed: int) -> Row:
-        row = run_one(name, seed, size, quick=quick)
+    def made(name: str, seed: int, steps: int | None = None) -> Row:
+        row = run_one(name, seed, size, quick=quick, steps=steps)
         console.print(
             f"seed {seed}, {name}: probe {row.probe:.3f}, Dice {row.dice:.3f}, trained in {row.train_s:.0f} s of a rank"
         )
@@ -97,16 +100,39 @@ def run(quick: bool) -> list[Figure]:
     figures = summary(rows, time.perf_counter() - started)
     if not quick:
         print_rows(rows)
+        rows += [made(EQUAL_TIME, seed, equal_time_steps(rows, seed, size.steps)) for seed in seeds]
+        print(equal_time_line(rows))
         rows += [made(name, seed) for seed in seeds for name in VARIANTS]
     print_rows(rows)
     return figures
 
 
-def run_one(name: str, seed: int, size: Size, *, quick: bool) -> Row:
-    """Train and judge one run, or read what it showed when these settings were run before."""
-    recipe, change = (JUDGED | VARIANTS)[name]
-    experiment = Experiment(folder=FOLDER / f"{size.steps}-steps" / str(seed), seed=seed, size=size)
-    run_name = name.replace(" ", "_")
+def equal_time_steps(rows: Sequence[Row], seed: int, steps: int) -> int:
+    """Steps of MAE that take the processor time of ECAMP's `steps`, by what both took of this seed."""
+    took = {row.contestant: row.train_s for row in rows if row.seed == seed}
+    return max(1, round(steps * took[OURS] / took[MAE]))
+
+
+def equal_time_line(rows: Sequence[Row]) -> str:
+    """ECAMP's paired gains over MAE at equal processor time, with the times that make them equal."""
+    of = {name: {row.seed: row for row in rows if row.contestant == name} for name in (OURS, EQUAL_TIME)}
+    pairs = [(row, of[EQUAL_TIME][seed]) for seed, row in of[OURS].items()]
+    gains = {"probe": [a.probe - b.probe for a, b in pairs], "Dice": [a.dice - b.dice for a, b in pairs]}
+    said = []
+    for metric, values in gains.items():
+        low, mean, high = interval(values)
+        said.append(f"{metric} {mean:+.3f} ({low:+.3f} to {high:+.3f})")
+    seconds = [statistics.fmean(row.train_s for row in column) for column in zip(*pairs, strict=True)]
+    return f"ecamp minus {EQUAL_TIME}: {', '.join(said)}; {seconds[0]:.0f} s against {seconds[1]:.0f} s of a rank"
+
+
+def run_one(name: str, seed: int, size: Size, *, quick: bool, steps: int | None = None) -> Row:
+    """Train and judge one run, or read what it showed when these settings were run before. `steps`: instead of
+    `size`'s, on the same studies."""
+    recipe, change = (JUDGED | {EQUAL_TIME: JUDGED[MAE]} | VARIANTS)[name]
+    own = size if steps is None else replace(size, steps=steps)
+    experiment = Experiment(folder=FOLDER / f"{size.steps}-steps" / str(seed), seed=seed, size=own)
+    run_name = name.replace(", ", "_").replace(" ", "_")
     kept = experiment.folder / run_name / "row.json"
     overrides = experiment.overrides("trainer.evaluate_every=None", *change)
     config = schema.apply_overrides(schema.load_recipe(recipe), overrides)
@@ -195,7 +221,7 @@ def print_rows(rows: Sequence[Row]) -> None:
     table = Table(title="every run", title_justify="left", show_edge=False, pad_edge=False)
     for heading in ("contestant", "seed", "probe at 1 %", "Dice", "seconds", "commit"):
         table.add_column(heading, justify="left" if heading == "contestant" else "right")
-    order = list(JUDGED | VARIANTS)
+    order = [*JUDGED, EQUAL_TIME, *VARIANTS]
     for row in sorted(rows, key=lambda row: (order.index(row.contestant), row.seed)):
         table.add_row(
             row.contestant, str(row.seed), f"{row.probe:.3f}", f"{row.dice:.3f}", f"{row.train_s:.0f}", row.commit

@@ -39,6 +39,20 @@ def test_intervals_and_figures() -> None:
     assert figures["ecamp.probe1_minus_mae"].holds is (low >= 0)
 
 
+def test_equal_time_gives_mae_as_many_more_steps_as_its_steps_are_cheaper() -> None:
+    def row(name: str, seed: int, probe: float, train_s: float) -> ecamp.Row:
+        return ecamp.Row(contestant=name, seed=seed, probe=probe, dice=probe / 2, train_s=train_s, commit="c")
+
+    rows = [row(ecamp.OURS, seed, 0.7 + seed / 100, 300.0 + 30 * seed) for seed in range(3)]
+    rows += [row(ecamp.MAE, seed, 0.6, 100.0) for seed in range(3)]
+    assert [ecamp.equal_time_steps(rows, seed, 1500) for seed in range(3)] == [4500, 4950, 5400]
+    rows += [row(ecamp.EQUAL_TIME, seed, 0.65, 330.0) for seed in range(3)]
+    line = ecamp.equal_time_line(rows)
+    low, mean, high = ecamp.interval([0.05, 0.06, 0.07])
+    assert f"probe {mean:+.3f} ({low:+.3f} to {high:+.3f}), Dice +0.030" in line
+    assert line.endswith("330 s against 330 s of a rank")
+
+
 def test_both_contestants_of_the_step_are_given_the_same_words() -> None:
     contestant = ecamp_step.Contestant(system="ours", depth=1, text_depth=1, image_size=32)
     _, ids, real, masked = ecamp_step._inputs(contestant)
