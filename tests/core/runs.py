@@ -144,6 +144,10 @@ def global_batch(step: int, seed: int = 0, rows: int = GLOBAL_BATCH) -> Batch:
     batch["text_mask"] = real & (torch.rand(rows, length, generator=generator) < 0.4) & (torch.arange(length) > 0)
     hidden = torch.rand(len(study_index), 16, generator=generator).argsort(dim=1) < 10
     batch["patch_mask"] = hidden & batch["valid"][study_index][:, None]
+    batch["token_weight"] = batch["text_mask"] * (0.5 + torch.rand(rows, length, generator=generator))
+    batch["cut_tokens"], batch["dropped_sentences"] = torch.arange(rows) % 3, torch.arange(rows) % 2
+    grid = torch.rand(len(study_index), 16, generator=generator)
+    batch["attention_grid"] = grid / grid.mean(dim=1, keepdim=True) * batch["valid"][study_index][:, None]
     return batch
 
 
