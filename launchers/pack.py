@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 EXIT_FAULTS = 3
 QUIET_REPORT_S = 10.0  # without a terminal, a line of progress this often
 FAULTS_SHOWN = 50
-SOURCES = (
-    "table", "dicom", "dicom_ct", "nifti", "ct_rate", "phantom", "phantom_ct", "phantom_bone", "grids", "adopt",
-)  # fmt: skip
 
 SOURCES = (
     "table", "dicom", "archive", "dicom_ct", "nifti", "ct_rate", "phantom", "phantom_ct", "phantom_bone", "grids",
