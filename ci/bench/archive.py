@@ -27,14 +27,11 @@ from ci.bench.figure import REPOSITORY, Figure, figure, seconds_of
 from ci.data import archive_check, identity_search
 from ci.data.hospital_export import Export, make_export
 from shards.errors import RoentgenError
-from shards.ingest.archive import HospitalArchive
-from shards.ingest.dicom import DicomRadiographs
 from shards.ingest.dicom_file import pixels_of, quiet, read_file
 from shards.ingest.dicom_pixels import load_view
 from shards.ingest.image_file import ImageLimits
 from shards.manifest import Manifest
 from shards.reports.intake import known_patient
-from shards.reports.packing import Structured
 from shards.reports.pipeline import WHOLE
 from shards.writer import ShardBuilder
 
@@ -70,10 +67,10 @@ def _identities(scratch: Path, studies: int) -> list[Figure]:
     _packed(export, scratch / "again", SECRET)
     found = identity_search.everywhere(scratch / "set", logs, export.studies)
     found += identity_search.beside_samples(scratch / "set", logs, export.studies)
-    suspects = archive_check.suspects(export, scratch / "set", SECRET)
+    suspects = archive_check.suspects(export, identity_search.records(scratch / "set"), SECRET)
     if suspects:
-        _packed(export, scratch / "other", OTHER_SECRET)
-        found += archive_check.lasting(suspects, archive_check.suspects(export, scratch / "other", OTHER_SECRET))
+        again = archive_check.again(export, suspects, OTHER_SECRET)
+        found += archive_check.lasting(suspects, archive_check.suspects(export, again, OTHER_SECRET))
     manifest = Manifest.from_bytes((scratch / "set" / "manifest.json").read_bytes())
     wrong = archive_check.wrong_studies(export, scratch / "set", SECRET)
     names = sorted(path.name for path in (scratch / "set").iterdir())
@@ -185,12 +182,7 @@ def _to_jpeg_lossless(export: Export) -> int:
 
 def _stages(export: Export) -> list[Figure]:
     """Milliseconds of one process a view, or a study, in the order of the work."""
-    structured = Structured(SECRET)
-    images = DicomRadiographs(folder=export.folder, secret=SECRET, name="archive")
-    source = HospitalArchive(
-        folder=export.folder, mapping=archive_check.mapping(export), images=images, structured=structured,
-        secret=SECRET,
-    )  # fmt: skip
+    source = archive_check.archive(export, SECRET)
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -217,11 +209,11 @@ def _stages(export: Export) -> list[Figure]:
                 with timed("pixels checked, turned, encoded"):
                     load_view(dataset, "0", ImageLimits(), None)
         report = item.payload.report
-        opened = images.open_study(item.key, item.patient, item.payload.groups, searched=True)
+        opened = source.images.open_study(item.key, item.patient, item.payload.groups, searched=True)
         assert opened.sample is not None
         known = known_patient(item.patient, **report.known)
         with timed("text cleaned, de-identified, read"):
-            structured.complete(opened.sample.record, {WHOLE: report.text()}, known, None)
+            source.structured.complete(opened.sample.record, {WHOLE: report.text()}, known, None)
         with timed("tar built"):
             ShardBuilder().add(opened.sample)
     seconds["pixels checked, turned, encoded"] -= seconds["pixels decoded"]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ci.data.hospital_export import Export, Injected
 from ci.data.identity_search import in_own_study, records
 from shards.ingest import hashed_key
+from shards.ingest.archive import HospitalArchive
 from shards.ingest.archive_reports import ArchiveMapping
+from shards.ingest.dicom import DicomRadiographs
 from shards.manifest import Manifest
 from shards.reports.exam import is_of_other_part
+from shards.reports.packing import Structured
 
 
 def wrong_studies(export: Export, output: Path, secret: bytes) -> list[str]:
@@ -42,9 +47,11 @@ def unaccounted(export: Export, manifest: Manifest) -> int:
     return abs(manifest.samples + reports - export.reports) + abs(files - export.files)
 
 
-def suspects(export: Export, output: Path, secret: bytes) -> dict[str, set[Injected]]:
-    """StudyInstanceUID -> what was put into the study and stands in its record, by whatever chance."""
-    found = records(output)
+def suspects(export: Export, found: Mapping[str, Mapping[str, Any]], secret: bytes) -> dict[str, set[Injected]]:
+    """StudyInstanceUID -> what was put into the study and stands in its record, by whatever chance.
+
+    `found`: records by key, of a set or of `again`.
+    """
     hits = {
         study.uid: in_own_study(found[key], study)
         for study in export.studies
@@ -53,11 +60,24 @@ def suspects(export: Export, output: Path, secret: bytes) -> dict[str, set[Injec
     return {uid: those for uid, those in hits.items() if those}
 
 
+def again(export: Export, uids: Iterable[str], secret: bytes) -> dict[str, dict[str, Any]]:
+    """Records of these studies alone, loaded with another key."""
+    source = archive(export, secret)
+    keys = {hashed_key(secret, "study", uid) for uid in uids}
+    loads = (source.load(item) for item in source.plan().items if item.key in keys)
+    samples = (loaded.sample for loaded in loads)
+    return {one.key: one.record.model_dump(mode="json", exclude_none=True) for one in samples if one is not None}
+
+
 def lasting(first: dict[str, set[Injected]], second: dict[str, set[Injected]]) -> Counter[str]:
     """Kind -> identifiers that two sets of different keys both hold: no surrogates, which would differ."""
     return Counter(one.kind for uid, those in first.items() for one in those & second.get(uid, set()))
 
 
-def mapping(export: Export) -> ArchiveMapping:
-    """How the export tells of its reports."""
-    return ArchiveMapping.read(export.folder / "archive.toml")
+def archive(export: Export, secret: bytes) -> HospitalArchive:
+    """The source that `pack.py --source archive` makes of the export."""
+    return HospitalArchive(
+        folder=export.folder, mapping=ArchiveMapping.read(export.folder / "archive.toml"),
+        images=DicomRadiographs(folder=export.folder, secret=secret, name="archive"), structured=Structured(secret),
+        secret=secret,
+    )  # fmt: skip

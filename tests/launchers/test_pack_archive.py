@@ -65,8 +65,9 @@ def test_every_file_is_in_a_sample_or_counted_and_no_identity_is_left(
     assert "| names of the patient |" in audit
     assert not identity_search.everywhere(output, logs, export.studies)
     assert not identity_search.beside_samples(output, logs, export.studies)
-    if found := archive_check.suspects(export, output, SECRET):  # surrogates, if another key gives others
-        again = packed(tmp_path, "again", secret=OTHER_SECRET)
+    if found := archive_check.suspects(export, identity_search.records(output), SECRET):
+        # Surrogates by chance, if another key gives others.
+        again = archive_check.again(export, found, OTHER_SECRET)
         assert not archive_check.lasting(found, archive_check.suspects(export, again, OTHER_SECRET))
 
 
@@ -78,7 +79,11 @@ def test_the_search_finds_what_was_not_replaced(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(pipeline, "deidentify", untouched)
     output = packed(tmp_path, "set")
-    kinds = {one.kind for those in archive_check.suspects(export, output, SECRET).values() for one in those}
+    kinds = {
+        one.kind
+        for those in archive_check.suspects(export, identity_search.records(output), SECRET).values()
+        for one in those
+    }
     assert {"name", "date", "phone"} <= kinds
     assert {"phone"} <= set(identity_search.everywhere(output, "", export.studies))
     person = export.studies[0]
