@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.evaluation.augmentation import moved
-from core.evaluation.comparison import Areas
+from core.evaluation.comparison import Areas, labels_told
 from core.evaluation.embed import precision
 from core.evaluation.fitting import FitConfig, drawn, fit
 from core.evaluation.images import ImageSplit, halves_by_patient, pooled_features, share_of_patients
 from core.evaluation.probe import Column, Fits, LinearProbe, fit_probes
+from core.evaluation.statistics import LEAST_PATIENTS
 from core.models.vision import VisionEncoder
 
 
@@ -81,7 +81,8 @@ def fine_tune_at_share(
     """Logits `[n, K]` of the test images after a copy of the encoder and a linear head learned from a share.
 
     Images are moved a little at every step. Labels that are uncertain or not annotated are not asked. The weights that
-    tell best the labels of as few validation patients count; where these have no label of both classes, the last.
+    tell best the labels of as few validation patients count. Where these have no label that five of them have and five
+    lack, the choice would be chance, and the last count.
     """
     rows = share_of_patients(train, share, config.seed)
     held = validation.rows(share_of_patients(validation, share, config.seed))
@@ -107,12 +108,17 @@ def fine_tune_at_share(
         found = [logits_of(pixels).cpu() for pixels in split.pixel_values.split(64)]
         return torch.cat(found).double().numpy()
 
-    def judge() -> float:
-        areas = Areas(scores=[scores_of(held)], truth=held.labels.numpy(), patient_key=held.patient_key.numpy())
-        macro = areas(np.arange(len(held)))
-        return math.nan if macro is None else float(macro(np.ones((len(held), 1)))[0])
+    truth, patients = held.labels.numpy(), held.patient_key.numpy()
+    told = labels_told(truth, patients, LEAST_PATIENTS)
 
-    fit(head, learner, len(rows), loss_of, config, on_step, judge)
+    everyone = np.arange(len(held))
+
+    def judge() -> float:
+        macro = Areas(scores=[scores_of(held)[:, told]], truth=truth[:, told], patient_key=patients)(everyone)
+        assert macro is not None, "it is not asked without labels to tell"
+        return float(macro(np.ones((len(held), 1)))[0])
+
+    fit(head, learner, len(rows), loss_of, config, on_step, judge if told else None)
     with torch.no_grad():
         return scores_of(test)
 

@@ -32,7 +32,7 @@ class Areas:
 
     def __call__(self, rows: np.ndarray) -> Statistic | None:
         truth, patients = self.truth[rows], self.patient_key[rows]
-        counted = self._labels(truth, patients, LEAST_PATIENTS) or self._labels(truth, patients, 1)
+        counted = labels_told(truth, patients, LEAST_PATIENTS) or labels_told(truth, patients, 1)
         if not counted:
             return None
         known = {k: np.flatnonzero((truth[:, k] == 0) | (truth[:, k] == 1)) for k in counted}
@@ -48,13 +48,14 @@ class Areas:
 
         return macro
 
-    @staticmethod
-    def _labels(truth: np.ndarray, patients: np.ndarray, least: int) -> list[int]:
-        return [
-            k
-            for k in range(truth.shape[1])
-            if all(len(np.unique(patients[truth[:, k] == value])) >= least for value in (0, 1))
-        ]
+
+def labels_told(truth: np.ndarray, patient_key: np.ndarray, least: int) -> list[int]:
+    """Columns of `truth [n, K]` that are present in `least` patients or more, and absent in as many."""
+    return [
+        k
+        for k in range(truth.shape[1])
+        if all(len(np.unique(patient_key[truth[:, k] == value])) >= least for value in (0, 1))
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

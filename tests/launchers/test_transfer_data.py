@@ -144,6 +144,9 @@ def test_probe_and_fine_tuning_find_the_bright_half(tmp_path: Path, tiny: Transf
     few = replace(fit, steps=3)
     again = [fine_tune_at_share(tiny.vision, train, validation, test, 0.2, few) for _ in range(2)]
     assert np.array_equal(*again)
+    last = fine_tune_at_share(tiny.vision, train, validation, test, 1.0, replace(few, judged=1))
+    two = validation.rows(torch.arange(2))  # who tell nothing: the last weights count
+    assert np.array_equal(last, fine_tune_at_share(tiny.vision, train, two, test, 1.0, few))
     assert logits.shape == (40, 2)
     assert logits[truth == 1, 0].mean() > logits[truth == 0, 0].mean() + 1
 
