@@ -224,7 +224,7 @@ def _grouped(items: Sequence[Item]) -> dict[str, tuple[Item, ...]]:
     of_split: dict[str, list[Item]] = defaultdict(list)
     for item in sorted(items, key=lambda item: item.key):
         of_split[str(item.split)].append(item)
-    result = {}
+    result: dict[str, tuple[Item, ...]] = {}
     for several in of_split.values():
         for start in range(0, len(several), STUDIES_AT_ONCE):
             group = tuple(several[start : start + STUDIES_AT_ONCE])

@@ -376,9 +376,9 @@ def _fit_vision(encoder: VisionEncoder, load: _Load) -> None:
     config, tensors = encoder.config, load.tensors
     kernel = tensors.get("patch.weight")
     if kernel is not None and kernel.ndim == 2 and kernel.shape[1] != config.channels * config.patch_size**2:
-        side = math.isqrt(kernel.shape[1] // config.channels)  # our own, of another patch
-        if side * side * config.channels == kernel.shape[1]:
-            tensors["patch.weight"] = kernel.view(-1, config.channels, side, side)
+        patch = math.isqrt(kernel.shape[1] // config.channels)  # our own, of another patch
+        if patch * patch * config.channels == kernel.shape[1]:
+            tensors["patch.weight"] = kernel.view(-1, config.channels, patch, patch)
     if "patch.weight" in tensors and tensors["patch.weight"].ndim == 4:
         kernel = tensors["patch.weight"]  # [D, C, P, P]
         if kernel.shape[1] == 3 and config.channels == 1:
