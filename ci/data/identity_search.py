@@ -22,6 +22,7 @@ from ci.data.hospital_export import Injected, StudyTruth
 from shards.reports.identity.gazetteers import plain
 
 _WORD = re.compile(r"[^\W\d_]+")
+_TOKEN = re.compile(r"\w+(?:[./-]\w+)*")
 _NUMBER = re.compile(r"\d(?:[ ./\-]?\d){5,}")
 _LETTERS = re.compile(rb"[\x20-\x7e\xc3\x80-\xbf]{6,}")
 _PNG_CHUNKS = {b"IHDR", b"IDAT", b"IEND"}
@@ -65,11 +66,13 @@ def everywhere(folder: Path, logs: str, studies: Iterable[StudyTruth]) -> Counte
 
 
 def beside_samples(folder: Path, logs: str, studies: Iterable[StudyTruth]) -> Counter[str]:
-    """Kind -> names and dates of any study in side files, manifest, audit, list of refusals and logs."""
-    words = {one.text for study in studies for one in study.injected if one.kind in ("name", "date", "place")}
-    pattern = re.compile("|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in sorted(words) if len(word) > 3))
+    """Kind -> names, dates and places of any study in side files, manifest, audit, list of refusals and logs."""
     texts = [text for path, text in _side_texts(folder) if path.suffix != ".tar"]
-    return Counter("name or date" for text in (*texts, logs) for _ in pattern.finditer(text))
+    tokens = {token for text in (*texts, logs) for token in _TOKEN.findall(text)}
+    put_in = {one for study in studies for one in study.injected if one.kind in ("name", "date", "place")}
+    return Counter(
+        one.kind for one in put_in if len(one.text) > 3 and all(part in tokens for part in _TOKEN.findall(one.text))
+    )
 
 
 def in_own_study(record: Mapping[str, Any], study: StudyTruth) -> set[Injected]:
