@@ -77,7 +77,7 @@ def beside_samples(folder: Path, logs: str, studies: Iterable[StudyTruth]) -> Co
 
 def in_own_study(record: Mapping[str, Any], study: StudyTruth) -> set[Injected]:
     """What was put into a study's report and stands in its record, more often than in its prose."""
-    text = plain(json.dumps(record, ensure_ascii=False))
+    text = plain(json.dumps(_said(record), ensure_ascii=False))
     prose = plain(study.prose)
     words, of_prose = (Counter(_WORD.findall(one)) for one in (text, prose))
     compact = re.sub(r"[\s./\-]", "", text)
@@ -97,6 +97,16 @@ def in_own_study(record: Mapping[str, Any], study: StudyTruth) -> set[Injected]:
         if hit:
             found.add(one)
     return found
+
+
+def _said(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without what a table of diseases, the same for all studies, says in its structured report."""
+    structured = record.get("structured_report") or {}
+    items = [
+        {name: value for name, value in item.items() if name not in ("definition", "appearance")}
+        for item in structured.get("items", ())
+    ]
+    return {**record, "structured_report": {**structured, "items": items}}
 
 
 def _texts(folder: Path) -> Iterator[str]:
