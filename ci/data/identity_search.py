@@ -26,7 +26,7 @@ _TOKEN = re.compile(r"\w+(?:[./-]\w+)*")
 _NUMBER = re.compile(r"\d(?:[ ./\-]?\d){5,}")
 _LETTERS = re.compile(rb"[\x20-\x7e\xc3\x80-\xbf]{6,}")
 _PNG_CHUNKS = {b"IHDR", b"IDAT", b"IEND"}
-_DIGITS_MIN = 8  # of a number that chance does not write
+_DIGITS_MIN = 9  # of a number that chance does not write: eight are those of a date
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
