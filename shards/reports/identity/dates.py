@@ -93,9 +93,6 @@ _NO_DATE = re.compile(
 )
 _MONTH_SHORT_YEAR = re.compile(r"0[1-9]/(?:1[3-9]|2\d|[4-9]\d)")
 _TWO_DIGITS_EACH = re.compile(r"[0-3]\d ?[./] ?[01]\d")
-_LEGAL = re.compile(
-    r"(?:\bloi|\bdecret|\barrete|\bordonnance|\bdirective|\bcirculaire)s?(?: n[°o] ?[\d\-]+)?(?: du)? (?:n[°o] ?)?$"
-)
 _LIST_BEFORE = re.compile(r"(?:^|\n|\s)\s*[-•*:]\s+$|(?:^|\n)\s*[-•*]\s*$|\d{4}\)?\s?[-–/]\s?$|\(\s*$")
 _DATED_DASH = re.compile(r"(?:^|\s)(?:le|du|on|dated|exam(?:en|ination)? of|date(?: d'examen)?)[ :]*$")
 _NOTED = re.compile(r" ?:(?!\d)")  # "12-03 : patient vu", at the beginning of a line
@@ -264,8 +261,6 @@ def _joined(view: View, spans: list[tuple[int, int]]) -> list[Found]:
     text = view.masked
     merged: list[Found] = []
     for start, end in sorted(set(spans)):
-        if _LEGAL.search(text, max(0, start - 40), start):
-            continue
         for _ in range(_EXTENSIONS_MAX):
             extension = _EXTENDS.search(text, max(0, start - _LOOK_BACK), start)
             if extension is None:
@@ -333,7 +328,7 @@ def _in_words(view: View) -> list[tuple[int, int]]:
     read_up_to = 0
     for index in view.marked:
         flags = view.flags[index]
-        if flags & Word.MONTH:
+        if flags & Word.MONTH and view.free(index):
             span = _around_month(view, index)
             if span is not None:
                 spans.append(span)

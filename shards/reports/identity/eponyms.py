@@ -9,6 +9,7 @@ from shards.reports.identity.view import LOWER, TITLE_CASE, View
 
 _LINKS = table("eponym_links")  # between the head and the name: "signe de", "classification selon"
 _NO_ENGLISH_HEADS = table("no_english_heads")  # words that follow a name without being named after it
+_GRADES = frozenset(("a", "b", "c", "d", "e", "f", "i", "ii", "iii", "iv", "v", "vi"))
 _LINKS_MAX = 4
 _NAMES_BEHIND_MAX = 2  # further names before an English head: "Legg-Calve-Perthes disease"
 _PERSON = Word.FIRST | Word.LAST
@@ -23,7 +24,12 @@ _HEAD_DISTANCE_MAX = 24  # characters from the head's end to the name
 
 def eponym(view: View, index: int) -> bool:
     """Whether the word stands in a disease, sign or device: "maladie de X", "X ring", "X's disease", "X-Giemsa"."""
-    return _behind_head(view, index) or _before_head(view, index) or _beside_eponym(view, index)
+    return (
+        _behind_head(view, index)
+        or _before_head(view, index)
+        or _beside_eponym(view, index)
+        or _is_authority(view, index)
+    )
 
 
 def measured(view: View, index: int) -> bool:
@@ -58,11 +64,24 @@ def _is_link_gap(gap: str) -> bool:
 
 
 def _is_link(view: View, index: int) -> bool:
-    """A preposition or article, or another name of the same eponym."""
+    """A preposition or article, a grade ("classe C de"), or another name of the same eponym ("de Pell et")."""
     if view.words[index] in _LINKS:
         return True
     gap = view.gap(index)
-    return view.shapes[index] == TITLE_CASE and (gap == "-" or (gap == " " and bool(view.flags[index] & Word.EPONYM)))
+    if view.shapes[index] != TITLE_CASE:
+        return view.words[index] in _GRADES
+    joined = gap == " " and (view.flags[index] & Word.EPONYM or view.words[index + 1] in ("et", "and"))
+    return gap == "-" or bool(joined)
+
+
+def _is_authority(view: View, index: int) -> bool:
+    """ "selon Lichtenstein", "selon Regan et Morrey": whose rule was followed; "selon Marie" is a relative's word."""
+    flag, before = view.flags[index], index - 1
+    if view.shapes[index] != TITLE_CASE or (flag & Word.FIRST and not flag & Word.EPONYM):
+        return False
+    if before > 1 and view.words[before] in ("et", "and") and view.shapes[before - 1] == TITLE_CASE:
+        before -= 2
+    return before >= 0 and view.words[before] == "selon" and view.gap(before) == " "
 
 
 def _before_head(view: View, index: int) -> bool:

@@ -147,6 +147,34 @@ FIRST_NAMES = table("first_names")
 
 # Words of reports that are also names: they count as names after a title or beside a name only.
 MEDICAL = table("medical")
+FORM_WORDS = table("form_words")
+BRANDS = table("makers") | table("drugs")
+
+
+# Endings of words of medicine and of the language; a word of some length that no list holds is common by them.
+_DERIVED = re.compile(
+    r"(?:ments?|[st]ions?|ismes?|log(?:ie|iste|ue|ique)s?|[gr]raph(?:ie|ique|iste)s?|scop(?:ie|ique)s?|tomies?|plasties?"
+    r"|path(?:ie|ique)s?|[eu]mies?|uries?|algies?|ectasies?|therap(?:ie|eute|ique)s?|metr(?:ie|ique)s?|aires?|ivites?"
+    r"|iques?|oides?|oses|ement|ibles?|ables?|culture|ites?|istes?|eries?|ures|atoires?|isees?|elles|grammes?)$"
+)
+_DERIVED_LETTERS_MIN = 9
+# Stems of the international names of drugs (WHO), and their French forms.
+_SUBSTANCE = re.compile(
+    r"(?:[mx]abe?|tinib|parib|ciclib|prazole|conazole|nidazole|sartan|vastatine?|cilline?|cycline|mycine?|oxacine|caine"
+    r"|curium|flurane|parine|gliptine|gliflozine|glutide|glinide|zepam|zolam|barbital|platine?|taxel|rubicine"
+    r"|dronate|dronique|f[ae]ntanil|triptan|setron|lukast|semide|thiazide|formine|thyroxine|ciclovir|navir|buvir|asvir"
+    r"|tegravir|xaban|gatran|grel|teplase|poetine|grastim|cept|olol|dipine|tidine|profene|coxib|sone|solone|trexate"
+    r"|mustine|poside|bicine|fungine|penem|azoline|axone|dopa|peridone|apine|piprazole|triptyline|oxetine)$"
+)
+_SUBSTANCE_LETTERS_MIN = 7
+
+
+def is_derived(word: str) -> bool:
+    """Whether a plain word that no list holds is a common one by its length and ending."""
+    if len(word) < _SUBSTANCE_LETTERS_MIN:
+        return False
+    derived = len(word) >= _DERIVED_LETTERS_MIN and _DERIVED.search(word) is not None
+    return derived or _SUBSTANCE.search(word) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +214,8 @@ def gazetteer() -> Gazetteer:
         (PARTICLES, Word.PARTICLE), (MONTHS, Word.MONTH),
         (NUMBERS, Word.NUMBER), (STREETS, Word.STREET), (HOSPITALS, Word.HOSPITAL), (EPONYMS, Word.EPONYM),
         (EPONYM_HEADS, Word.EPONYM_HEAD | Word.COMMON), (STOPS, Word.STOP), (WEEKDAYS, Word.WEEKDAY),
-        (DEMONYMS, Word.DEMONYM), (MEDICAL, Word.COMMON), (MONTHS, Word.COMMON), (ROLES, Word.COMMON),
+        (DEMONYMS, Word.DEMONYM), (MEDICAL, Word.COMMON), (FORM_WORDS | BRANDS, Word.COMMON),
+        (MONTHS, Word.COMMON), (ROLES, Word.COMMON),
         (KIN, Word.COMMON), (STREETS, Word.COMMON), (HOSPITALS, Word.COMMON), (WEEKDAYS, Word.COMMON),
         (NUMBERS, Word.COMMON), (STOPS, Word.COMMON), (TITLES, Word.COMMON),
     ):  # fmt: skip

@@ -13,6 +13,7 @@ from shards.reports.identity.gazetteers import Word, table
 from shards.reports.identity.view import INITIAL, LOWER, TITLE_CASE, UPPER, Kind, View
 
 NAME = Word.FIRST | Word.LAST
+_ACRONYM_MAX = 5  # letters
 TITLES_MAX = 4  # titles or initials in a row
 _WORDS_MAX = 7  # a name of more words is a sentence in capitals
 _WORDS_BEFORE_MAX = 3  # words of a name before the one that showed it
@@ -57,11 +58,17 @@ def claim_from(view: View, index: int, kind: Kind, told: set[str], *, sure: bool
 
     `sure`: even a common word is a name here. `listed`: after a colon, where names may be written in lower case.
     """
-    last = name_end(view, index, sure=sure, lower=listed or sure)
+    last = None if is_label(view, index) else name_end(view, index, sure=sure, lower=listed or sure)
     if last is None:
         return
     claim(view, index, last, kind, told)
     claim_list(view, last, kind, told, listed=listed, sure=sure)
+
+
+def is_label(view: View, index: int) -> bool:
+    """Whether a word is the next field of a form, where the one before was left empty: "Prénom : Sexe : M"."""
+    flag = view.flags[index]
+    return bool(flag & Word.COMMON) and not flag & NAME and view.gap(index).lstrip(" ").startswith(":")
 
 
 def claim_list(view: View, last: int, kind: Kind, told: set[str], *, listed: bool = False, sure: bool = False) -> None:
@@ -111,7 +118,8 @@ def _listed_end(view: View, index: int, *, listed: bool, sure: bool) -> int | No
     field = listed and sure and shape != LOWER  # "Prénoms : Anne, Rose"
     known = flag & Word.FIRST and (not flag & Word.COMMON or (listed and before_name) or field)
     looks_like_one = shape != LOWER and not flag & Word.COMMON and not view.in_capitals(index)
-    if not (known or looks_like_one or shape == INITIAL):
+    acronym = shape == UPPER and len(view.words[index]) <= _ACRONYM_MAX and not flag & NAME and not before_name
+    if acronym or not (known or looks_like_one or shape == INITIAL):
         return None
     end = name_end(view, index, sure=field and bool(flag & Word.FIRST), lower=listed)
     if end != index or known:

@@ -50,12 +50,14 @@ _SIGNED_MAX = 4  # words of a signature's line
 def find(view: View) -> set[str]:
     """Claim the names that are announced; returns their words, in plain form."""
     told: set[str] = set()
+    before = len(view.identifiers)
     for index in view.marked:
         if view.flags[index] & _CUES and view.free(index) and index + 1 < len(view.words):
             _behind_cue(view, index, told)
     for index in view.capitalised:
         if view.words[index] in SHORT_TITLES and view.free(index) and index + 1 < len(view.words):
             _behind_title(view, index, told)
+    view.announced.update(one.start for one in view.identifiers[before:])
     return told
 
 
@@ -110,8 +112,17 @@ def _behind_further_titles(view: View, index: int) -> int | None:
         first += 1
     if first > last:
         return None
+    if _is_function(view, first) or _is_function(view, first - 1):
+        return None
     abbreviated = len(words[first]) < 3 and view.gap(first) in (". ", ".")  # "Dr Ch. MORVAN" is no "CH"
     return None if flags[first] & Word.HOSPITAL and not abbreviated else first
+
+
+def _is_function(view: View, article: int) -> bool:
+    """ "Monsieur le Directeur", "Madame la Secrétaire": a small article and a word that is nobody's name."""
+    if view.words[article] not in ("le", "la", "l") or view.shapes[article] != LOWER or article + 1 >= len(view.words):
+        return False
+    return view.flags[article + 1] & (Word.COMMON | Word.TITLE | NAME) == Word.COMMON
 
 
 def _is_no_title(view: View, index: int, first: int) -> bool:

@@ -120,7 +120,12 @@ def _may_be_acronym(view: View, index: int) -> bool:
     flag = view.flags[index]
     if not (flag & Word.FIRST and not flag & Word.COMMON and view.shapes[index] == UPPER):
         return False
-    behind_capital = index and view.shapes[index - 1] != LOWER and view.gap(index - 1) in _BESIDE
+    behind_capital = (
+        index > 0
+        and view.shapes[index - 1] != LOWER
+        and view.gap(index - 1) in _BESIDE
+        and not (view.flags[index - 1] & Word.EPONYM and not view.flags[index - 1] & NAME)
+    )
     if len(view.words[index]) > 5 or _named_next(view, index) or behind_capital:
         return False
     following = joined_next(view, index)
@@ -180,7 +185,7 @@ def _is_company(view: View, place: int) -> bool:
 def _word_that_is_a_first_name(view: View, index: int) -> bool:
     """ "Rose", "Pierre", "Marine": a first name by its place in the sentence or by what stands beside it."""
     flag = view.flags[index]
-    if not (flag & Word.FIRST and flag & Word.COMMON):
+    if not (flag & Word.FIRST and flag & Word.COMMON) or flag & Word.KIN:
         return False
     if _behind_surname(view, index) or _before_surname(view, index):
         return True

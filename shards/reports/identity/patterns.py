@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator
 
 import shards.reports.identity.dates as dates
+import shards.reports.identity.references as references
 from shards.reports.identity.gazetteers import Word
-from shards.reports.identity.view import Kind, View
+from shards.reports.identity.view import PLACEHOLDER, Kind, View
 
 OLDEST_AGE_YEARS = 89  # HIPAA: ages above it point at persons
 _MAIL = re.compile(
@@ -46,14 +47,12 @@ _SECOND_PHONE = re.compile(
     r"(?<=\0) ?(?:/|-|–|ou|or|,? ?poste|,? ?ext\.?|,? ?x|,? ?bip|,? ?p\.) ?(\d{1,6}(?:[ .]\d\d){0,4})(?![\d/]|[.,]\d)"
 )
 # "0000", "00 00 00 00 00", "1111111": what a form or a copy leaves of a number.
-PLACEHOLDER = "~"  # stands for it in the masked text
 _NO_NUMBER = re.compile(
     r"(?<![\w.,/])(?<!\d[ .\-])(?:0(?:[ .\-]?0){3,}|(?P<same>\d)(?:[ .\-]?(?P=same)){6,})(?![ .,/\-]?\d|\w)"
 )
-# Numbers of laws, forms, procedures, licences and of variants of a gene.
+# Numbers of laws, procedures and licences.
 _LEGAL_BEFORE = re.compile(
-    r"\b(?:loi|decret|arrete|directive|ordonnance|law|act|cerfa|procedure|norme|iso|agrement(?: ars)?|accreditation)s?"
-    r" ?(?:n[°o] ?)?$|(?<!\w)[cgmnp]\.$"
+    r"\b(?:loi|decret|law|act|cerfa|procedure|norme|iso|agrement(?: ars)?|accreditation)s? ?(?:n[°o] ?)?$"
 )
 _LETTERED_PHONE = re.compile(r"(?<!\d)(?:[a-z]?\d\d[ .]){3,}[a-z]?\d\d(?!\d)")
 _LETTERED_PHONE_NUMBERS_MIN = 4
@@ -111,6 +110,7 @@ _NATIONAL_CUE = re.compile(
     r"(?:social security|national insurance|\bssn|\bnino|securite sociale|\bniss|\bnif|\bdni|\bnie|steuer-?id"
     r"|\bsecu)[^\n\d:]{0,25}[: ]{1,3}(?P<id>[a-z]{0,2} ?\d[\d .\-/]{4,20}[a-z]?(?!\w))"
 )
+_NATIONAL_DIGITS_MIN = 6
 _GERMAN_INSURANCE = re.compile(r"(?<!\w)\d\d ?[0-3]\d[01]\d\d\d ?[a-z] ?\d{3}(?!\w)")
 _DIGIT_ROW = re.compile(r"(?<![\w.,])\d(?: \d){6,}(?![\w]|[.,]\d| \d)|(?<![\w.,])\d(?: \d{1,2}){7,}(?![\w]|[.,]\d| \d)")
 
@@ -159,6 +159,8 @@ def find(view: View) -> None:
     """Claim everything else with a shape, most telling shapes first."""
     if view.longest_number >= 4 or view.dense:
         view.masked = _NO_NUMBER.sub(lambda match: PLACEHOLDER * len(match.group()), view.masked)
+    for start, end in references.find(view):
+        view.hide(start, end)
     if view.dense:
         _social_security(view)
     for found in dates.find(view):
@@ -173,6 +175,8 @@ def _social_security(view: View) -> None:
         for match in view.at_numbers(pattern, before):
             view.claim(match.start(), match.end(), "social_security")
     for match in view.at_numbers(_NATIONAL_CUE, 60):
+        if sum(character.isdigit() for character in match["id"]) < _NATIONAL_DIGITS_MIN:
+            continue
         view.claim(match.start("id"), match.end("id"), "social_security")
     for match in view.at_numbers(_BELGIAN):
         written = match.group()

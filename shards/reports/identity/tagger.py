@@ -29,9 +29,9 @@ import numpy as np
 
 from shards.errors import ConfigError
 from shards.reports.identity.eponyms import eponym
-from shards.reports.identity.gazetteers import LISTS, Word, gazetteer
-from shards.reports.identity.patterns import PLACEHOLDER, public_pages
-from shards.reports.identity.view import Identifier, Kind, View
+from shards.reports.identity.gazetteers import LISTS, Word, gazetteer, is_derived
+from shards.reports.identity.patterns import public_pages
+from shards.reports.identity.view import PLACEHOLDER, Identifier, Kind, View
 from shards.reports.language import detect
 
 WEIGHTS = LISTS / "tagger.npz"
@@ -50,7 +50,10 @@ _FRENCH_WORDS_MIN = 2
 _SAME = re.compile(r"[^\w\n,;:|()]{0,3}")
 _SAME_NAME = re.compile(r"[ .'’\-]{0,2}")  # "A / B" are two persons
 _NARROW: dict[Kind, Kind] = {"patient_name": "person_name", "birth_date": "date", "social_security": "id"}
+_COLON = re.compile(r" {0,3}:")
+_ACRONYM_MAX = 4  # letters
 _DOUBTFUL_TOKENS = 3
+_SHORT_MAX = 3  # characters: "9L" and "J22" alone tell too little of a number
 _WORDY_KINDS = frozenset(("person_name", "city", "hospital", "address"))
 _DOSE = re.compile(r" {1,2}\d+(?:[.,]\d+)? ?(?:mg|g|[uµ]g|mcg|ml|m?ui)\b")
 _CITATION = re.compile(
@@ -126,7 +129,7 @@ def attributes(text: str, plain: str, spans: Sequence[tuple[int, int]], vocabula
     flags_of = gazetteer().flags.get
     written = [text[start:end] for start, end in spans]
     words = [plain[start:end] for start, end in spans]
-    flags = [flags_of(word, 0) for word in words]
+    flags = [flags_of(word) or (Word.COMMON if is_derived(word) else 0) for word in words]
     numbers = [vocabulary.get(word, 0) for word in words]
     gaps = [text[before[1] : after[0]] for before, after in zip(((0, 0), *spans), spans, strict=False)]
     shapes, endings, starts = zip(*map(_of_word, written, words), strict=True)
@@ -280,7 +283,8 @@ class Tagger:
         for first, last in _runs_of_one_kind(view.text, spans, self._found(view, spans, margin, kinds), kinds):
             kind = kinds[first]
             start, end = _with_neighbours(view.text, spans[first][0], spans[last][1], kind, by_rules)
-            view.note(start, end, kind, "tagger")
+            if kind == "date" or end - start > _SHORT_MAX or view.text[start:end].isalpha():
+                view.note(start, end, kind, "tagger")
 
     def scores(self, found: np.ndarray) -> np.ndarray:
         """[tokens, 10] int32 from [11, tokens] attributes."""
@@ -318,6 +322,7 @@ class Tagger:
             for index in found - covered
             if not _lies_in(spans[index], public)
             and not (kinds[index] == "person_name" and _is_no_name(view.text, *spans[index]))
+            and not (kinds[index] in _WORDY_KINDS and _is_label(view, *spans[index]))
             and view.masked[spans[index][0]] != PLACEHOLDER
             and (kinds[index] not in _WORDY_KINDS or not _is_of_medicine(view, spans[index], cited))
         )
@@ -329,6 +334,7 @@ class Tagger:
             for one in view.identifiers
             if one.kind != "person_name"
             or one.layer != "gazetteer"
+            or one.start in view.announced
             or not 0 < len(tokens := _tokens_of(one, spans)) <= _DOUBTFUL_TOKENS
             or margin[tokens.start : tokens.stop].max() >= self.ordinary
         ]
@@ -390,6 +396,16 @@ def _is_no_name(text: str, start: int, end: int) -> bool:
     flag = gazetteer().flags.get(written, 0)
     stops = flag & Word.AUTHOR or (flag & Word.STOP and not flag & (Word.PARTICLE | Word.FIRST | Word.LAST))
     return bool(stops) or (end - start == 1 and text[end : end + 1] in ("'", "’"))
+
+
+def _is_label(view: View, start: int, end: int) -> bool:
+    """Whether a token is the field of a form: a common word or an acronym before a colon."""
+    if _COLON.match(view.text, end) is None:
+        return False
+    word = view.plain[start:end]
+    flag = gazetteer().flags.get(word, 0)
+    acronym = end - start <= _ACRONYM_MAX and view.text[start:end].isupper()
+    return not flag & NAMES_ONLY and (bool(flag & Word.COMMON) or acronym or is_derived(word))
 
 
 def _lies_in(span: tuple[int, int], ranges: Sequence[tuple[int, int]]) -> bool:

@@ -11,7 +11,7 @@ from itertools import accumulate, chain, compress, count, repeat
 from operator import itemgetter, ne, or_
 from typing import Literal
 
-from shards.reports.identity.gazetteers import Word, gazetteer, plain
+from shards.reports.identity.gazetteers import Word, gazetteer, is_derived, plain
 
 Kind = Literal[
     "patient_name", "person_name", "birth_date", "date", "age_over_89", "phone", "mail", "url", "id",
@@ -22,6 +22,8 @@ Layer = Literal["patient", "pattern", "gazetteer", "tagger", "plugin"]
 _WORD = re.compile(r"([^\W\d_]+)")
 _WORD_ASCII = re.compile(r"([a-z]+)")  # the same in plain ASCII, in half the time
 LOWER, TITLE_CASE, UPPER, INITIAL = 0, 1, 2, 3
+PLACEHOLDER = "~"  # stands in the masked text for what points at nobody
+_TAKEN = ("\0", PLACEHOLDER)
 # Letters that a scanner reads for digits, where digits surround them; patterns see the digit.
 # The letter comes first and looks back, so that the search runs over letters and not over every position.
 _MISREAD = re.compile(
@@ -39,13 +41,6 @@ _VIETNAMESE = re.compile(
     r"(?:(?<![êÊ])|(?:(?<=\b[Ll]ê)|(?<=\bLÊ))\b)"
 )
 _DIGIT_RUN = re.compile(r"\d+")
-# Endings of words of medicine and of the language; a word of some length that no list holds is common by them.
-_DERIVED = re.compile(
-    r"(?:ments?|[st]ions?|ismes?|log(?:ie|iste|ue|ique)s?|[gr]raph(?:ie|ique|iste)s?|scop(?:ie|ique)s?|tomies?|plasties?"
-    r"|path(?:ie|ique)s?|[eu]mies?|uries?|algies?|ectasies?|therap(?:ie|eute|ique)s?|metr(?:ie|ique)s?|aires?|ivites?"
-    r"|iques?|oides?|oses|ement|ibles?|ables?|culture|ites?|istes?|eries?|ures|atoires?|isees?|elles)$"
-)
-_DERIVED_LETTERS_MIN = 9
 _CLOSE, _DENSE = 4, 6  # characters between digits; digits that make a phone number possible
 _TRIGGERS = (
     Word.TITLE | Word.ROLE | Word.KIN | Word.MONTH | Word.NUMBER | Word.STREET | Word.HOSPITAL | Word.DEMONYM
@@ -90,6 +85,7 @@ class View:
     longest_number: int  # digits in the longest run; patterns that need more are not tried
     dense: bool  # whether six digits stand close together anywhere, as in phone numbers and ids
     identifiers: list[Identifier] = field(default_factory=list)
+    announced: set[int] = field(default_factory=set)  # where names begin that a word before them tells
     _capital_lines: dict[int, bool] = field(default_factory=dict)
 
     def gap(self, index: int) -> str:
@@ -97,8 +93,12 @@ class View:
         return self.text[self.ends[index] : self.starts[index + 1]] if index + 1 < len(self.starts) else "\n\n"
 
     def free(self, index: int) -> bool:
-        """Whether no rule has claimed word `index` yet."""
-        return self.masked[self.starts[index]] != "\0"
+        """Whether no rule has claimed word `index` yet, and none has hidden it."""
+        return self.masked[self.starts[index]] not in _TAKEN
+
+    def hide(self, start: int, end: int) -> None:
+        """Hide what points at nobody from the rules that follow."""
+        self.masked = self.masked[:start] + PLACEHOLDER * (end - start) + self.masked[end:]
 
     def first_word_from(self, position: int) -> int:
         """Index of the first word that starts at `position` or later; the number of words when there is none."""
@@ -175,7 +175,7 @@ def view_of(text: str) -> View:
         shapes[index] = _shape(text[starts[index] : ends[index]])
     capitalised = [index for index, shape in enumerate(shapes) if shape]
     for index in capitalised:
-        if not flags[index] and len(words[index]) >= _DERIVED_LETTERS_MIN and _DERIVED.search(words[index]):
+        if not flags[index] and is_derived(words[index]):
             flags[index] = Word.COMMON
     if text == plain_text or not text.isupper():
         _raise_lower_lines(text, starts, ends, flags, shapes)

@@ -30,6 +30,11 @@ HIDDEN = {
     "Dossier 2019-884512 reçu.": "2019-884512",
     "https://www.ch-valmont.fr/consultations": "https://www.ch-valmont.fr/consultations",
     "https://www.example.org/p/123": "https://www.example.org/p/123",
+    "Ordonnance du 12/03/2020. Traitement arrêté le 3 avril 2019.": "12/03/2020;3 avril 2019",
+    "Amené par sa maman Sonia.": "Sonia",
+    "Il habite Lille. Vu à Ottawa.": "Lille;Ottawa",
+    "Monsieur le Docteur Kervadec, Mr l'interne Bilic": "Kervadec;Bilic",
+    "Dr Delvaux, soins dentaires, tél. 06 12 11 22 33": "Delvaux;06 12 11 22 33",
 }
 KEPT = """
 Pneumonia is not likely in the first place. Clinical correlation advised.
@@ -43,12 +48,33 @@ Le dr de garde est prévenu. Formulaire cerfa n° 15695. Variant c.1521_1523del.
 Chère Consœur, poste 00 00 00 00 00, code (0000), dossier 1111111111.
 Imprimé en France. Voir https://www.cnil.fr/plaintes et www.has-sante.fr.
 RÉUNION DE CONCERTATION PLURIDISCIPLINAIRE - Sénologie
+Prénom : Sexe : M
+Nom : Service : Cardiologie
+Mère : migraine. Père : épilepsie. Papa au travail, Maman prévenue, Mamie garde la sœur.
+Articles L. 1110-4 et R. 1131-1 à R. 1131-20 du Code de la santé publique, articles 313-1 à 313-3, 441-1 et suivants.
+Loi n° 2011-814 du 7 juillet 2011, décret n°2013-1066 du 3 juin 2013, arrêté du 6 avril 2011 relatif au management.
+Loi Informatique et Libertés n° 78-17 du 6 janvier 1978, règlement (UE) 2016/679.
+Étude NCT03515837, EudraCT 2017-004188-11, ID-RCB 2018-A01234-51, ORPHA:45448, OMIM 254130.
+Panel BRCA1, BRCA2, PALB2, RAD51C. NM_007294.4, rs80357906, 46,XY,inv(3)(q21q26), chr11:47364248, HLA DRB1*11:04.
+Codes SNOMED : M-81403, T-92000. Nomenclature INAMI 442455-442466. Accréditation COFRAC n° 8-1234.
+Dents absentes : 18 28 38 48 46 36. Bridge 21 22 23 24. Apgar 9/10/10.
+Œsophagite de grade C de Los Angeles, muqueuse de Barrett C2M4 selon Prague, classe C de Pell et Gregory.
+Oxford 1, Ottawa -, Genève révisé 2, critères de New York, recommandations de Paris et de Vienne.
+Hernioplastie selon Lichtenstein. Critères FIGO 2018, recommandations ESC 2021.
+INDUCTION : SUFENTANIL 15, PROPOFOL 180, ATRACURIUM 30, LEVOTHYROXINE.
+Monsieur le Directeur, Madame la Secrétaire,
+Sécurité sociale - Formulaire S6909
 """
 
 
 @pytest.mark.parametrize(("text", "hidden"), HIDDEN.items())
 def test_habits_of_letters(text: str, hidden: str) -> None:
     assert [text[one.start : one.end] for one in RULES.find(text)] == hidden.split(";")
+
+
+def test_an_empty_field_takes_no_label_of_the_next_line_and_an_acronym_is_no_further_name() -> None:
+    text = "Médecin traitant : Dr\nMutuelle : MGEN\nMr Deschanel, SDRA modéré. Dr Luc Bogaerts, INAMI inconnu."
+    assert [text[one.start : one.end] for one in RULES.find(text)] == ["Deschanel", "Luc Bogaerts"]
 
 
 @pytest.mark.parametrize("text", KEPT.strip().splitlines())

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import shards.reports.identity.patterns as patterns
 import shards.reports.identity.tagger as tagger
 from shards.errors import ConfigError
 from shards.reports.identity.detector import Detector
@@ -118,6 +119,32 @@ def test_one_doubtful_word_of_a_rule_is_let_go_and_a_longer_find_is_not() -> Non
         view.identifiers.append(one)
         tagger.find(view, "fr")
         assert view.identifiers == kept
+
+
+def test_a_name_that_a_word_announces_is_not_let_go() -> None:
+    text = PROSE[0]
+    start = text.index("foie")
+    view = view_of(text)
+    view.identifiers.append(Identifier(start=start, end=start + 4, kind="person_name", layer="gazetteer"))
+    view.announced.add(start)
+    tagger.find(view, "fr")
+    assert len(view.identifiers) == 1
+
+
+@pytest.mark.parametrize("text", ["Mutuelle : aucune", "RAMQ : inconnu", "stations 9L et libres", "loi 2011-814"])
+def test_labels_short_numbers_and_references_are_not_added(text: str) -> None:
+    view = view_of(text)
+    patterns.find(view)
+    spans = tagger.spans_of(text)
+    scores = np.zeros((len(spans), 1 + len(tagger.KINDS)), dtype=np.int32)
+    scores[:, 0] = 500
+    for index, (start, end) in enumerate(spans):
+        written = text[start:end]
+        scores[index, 1 + tagger.KINDS.index("id" if any(map(str.isdigit, written)) else "person_name")] = 2000 * (
+            written in ("Mutuelle", "RAMQ", "9L", "2011", "814")
+        )
+    tagger.load(tagger.WEIGHTS).decide(view, spans, scores, np.zeros(len(spans), dtype=np.int32))
+    assert not view.identifiers
 
 
 @settings(max_examples=60, deadline=None)
