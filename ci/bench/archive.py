@@ -1,7 +1,7 @@
 """An invented hospital's export through `pack.py --source archive`: identities left, pairs, bytes, views/s, stages.
 
 The export is that of `ci/data/hospital_export.py`. Views per second are of the whole command's work, worker processes
-started and all: headers, pairs, pixels, text cleaned, de-identified and read, tars written. Temporary files: 3 GB.
+started and all: headers, pairs, pixels, text cleaned, de-identified and read, tars written. Temporary files: 4 GB.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _packed(export: Export, output: Path, secret: bytes) -> str:
 
 def _speed(scratch: Path, quick: bool) -> list[Figure]:
     plain = make_export(
-        scratch / "plain", studies=8 if quick else 200, seed=SEED, size=96 if quick else 1024, faulty=0.0
+        scratch / "plain", studies=8 if quick else 500, seed=SEED, size=96 if quick else 1024, faulty=0.0
     )
     figures = [_rate("archive.views_per_second", plain, scratch, 1 if quick else ROUNDS, _views_per_second)]
     figures += _stages(plain)
