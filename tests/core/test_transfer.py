@@ -189,7 +189,7 @@ def test_the_best_weights_on_the_way_stay() -> None:
             return judge(head.weight)
 
         fit(head, None, 4, lambda rows: (10 - head.weight).square().sum(), config, judge=judged if judge else None)
-        return float(head.weight), shown
+        return head.weight.item(), shown
 
     last, _ = fitted(None)
     wanted, shown = fitted(lambda weight: -abs(float(weight) - 3))
