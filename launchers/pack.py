@@ -27,6 +27,7 @@ from shards.dataset import open_manifest
 from shards.errors import ConfigError, DataError
 from shards.ingest import Source
 from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS, ImageLimits
+from shards.ingest.phantom import SPLITS, PhantomConfig
 from shards.ingest.phantom_bone import BonePhantom
 from shards.ingest.phantom_chest import ChestPhantom
 from shards.ingest.phantom_ct import CtPhantom
@@ -451,14 +452,15 @@ def _phantom_counts(text: str) -> tuple[int, int, int]:
     return counts[0], counts[1], counts[2]
 
 
+def _studies(arguments: argparse.Namespace, config: type[PhantomConfig]) -> dict[str, Any]:
+    """What every phantom's configuration says of its studies."""
+    counts = dict(zip(SPLITS, _phantom_counts(arguments.samples), strict=True))
+    return {**counts, "difficulty": arguments.difficulty or config.difficulty, "seed": arguments.seed}
+
+
 def _chest_config(arguments: argparse.Namespace) -> ChestPhantom.Config:
-    train, validation, test = _phantom_counts(arguments.samples)
     return ChestPhantom.Config(
-        train=train,
-        validation=validation,
-        test=test,
-        difficulty=arguments.difficulty or ChestPhantom.Config.difficulty,
-        seed=arguments.seed,
+        **_studies(arguments, ChestPhantom.Config),
         size=arguments.size,
         degraded=arguments.degraded,
         structured=arguments.structured,
@@ -467,27 +469,17 @@ def _chest_config(arguments: argparse.Namespace) -> ChestPhantom.Config:
 
 
 def _ct_config(arguments: argparse.Namespace) -> CtPhantom.Config:
-    train, validation, test = _phantom_counts(arguments.samples)
     depth, height, width = arguments.shape
     return CtPhantom.Config(
-        train=train,
-        validation=validation,
-        test=test,
-        difficulty=arguments.difficulty or CtPhantom.Config.difficulty,
-        seed=arguments.seed,
+        **_studies(arguments, CtPhantom.Config),
         normal=arguments.normal,
         shape=(depth, height, width),
     )
 
 
 def _bone_config(arguments: argparse.Namespace) -> BonePhantom.Config:
-    train, validation, test = _phantom_counts(arguments.samples)
     return BonePhantom.Config(
-        train=train,
-        validation=validation,
-        test=test,
-        difficulty=arguments.difficulty or BonePhantom.Config.difficulty,
-        seed=arguments.seed,
+        **_studies(arguments, BonePhantom.Config),
         size=arguments.size,
     )
 

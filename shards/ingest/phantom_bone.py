@@ -9,70 +9,47 @@ angles are numbers of the record, `measurements`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from shards.batch import Box, EncodedImage, Sample, StudyRecord, ViewRecord
 from shards.errors import ConfigError
-from shards.ingest import PUBLIC_SECRET, Item, Loaded, Plan, hashed_key
+from shards.ingest import Item, Loaded
+from shards.ingest.phantom import Phantom, PhantomConfig, check_difficulty
 from shards.ingest.phantom_bone_draw import Drawing, render
 from shards.ingest.phantom_bone_scene import DIFFICULTIES, FIELD_OF_VIEW_MM, LABELS, Scene, draw_scene
 from shards.ingest.phantom_bone_text import write_report
-from shards.ingest.phantom_chest import SPLITS, encode_image
-from shards.ingest.phantom_chest_scene import patient_of
+from shards.ingest.phantom_chest import encode_image
 from shards.keyed import hash_u64
 
 SIZE_MIN = 32  # pixels: below, a joint space is thinner than one
 
 
-class BonePhantom:
-    """Source of phantom studies. Study i of a split is a pure function of (seed, split, i)."""
+class BonePhantom(Phantom["BonePhantom.Config"]):
+    """Source of phantom studies."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
-        """`train`, `validation` and `test` count studies; each split has its own generator seed and patients."""
+    class Config(PhantomConfig):
+        """What is drawn, and how."""
 
-        difficulty: str = "easy"
-        seed: int = 0
-        train: int = 3000
-        validation: int = 300
-        test: int = 600
         size: int = 128  # pixels a side
         bits: Literal[8, 16] = 8
 
     def __init__(self, config: Config) -> None:
-        if config.difficulty not in DIFFICULTIES:
-            raise ConfigError(f"difficulty={config.difficulty!r}: this phantom has {', '.join(DIFFICULTIES)}")
+        check_difficulty(config.difficulty, DIFFICULTIES)
         if config.size < SIZE_MIN:
             raise ConfigError(f"size={config.size} is too small for a joint; use {SIZE_MIN} pixels or more")
         if config.bits not in (8, 16):
             raise ConfigError(f"bits={config.bits}: use 8 or 16")
-        if min(config.train, config.validation, config.test) < 0:
-            raise ConfigError("counts of studies must not be negative")
-        self.config = config
+        # The hash is made here, so that worker processes get it with the pickled source.
+        super().__init__(config, f"bone/{config.difficulty}", generator_hash())
         self.difficulty = DIFFICULTIES[config.difficulty]
-        self.generator = generator_hash()  # here, so that worker processes get it with the pickled source
         self.name = f"phantom bone {config.difficulty} {self.generator}"
         self.labels = LABELS
-        self.masks: dict[str, int] = {}
-        self.key_fingerprint: str | None = None
-        self.settings: Mapping[str, Any] = {"generator": self.generator, **vars(config)}
-
-    def plan(self) -> Plan:
-        counts = {split: getattr(self.config, split) for split in SPLITS}
-        return Plan(items=[self._item(split, index) for split in SPLITS for index in range(counts[split])])
-
-    def _item(self, split: str, index: int) -> Item:
-        name = f"bone/{self.config.difficulty}/{self.config.seed}/{split}"
-        return Item(
-            key=hashed_key(PUBLIC_SECRET, "study", f"{name}/{index}"),
-            patient=hashed_key(PUBLIC_SECRET, "patient", f"{name}/{patient_of(index)}"),
-            split=split, payload=index,
-        )  # fmt: skip
+        self.masks = {}
 
     def scene(self, split: str, index: int) -> Scene:
         """What study `index` of a split is made from."""

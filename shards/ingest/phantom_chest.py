@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal
@@ -22,7 +22,8 @@ from PIL import Image
 
 from shards.batch import Box, EncodedImage, LabelValue, Sample, StudyRecord, ViewRecord
 from shards.errors import ConfigError
-from shards.ingest import PUBLIC_SECRET, Item, Loaded, Plan, hashed_key
+from shards.ingest import Item, Loaded
+from shards.ingest.phantom import Phantom, PhantomConfig, check_difficulty
 from shards.ingest.phantom_chest_degrade import Degradation, degrade, draw_degradation
 from shards.ingest.phantom_chest_draw import Array, Drawing, render
 from shards.ingest.phantom_chest_scene import (
@@ -32,27 +33,19 @@ from shards.ingest.phantom_chest_scene import (
     Difficulty,
     Scene,
     draw_scene,
-    patient_of,
 )
 from shards.ingest.phantom_chest_text import LABELS, Doubt, Report, structure, write_report
 from shards.keyed import hash_u64, uniform
 from shards.reports.extract import by_rules, record_members
 
-SPLITS = ("train", "validation", "test")
 
-
-class ChestPhantom:
-    """Source of phantom studies. Study i of a split is a pure function of (seed, split, i)."""
+class ChestPhantom(Phantom["ChestPhantom.Config"]):
+    """Source of phantom studies."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
-        """`train`, `validation` and `test` count studies; each split has its own generator seed and patients."""
+    class Config(PhantomConfig):
+        """What is drawn, and how."""
 
-        difficulty: str = "easy"
-        seed: int = 0
-        train: int = 3000
-        validation: int = 300
-        test: int = 600
         size: int = 128  # pixels a side
         bits: Literal[8, 16] = 8
         encoding: Literal["png", "jpeg"] = "png"
@@ -62,45 +55,27 @@ class ChestPhantom:
         entities: bool = False  # write distilled sentences and spans of the report's words, too
 
     def __init__(self, config: Config) -> None:
-        if config.difficulty not in DIFFICULTIES:
-            raise ConfigError(f"difficulty={config.difficulty!r}: this phantom has {', '.join(DIFFICULTIES)}")
+        check_difficulty(config.difficulty, DIFFICULTIES)
         if config.size < 16:
             raise ConfigError(f"size={config.size} is too small for a chest; use 16 pixels or more")
         if config.bits not in (8, 16) or config.encoding not in ("png", "jpeg"):
             raise ConfigError(f"bits={config.bits}, encoding={config.encoding!r}: use 8 or 16 and png or jpeg")
         if config.bits == 16 and config.encoding == "jpeg":
             raise ConfigError("bits=16 needs encoding=png: JPEG holds 8 bits")
-        if min(config.train, config.validation, config.test) < 0:
-            raise ConfigError("counts of studies must not be negative")
         if not 0.0 <= config.degraded <= 1.0:
             raise ConfigError(f"degraded={config.degraded} is no share of studies; use 0 to 1")
-        self.config = config
+        # The hash is made here, so that worker processes get it with the pickled source.
+        super().__init__(config, f"chest/{config.difficulty}", generator_hash(degraded=config.degraded > 0))
         self.difficulty = DIFFICULTIES[config.difficulty]
-        # here, so that worker processes get it with the pickled source
-        self.generator = generator_hash(degraded=config.degraded > 0)
         self.name = f"phantom chest {config.difficulty} {self.generator}"
         if config.degraded:
             self.name += f", {config.degraded:g} degraded"
         self.labels = LABELS
         self.masks = dict(MASKS) if config.masks else {}
-        self.key_fingerprint: str | None = None
-        self.settings: Mapping[str, Any] = {"generator": self.generator, **vars(config)}
 
     def split_seed(self, split: str) -> int:
         """Generator seed of a split."""
         return split_seed(self.config.seed, split)
-
-    def plan(self) -> Plan:
-        counts = {split: getattr(self.config, split) for split in SPLITS}
-        return Plan(items=[self._item(split, index) for split in SPLITS for index in range(counts[split])])
-
-    def _item(self, split: str, index: int) -> Item:
-        name = f"chest/{self.config.difficulty}/{self.config.seed}/{split}"
-        return Item(
-            key=hashed_key(PUBLIC_SECRET, "study", f"{name}/{index}"),
-            patient=hashed_key(PUBLIC_SECRET, "patient", f"{name}/{patient_of(index)}"),
-            split=split, payload=index,
-        )  # fmt: skip
 
     def load(self, item: Item) -> Loaded:
         config = self.config

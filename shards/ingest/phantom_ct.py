@@ -9,15 +9,13 @@ organ tells them all. Most organs are normal (`normal`), as in practice.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from shards.batch import LabelValue, Sample, StudyRecord
 from shards.errors import ConfigError
-from shards.ingest import PUBLIC_SECRET, Item, Loaded, Plan, hashed_key
-from shards.ingest.phantom_chest import SPLITS
+from shards.ingest import Item, Loaded
+from shards.ingest.phantom import Phantom, PhantomConfig, check_difficulty
 from shards.ingest.phantom_chest_scene import patient_of
 from shards.ingest.phantom_ct_draw import render
 from shards.ingest.phantom_ct_scene import DIFFICULTIES, FIELD_OF_VIEW_MM, MASKS, Scene, draw_scene
@@ -29,15 +27,14 @@ from shards.keyed import hash_u64, uniform
 SIDE_MIN = 16  # voxels: a coarser grid has no room for a kidney
 
 
-class CtPhantom:
-    """Source of phantom CT studies. Study i of a split is a pure function of (seed, split, i)."""
+class CtPhantom(Phantom["CtPhantom.Config"]):
+    """Source of phantom CT studies."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
-        """`train`, `validation` and `test` count studies; each split has its own generator seed and patients."""
+    class Config(PhantomConfig):
+        """What is drawn, and how."""
 
         difficulty: str = "standard"
-        seed: int = 0
         train: int = 1200
         validation: int = 120
         test: int = 400
@@ -45,34 +42,17 @@ class CtPhantom:
         shape: tuple[int, int, int] = (48, 64, 64)  # z, y, x
 
     def __init__(self, config: Config) -> None:
-        if config.difficulty not in DIFFICULTIES:
-            raise ConfigError(f"difficulty={config.difficulty!r}: this phantom has {', '.join(DIFFICULTIES)}")
+        check_difficulty(config.difficulty, DIFFICULTIES)
         if len(config.shape) != 3 or min(config.shape) < SIDE_MIN:
             raise ConfigError(f"shape={config.shape} is too coarse for a trunk; use {SIDE_MIN} voxels or more an axis")
-        if min(config.train, config.validation, config.test) < 0:
-            raise ConfigError("counts of studies must not be negative")
         if not 0.0 <= config.normal <= 1.0:
             raise ConfigError(f"normal={config.normal} is no share of organs; use 0 to 1")
-        self.config = config
+        # The hash is made here, so that worker processes get it with the pickled source.
+        super().__init__(config, f"ct/{config.difficulty}/{config.normal:g}", generator_hash())
         self.difficulty = DIFFICULTIES[config.difficulty]
-        self.generator = generator_hash()  # here, so that worker processes get it with the pickled source
         self.name = f"phantom ct {config.difficulty} {self.generator}, {config.normal:g} normal"
         self.labels = LABELS
         self.masks = dict(MASKS)
-        self.key_fingerprint: str | None = None
-        self.settings: Mapping[str, Any] = {"generator": self.generator, **vars(config)}
-
-    def plan(self) -> Plan:
-        counts = {split: getattr(self.config, split) for split in SPLITS}
-        return Plan(items=[self._item(split, index) for split in SPLITS for index in range(counts[split])])
-
-    def _item(self, split: str, index: int) -> Item:
-        name = f"ct/{self.config.difficulty}/{self.config.normal:g}/{self.config.seed}/{split}"
-        return Item(
-            key=hashed_key(PUBLIC_SECRET, "study", f"{name}/{index}"),
-            patient=hashed_key(PUBLIC_SECRET, "patient", f"{name}/{patient_of(index)}"),
-            split=split, payload=index,
-        )  # fmt: skip
 
     def scene(self, split: str, index: int) -> Scene:
         """What study `index` of a split is made from."""

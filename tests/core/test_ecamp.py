@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from configs import chest
 from configs.schema import TrainConfig, apply_overrides
@@ -22,11 +19,11 @@ from core.models.vision import VisionEncoder
 from core.tasks import Task
 from core.tasks.ecamp import ECAMP, Weights
 from core.tasks.mae import MAE
-from core.world import World
 from shards.batch import Batch
 from shards.errors import ConfigError
-from tests.core.runs import Options, in_ranks, run
-from tests.core.test_engine import losses
+from tests.core.runs import Options
+from tests.core.test_checkpoint import assert_resumes_bit_identical
+from tests.core.test_engine import assert_one_loss_curve
 from tests.distributed import run_distributed
 
 VISION = VisionEncoder.Config(image_size=16, patch_size=4, width=16, depth=1, heads=2, positions="sincos")
@@ -205,32 +202,13 @@ def test_two_ranks_equal_one_process() -> None:
 # ---- in the engine ----
 
 
-def losses_of(world: World, *, schedules: tuple[tuple[int, int | None], ...]) -> list[list[float]]:
-    """The loss of three steps, by (ZeRO stage, micro-batch)."""
-    options = Options(run_dir="", recipe="ecamp", learning_rate=1e-4)
-    return [losses(world, replace(options, zero_stage=stage, micro_batch=size), 3) for stage, size in schedules]
-
-
 @pytest.mark.slow
 def test_ranks_stages_and_schedules_give_one_loss_curve() -> None:
-    ((expected,),) = in_ranks(1, partial(losses_of, schedules=((1, None),)))
-    assert len(set(expected)) == 3
-    schedules = ((1, None), (2, 3), (3, None), (3, 2))
-    for curve in in_ranks(2, partial(losses_of, schedules=schedules))[0]:
-        assert curve == pytest.approx(expected, rel=1e-5)
+    assert_one_loss_curve(Options(run_dir="", recipe="ecamp", learning_rate=1e-4))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "zero_stage", "precision"), [(1, 1, "bf16"), (2, 2, "fp32"), (2, 3, "bf16")])
 def test_a_killed_run_resumes_bit_identical(tmp_path: Path, ranks: int, zero_stage: int, precision: str) -> None:
-    options: dict[str, Any] = {"recipe": "ecamp", "zero_stage": zero_stage, "precision": precision, "steps": 4}
-    whole = Options(run_dir=str(tmp_path / "whole"), **options)
-    broken = replace(whole, run_dir=str(tmp_path / "broken"))
-    assert run(ranks, whole) == [0] * ranks
-    assert set(run(ranks, replace(broken, kill_at=3))) == {-signal.SIGKILL}
-    assert run(ranks, broken) == [0] * ranks
-    first, second = (
-        load_file(Path(one.run_dir) / "checkpoints" / "step-4" / "weights.safetensors") for one in (whole, broken)
-    )
-    assert first.keys() == second.keys() and "report.mask_token" in first
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    options = Options(run_dir="", recipe="ecamp", zero_stage=zero_stage, precision=precision)
+    assert "report.mask_token" in assert_resumes_bit_identical(tmp_path, ranks, options)

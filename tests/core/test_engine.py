@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +25,20 @@ def losses(world: World, options: Options, steps: int = STEPS) -> list[float]:
     return [
         engine.train_step(own_rows(global_batch(step), world), step=step).metrics["loss/total"] for step in range(steps)
     ]
+
+
+def curves(world: World, options: Options, schedules: tuple[tuple[int, int | None], ...]) -> list[list[float]]:
+    """The loss of three steps, by (ZeRO stage, micro-batch)."""
+    return [losses(world, replace(options, zero_stage=stage, micro_batch=size), 3) for stage, size in schedules]
+
+
+def assert_one_loss_curve(options: Options) -> None:
+    """One rank with the whole batch, and two by every stage and in micro-batches."""
+    ((expected,),) = in_ranks(1, partial(curves, options=options, schedules=((1, None),)))
+    assert len(set(expected)) == 3
+    schedules = ((1, None), (2, 3), (3, None), (3, 2))
+    for curve in in_ranks(2, partial(curves, options=options, schedules=schedules))[0]:
+        assert curve == pytest.approx(expected, rel=1e-5)
 
 
 def losses_of_all(world: World) -> dict[str, list[float]]:
