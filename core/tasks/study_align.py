@@ -7,9 +7,8 @@ studies and reports of the global batch, equal reports being no negatives. Two f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,18 +18,13 @@ from core.losses import contrast
 from core.losses.multi_similarity import MultiSimilarity, multi_similarity
 from core.models.heads import LogitBias, LogitScale, unit_norm
 from core.models.initialise import draw_weights
+from core.models.prompts import Words
 from core.models.towers import mean_over_views
 from core.models.view_pool import GatedViewPool
 from core.tasks import Encoded, Gathered, LossOutput, share_of_constant
 from core.tasks.two_towers import TwoTowerTask
 from shards.batch import Batch
 from shards.errors import ConfigError
-
-
-class Words(Protocol):
-    """What a task needs of a tokenizer."""
-
-    def encode(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

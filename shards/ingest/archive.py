@@ -202,8 +202,8 @@ class HospitalArchive:
         for study, views in studies.items():
             its = [files[view.path] for view in views]
             days, numbers = {one.day for one in its}, {one.accession for one in its} - {""}
-            day = next(iter(days))
-            if day is None or any(one.day is None for one in its):
+            day = its[0].day
+            if day is None or None in days:
                 refusals += self._refused_views(views, STUDY + "impossible date")
             elif len(days) > 1 or len(numbers) > 1:
                 refusals += self._refused_views(views, STUDY + "several dates or accession numbers")
