@@ -23,8 +23,8 @@ def attributes(path: Path) -> set[str]:
                 part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)
             }
         if isinstance(node, ast.Compare) and isinstance(node.left, ast.Constant):
-            name = str(node.left.value)  # "Rows" in dataset
-            asked |= {name} if name[:1].isupper() and name.isalnum() else set()
+            name = node.left.value  # "Rows" in dataset
+            asked |= {name} if isinstance(name, str) and name[:1].isupper() and name.isalnum() else set()
     return asked
 
 
