@@ -11,10 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,34 +20,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from launchers import command
+from launchers.pack_sources import SOURCES
 from shards import adopt, reader, tar_index, writer
 from shards.dataset import open_manifest
-from shards.errors import ConfigError, DataError
-from shards.ingest import Source
-from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS, ImageLimits
-from shards.ingest.phantom import SPLITS, PhantomConfig
-from shards.ingest.phantom_bone import BonePhantom
-from shards.ingest.phantom_chest import ChestPhantom
-from shards.ingest.phantom_ct import CtPhantom
-from shards.ingest.table import TableMapping, TableSource
-from shards.ingest.view_files import ImageFiles, ViewFiles
-from shards.manifest import MANIFEST, Manifest
-from shards.store import open_store
-
-if TYPE_CHECKING:
-    from shards.ingest.archive import HospitalArchive
-    from shards.ingest.segment import TotalSegmentator
-    from shards.reports.identity.burned_in import BurnedInText
-    from shards.reports.packing import Structured
+from shards.errors import ConfigError
+from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS
+from shards.manifest import Manifest
 
 EXIT_FAULTS = 3
 QUIET_REPORT_S = 10.0  # without a terminal, a line of progress this often
 FAULTS_SHOWN = 50
 
-SOURCES = (
-    "table", "dicom", "archive", "dicom_ct", "nifti", "ct_rate", "phantom", "phantom_ct", "phantom_bone", "grids",
-    "adopt",
-)  # fmt: skip
+ADOPT = "adopt"  # the one that makes no samples: it indexes what lies there
 
 DESCRIPTION = """\
 Pack studies into shards: plain WebDataset tars with a manifest, split by patient, under keyed names.
@@ -98,11 +80,7 @@ def parser() -> argparse.ArgumentParser:
         "pack.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("--verify", metavar="MANIFEST", help="check all shards of a set instead of packing")
-    result.add_argument(
-        "--source",
-        choices=SOURCES,
-        help="what --input holds",
-    )
+    result.add_argument("--source", choices=(*SOURCES, ADOPT), help="what --input holds")
     result.add_argument(
         "--input",
         action="append",
@@ -246,267 +224,21 @@ def _fractions(text: str) -> dict[str, float]:
         raise ConfigError(f"--fractions {text}: write e.g. train=0.8,validation=0.1,test=0.1") from None
 
 
-def _one_input(arguments: argparse.Namespace) -> str:
-    if len(arguments.input) != 1:
-        what = "manifest" if arguments.source == "grids" else "folder"
-        raise ConfigError(f"--source {arguments.source} takes one --input {what}, {len(arguments.input)} given")
-    return str(arguments.input[0])
-
-
-def build_source(arguments: argparse.Namespace) -> Source:
-    """The source that the arguments name. Readers of DICOM and NIfTI, and torch, are imported on demand: they are slow
-    to load."""
-    if arguments.source == "phantom":
-        return ChestPhantom(_chest_config(arguments))
-    if arguments.source == "phantom_ct":
-        return CtPhantom(_ct_config(arguments))
-    if arguments.source == "phantom_bone":
-        return BonePhantom(_bone_config(arguments))
-    if arguments.source == "grids":
-        return _grids(arguments)
-    folder, secret = Path(_one_input(arguments)), command.secret(arguments, f"--source {arguments.source} needs")
-    structured, reports = _reports(arguments, secret)
-    if arguments.source in ("table", "nifti", "ct_rate"):
-        if reports is not None:
-            raise ConfigError(f"--reports {reports}: a table names its columns of text in the mapping, [report]")
-        return _table_source(arguments, folder, secret, structured)
-    if arguments.source == "archive":
-        return _archive(arguments, folder, secret, structured, reports)
-    from shards.ingest.dicom import RADIOGRAPHY, DicomRadiographs
-
-    modalities, series, name = tuple(arguments.modalities or RADIOGRAPHY), None, arguments.source
-    if arguments.source == "dicom_ct":
-        from shards.ingest.dicom_ct import COMPUTED_TOMOGRAPHY, CtSeries
-
-        volumes = _volumes(arguments)
-        modalities, series, name = COMPUTED_TOMOGRAPHY, CtSeries(**volumes), _name(arguments, volumes)
-    return DicomRadiographs(
-        folder=folder,
-        secret=secret,
-        modalities=modalities,
-        reports=reports,
-        deidentified=arguments.deidentified,
-        structured=structured,
-        limits=_limits(arguments),
-        burned_in=_burned_in(arguments),
-        series=series,
-        name=name,
-    )
-
-
-def _archive(
-    arguments: argparse.Namespace,
-    folder: Path,
-    secret: bytes | None,
-    structured: Structured | None,
-    reports: Path | None,
-) -> HospitalArchive:
-    """An export with its reports, whose text always passes the pipeline."""
-    from shards.ingest.archive import ArchiveOptions, HospitalArchive
-    from shards.ingest.archive_reports import MAPPING, ArchiveMapping
-    from shards.ingest.dicom import RADIOGRAPHY, DicomRadiographs
-    from shards.reports.packing import Structured
-    from shards.reports.pipeline import Config
-
-    if secret is None:
-        raise ConfigError("--source archive --public: an export of a hospital is no public set; give --key-file")
-    if reports is not None or arguments.deidentified or (structured and structured.prepared):
-        raise ConfigError("--source archive: its reports are those that the mapping names; leave --reports out")
-    images = DicomRadiographs(
-        folder=folder, secret=secret, modalities=tuple(arguments.modalities or RADIOGRAPHY),
-        limits=_limits(arguments), burned_in=_burned_in(arguments), name="archive",
-    )  # fmt: skip
-    return HospitalArchive(
-        folder=folder,
-        mapping=ArchiveMapping.read(Path(arguments.mapping) if arguments.mapping else folder / MAPPING),
-        images=images,
-        structured=Structured(secret, Config(ontology=arguments.labels)),
-        secret=secret,
-        options=ArchiveOptions(
-            window_days=arguments.window_days, keep_without_laterality=arguments.keep_without_laterality,
-            shared_folders=arguments.shared_folders,
-        ),
-    )  # fmt: skip
-
-
-def _limits(arguments: argparse.Namespace) -> ImageLimits:
-    return ImageLimits(side_min=arguments.side_min, area_max=arguments.area_max)
-
-
-def _table_source(
-    arguments: argparse.Namespace, folder: Path, secret: bytes | None, structured: Structured | None
-) -> TableSource:
-    """Studies that tables name: images, or volumes."""
-    text = {"secret": secret, "deidentified": arguments.deidentified, "structured": structured}
-    if not folder.is_dir():
-        raise ConfigError(f"--input {folder}: no such folder; give the folder that holds table and files")
-    if arguments.source == "ct_rate":
-        from shards.ingest.ct_rate import ct_rate
-        from shards.ingest.volume_file import VolumeFiles
-
-        volumes = _volumes(arguments)
-        source = ct_rate(folder, VolumeFiles(folder=folder, **volumes), **text)
-        return replace(source, name=_name(arguments, volumes))
-    mapping = TableMapping.read(Path(arguments.mapping) if arguments.mapping else folder / "mapping.toml")
-    images = folder / mapping.images
-    files: ViewFiles
-    name = arguments.source
-    if arguments.source == "nifti":
-        from shards.ingest.volume_file import VolumeFiles
-
-        volumes = _volumes(arguments)
-        files, name = VolumeFiles(folder=images, **volumes), _name(arguments, volumes)
-    else:
-        files = ImageFiles(folder=images, limits=_limits(arguments), burned_in=_burned_in(arguments))
-    return TableSource(input=folder, mapping=mapping, files=files, name=name, **text)
-
-
-def _volumes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How volumes are read, and where their masks lie: options of every source of volumes."""
-    from shards.ingest.volume_file import VolumeOptions, VolumeReader
-
-    z_mm, y_mm, x_mm = arguments.spacing
-    options = VolumeOptions(
-        spacing_mm=None if arguments.own_spacing else (z_mm, y_mm, x_mm),
-        crop=not arguments.no_crop,
-        class_map=arguments.class_map,
-        unknown_ids=arguments.unknown_ids,
-        other_grid=arguments.mask_grid,
-    )
-    masks = Path(arguments.masks) if arguments.masks else None
-    return {"mask_folder": masks, "reader": VolumeReader(options=options, segmenter=_segmenter(arguments))}
-
-
-def _name(arguments: argparse.Namespace, volumes: dict[str, Any]) -> str:
-    """The source as the manifest names it, with the model of its masks."""
-    segmenter = volumes["reader"].segmenter
-    return arguments.source if segmenter is None else f"{arguments.source}, masks by {segmenter.name}"
-
-
-def _segmenter(arguments: argparse.Namespace) -> TotalSegmentator | None:
-    if arguments.segment is None:
-        return None
-    from shards.ingest.segment import TotalSegmentator
-
-    if "://" in arguments.output:
-        raise ConfigError(f"--output {arguments.output}: --segment keeps its results beside a folder; pack into one")
-    if arguments.class_map != "totalseg_v2":
-        raise ConfigError(f"--class-map {arguments.class_map}: --segment makes labels of totalseg_v2")
-    return TotalSegmentator(cache=Path(f"{arguments.output.rstrip('/')}.masks"))
-
-
-def _burned_in(arguments: argparse.Namespace) -> BurnedInText | None:
-    if not arguments.refuse_burned_in_text:
-        return None
-    from shards.reports.identity.burned_in import BurnedInText
-
-    return BurnedInText()
-
-
-def _reports(arguments: argparse.Namespace, secret: bytes | None) -> tuple[Structured | None, Path | None]:
-    """(how text passes the pipeline, the table of raw text) of --reports."""
-    words = list(arguments.reports or ())
-    structured = words[:1] == ["structured"]
-    files = [Path(word) for word in words[structured:]]
-    if len(files) > 1:
-        raise ConfigError(f"--reports {' '.join(words)}: write `structured`, `structured FILE` or `FILE`")
-    file = files[0] if files else None
-    if not structured:
-        return None, file
-    from shards.reports.packing import Structured
-    from shards.reports.pipeline import Config
-    from shards.reports.prepared import is_prepared
-
-    config = Config(ontology=arguments.labels)
-    if file is not None and is_prepared(file):
-        return Structured(secret, config, file), None
-    return Structured(secret, config), file
-
-
-def _grids(arguments: argparse.Namespace) -> Source:
-    """Raises ConfigError, too, where the set would be written over the one that is read."""
-    from launchers.attention_grids import AttentionGrids
-    from launchers.past_run import open_run
-
-    url = _one_input(arguments)
-    if arguments.run_dir is None:
-        raise ConfigError("--run-dir is missing: the run of ECAMP that looks at the images")
-    _, read = open_manifest(url)
-    with open_store(arguments.output, create=True) as output, suppress(DataError):  # what is broken is not what is read
-        if output.exists(MANIFEST) and Manifest.from_bytes(output.get(MANIFEST)).sha256 == read.sha256:
-            raise ConfigError(f"--output {arguments.output}: holds the set that is read; name another folder")
-    with open_run(arguments.run_dir, arguments.checkpoint) as run:
-        return AttentionGrids(run, url)
-
-
-def _phantom_counts(text: str) -> tuple[int, int, int]:
-    """Studies to train, validate and test on."""
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = []
-    if len(counts) == 1:  # a tenth for choosing checkpoints, a fifth for the figures
-        counts += [max(1, counts[0] // 10), max(1, counts[0] // 5)]
-    if len(counts) != 3 or min(counts) < 0:
-        raise ConfigError(f"--samples {text}: write one count, or train,validation,test: 3000,300,600")
-    return counts[0], counts[1], counts[2]
-
-
-def _studies(arguments: argparse.Namespace, config: type[PhantomConfig]) -> dict[str, Any]:
-    """What every phantom's configuration says of its studies."""
-    counts = dict(zip(SPLITS, _phantom_counts(arguments.samples), strict=True))
-    return {**counts, "difficulty": arguments.difficulty or config.difficulty, "seed": arguments.seed}
-
-
-def _chest_config(arguments: argparse.Namespace) -> ChestPhantom.Config:
-    return ChestPhantom.Config(
-        **_studies(arguments, ChestPhantom.Config),
-        size=arguments.size,
-        degraded=arguments.degraded,
-        structured=arguments.structured,
-        entities=arguments.entities,
-    )
-
-
-def _ct_config(arguments: argparse.Namespace) -> CtPhantom.Config:
-    depth, height, width = arguments.shape
-    return CtPhantom.Config(
-        **_studies(arguments, CtPhantom.Config),
-        normal=arguments.normal,
-        shape=(depth, height, width),
-    )
-
-
-def _bone_config(arguments: argparse.Namespace) -> BonePhantom.Config:
-    return BonePhantom.Config(
-        **_studies(arguments, BonePhantom.Config),
-        size=arguments.size,
-    )
-
-
 def _pack(arguments: argparse.Namespace, console: Console) -> Manifest:
+    kind = SOURCES[arguments.source]
     config = writer.WriterConfig(
         shard_bytes=arguments.shard_bytes,
         shard_samples=arguments.shard_samples,
         chunk_bytes=arguments.chunk_bytes,
-        # A model splits its own work.
-        workers=1 if arguments.segment or arguments.source == "grids" else arguments.workers,
+        workers=1 if arguments.segment or kind.one_process else arguments.workers,
         fractions=_fractions(arguments.fractions),
         overwrite=arguments.overwrite,
     )
     config.check()
-    source = build_source(arguments)
+    source = kind.build(arguments)
+    audit = None if kind.audit is None else partial(kind.audit, source)
     with _progress(console) as show:
-        return writer.write_shards(source, arguments.output, config, on_progress=show, audit=_audit(source))
-
-
-def _audit(source: Source) -> Callable[[Manifest, Mapping[str, int]], str] | None:
-    """What writes `audit.md`, for sources that read a clinic's text."""
-    if source.name != "archive":
-        return None
-    from shards.ingest.archive_audit import audit
-
-    return lambda manifest, counts: audit(source.settings, manifest, counts)
+        return writer.write_shards(source, arguments.output, config, on_progress=show, audit=audit)
 
 
 def _adopt(arguments: argparse.Namespace) -> Manifest:
@@ -621,15 +353,14 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.verify:
         return _verify(arguments, console)
-    if arguments.refuse_burned_in_text and arguments.source not in ("dicom", "archive", "table"):
-        raise ConfigError(
-            f"--refuse-burned-in-text: reads images of dicom, archive and table, not of {arguments.source}"
-        )
+    reading = [name for name, kind in SOURCES.items() if kind.refuses_burned_in_text]
+    if arguments.refuse_burned_in_text and arguments.source not in reading:
+        raise ConfigError(f"--refuse-burned-in-text: reads images of {', '.join(reading)}, not of {arguments.source}")
     for option in ("source", "output"):
         if getattr(arguments, option) is None:
             raise ConfigError(f"--{option} is missing; see --help for examples")
     started = time.monotonic()
-    manifest = _adopt(arguments) if arguments.source == "adopt" else _pack(arguments, console)
+    manifest = _adopt(arguments) if arguments.source == ADOPT else _pack(arguments, console)
     _print_summary(manifest, arguments.output, time.monotonic() - started, console)
     return 0
 
