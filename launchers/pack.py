@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launchers import command
+from launchers import command, pack_forget
 from launchers.pack_sources import SOURCES
 from shards import adopt, reader, tar_index, writer
 from shards.dataset import open_manifest
@@ -67,6 +67,8 @@ Pack studies into shards: plain WebDataset tars with a manifest, split by patien
     python launchers/pack.py --source adopt --input 'train=s3://bucket/cc/{000..127}.tar' --output shards/cc
   check a packed set, every byte:
     python launchers/pack.py --verify shards/nih/manifest.json
+  forget patients of a packed set, see `pack.py forget --help`:
+    python launchers/pack.py forget --patient-file ids.txt --key-file site.key --manifest shards/site/manifest.json
 
 A run that was interrupted is continued by the same command; the result is the same, byte for byte.
 Every input ends as a sample or is counted with a reason in manifest.json and named in refused.jsonl."""
@@ -367,7 +369,10 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["forget"]:
+        return pack_forget.main(words[1:])
+    arguments = parser().parse_args(words)
     return command.run(lambda console: _run(arguments, console), "shards")
 
 

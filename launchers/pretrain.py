@@ -257,7 +257,7 @@ def _train(
                 world=world,
                 metrics=metrics,
                 global_batch_size=config.global_batch_size,
-                max_skip_rate=config.data.max_skip_rate,
+                max_skip_rate=config.data.max_skip_rate + loader.forgotten_share,
                 evaluators=_evaluators(config, engine, loader, world, stop) if has_validation else [],
                 pictures=_heat_maps(config, engine, loader, world) if has_validation else None,
                 on_event=events.write if world.is_first else lambda event: None,
@@ -355,7 +355,7 @@ def _mirrored_tokenizer(run_dir: str) -> Tokenizer | None:
 
 def _identity(config: TrainConfig, loader: Loader) -> dict[str, Any]:
     """What decides what is learned: recipe, and the content of data and vocabulary wherever they lie."""
-    content = {"manifests_sha256": [data.whole.sha256 for data in loader.sets]}
+    content = {"manifests_sha256": [data.whole.origin for data in loader.sets]}
     tokenizer = loader.tokenizer
     return {**config.identity(), **content, "tokenizer_sha256": tokenizer.sha256 if tokenizer is not None else None}
 

@@ -110,7 +110,12 @@ def replay(run_dir: str, step: int) -> Replay:
     rows = loader.describe(step, all_ranks=True)
     with loader.start(step) as run:
         batch = next(run)
-    manifests = tuple(data.whole.sha256 for data in loader.sets)
+    manifests = tuple(data.whole.origin for data in loader.sets)
+    differences += [
+        f"set {index}: {data.whole.forgotten} studies are void, their patients were forgotten"
+        for index, data in enumerate(loader.sets)
+        if data.whole.forgotten
+    ]
     differences += _differences(config, recorded, manifests, tokenizer.sha256 if tokenizer is not None else None)
     names = "\n".join(f"{row.set_index} {row.epoch} {row.shard} {row.key}" for row in rows)
     hashes = {

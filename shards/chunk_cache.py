@@ -107,6 +107,11 @@ class ChunkCache:
                 with contextlib.suppress(OSError):  # a file system that knows no locks
                     fcntl.flock(self._ledger, fcntl.LOCK_UN)
 
+    def discard(self, identity: str, offset: int, length: int) -> None:
+        """Remove a range, if it is there. The sum of bytes stays too high until room is made the next time."""
+        with contextlib.suppress(OSError):
+            self._path(identity, offset, length).unlink(missing_ok=True)
+
     def get_or_fetch(self, identity: str, offset: int, length: int, fetch: Callable[[], bytes]) -> bytes:
         data = self.get(identity, offset, length)
         if data is None:

@@ -11,6 +11,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from shards.batch import StudyRecord
 from shards.chunk_cache import ChunkCache
 from shards.errors import BadSampleError, DataError, MissingObjectError
@@ -29,6 +31,14 @@ Event = dict[str, Any]
 Reads = Literal["everything", "report", "labels"]  # what is seen of a study beside its images
 
 
+def manifest_place(url: str) -> tuple[str, str]:
+    """(store, name in it) of a manifest; `url` names it, or the folder that pack.py wrote it into."""
+    root, name = split_url(url)
+    if (Path(root) / name).is_dir() or (url.startswith("s3://") and not name.endswith(".json")):
+        return f"{root}/{name}", MANIFEST
+    return root, name
+
+
 def open_manifest(
     url: str, config: StoreConfig | None = None, *, on_retry: Callable[[StoreRetry], None] | None = None
 ) -> tuple[Store, Manifest]:
@@ -36,9 +46,7 @@ def open_manifest(
 
     Raises ConfigError for a store that cannot be opened, DataError where there is no manifest or it is broken.
     """
-    root, name = split_url(url)
-    if (Path(root) / name).is_dir() or (url.startswith("s3://") and not name.endswith(".json")):
-        root, name = f"{root}/{name}", MANIFEST
+    root, name = manifest_place(url)
     store = open_store(root, config, on_retry=on_retry)
     try:
         return store, Manifest.from_bytes(store.get(name), url)
@@ -71,6 +79,10 @@ class DataSet:
         self.members = lru_cache(maxsize=1024)(self._read_members)
         self._elsewhere = Stores(self.store.config, on_retry=self._tell_retry)
         self.void = {(index, sample) for index, shard in enumerate(self.manifest.shards) for sample in shard.void}
+        self._forgotten: dict[int, list[int]] = {}  # chunk -> its samples whose patient was forgotten
+        for index, sample in sorted(self.void):
+            row = int(np.searchsorted(self.manifest.shards[index].chunks.first_sample, sample, "right")) - 1
+            self._forgotten.setdefault(int(np.searchsorted(self.table.shard, index)) + row, []).append(sample)
 
     def _tell_retry(self, retry: StoreRetry) -> None:
         # Names below an adopted tar's URL may be somebody's identifiers; ours are shard names.
@@ -85,6 +97,18 @@ class DataSet:
         if shard.url is None:
             return self.store, shard.tar
         return self._elsewhere.of(shard.url)
+
+    def forgotten_in(self, chunk: int) -> Sequence[int]:
+        """Samples of a chunk, counted within its shard, whose patient was forgotten."""
+        return self._forgotten.get(chunk, ())
+
+    def forget_in(self, cache: ChunkCache) -> None:
+        """Remove from a cache what was read of chunks before patients in them were forgotten."""
+        for shard in self.manifest.shards:
+            for identity, offset, length in shard.erased:
+                cache.discard(identity, offset, length)
+        for chunk in self._forgotten:
+            cache.discard(*_cached_range(self, chunk))
 
     @property
     def bytes_read(self) -> int:
@@ -300,15 +324,18 @@ def _view_rows(
 def _read_ranges(
     data: DataSet, shard: Shard, chunk: int, ranges: list[tuple[int, int]], cache: ChunkCache | None
 ) -> list[bytes | memoryview]:
+    if not ranges:
+        return []
+    store, name = data.tar(shard)
     if cache is None:
-        store, name = data.tar(shard)
         return store.read_ranges([(name, low, high - low) for low, high in ranges])
     # The cache keeps whole chunks, so that every later epoch finds what it needs however its lanes cut the chunk.
-    chunks, row = shard.chunks, int(data.table.chunk_in_shard[chunk])
-    start, length = int(chunks.offset[row]), int(chunks.bytes[row])
-    store, name = data.tar(shard)
-    identity = shard.sha256 or shard.members_sha256
-    body = cache.get_or_fetch(identity, start, length, lambda: store.get_range(name, start, length))
+    identity, start, length = _cached_range(data, chunk)
+
+    def fetch() -> bytes:
+        return _without_forgotten(data, chunk, start, store.get_range(name, start, length))
+
+    body = cache.get_or_fetch(identity, start, length, fetch)
     bodies: list[bytes | memoryview] = []
     for low, high in ranges:
         part = memoryview(body)[low - start : high - start]
@@ -316,3 +343,22 @@ def _read_ranges(
         room[:] = part
         bodies.append(room)
     return bodies
+
+
+def _cached_range(data: DataSet, chunk: int) -> tuple[str, int, int]:
+    """What a cache knows a chunk by: (hash of its shard, offset, bytes)."""
+    shard, row = data.shard(chunk), int(data.table.chunk_in_shard[chunk])
+    return shard.sha256 or shard.members_sha256, int(shard.chunks.offset[row]), int(shard.chunks.bytes[row])
+
+
+def _without_forgotten(data: DataSet, chunk: int, start: int, body: bytes) -> bytes:
+    """A chunk that lies at `start` of its tar, with zeros for what members of forgotten samples hold."""
+    forgotten = data.forgotten_in(chunk)
+    if not forgotten:
+        return body
+    table, clean = data.members(int(data.table.shard[chunk])), bytearray(body)
+    for sample in forgotten:
+        for row in table.rows(sample):
+            offset, size = int(table.offset[row]) - start, int(table.size[row])
+            clean[offset : offset + size] = bytes(size)
+    return bytes(clean)

@@ -165,6 +165,9 @@ class Loader:
         for data in self.sets:
             check_masks(config, fields, data.url, data.whole)
         self._cache = ChunkCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
+        if self._cache is not None:
+            for data in self.sets:
+                data.forget_in(self._cache)
 
     def _largest_lane_bytes(self) -> float:
         return max(float(data.table.bytes.sum()) for data in self.sets) / self.config.lanes
@@ -172,6 +175,12 @@ class Loader:
     @property
     def steps_per_epoch(self) -> float:
         return self.order.steps_per_epoch
+
+    @property
+    def forgotten_share(self) -> float:
+        """Of the slots of a batch, on average: studies whose patient was forgotten. No fault of the data."""
+        counts = [(quota, data.manifest) for quota, data in zip(self.order.quotas, self.sets, strict=True)]
+        return sum(quota * one.forgotten / one.samples for quota, one in counts) / self.order.global_batch_size
 
     @property
     def bytes_read(self) -> int:

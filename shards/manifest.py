@@ -61,6 +61,8 @@ class Shard:
     # Shards adopted from elsewhere may keep their tar at another place than the manifest.
     url: str | None = None
     void: tuple[int, ...] = ()  # samples forgotten since the shard was written
+    # (sha256 of the tar, offset, bytes) of chunks of earlier versions that held forgotten samples: caches drop them.
+    erased: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def tar(self) -> str:
@@ -92,6 +94,7 @@ class Manifest:
     key_fingerprint: str | None = None
     creator: str = "roentgen 0.1.0"
     adopted: bool = False  # tars from elsewhere: sample keys may be identifiers and are hashed in logs
+    packed_sha256: str | None = None  # of the manifest as it was packed, once patients were forgotten; None: this one
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -100,6 +103,16 @@ class Manifest:
     @cached_property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def origin(self) -> str:
+        """sha256 of the set as it was packed, whoever was forgotten since: its order is that of the set as it is."""
+        return self.packed_sha256 or self.sha256
+
+    @property
+    def forgotten(self) -> int:
+        """Samples that are void slots because their patient was forgotten."""
+        return sum(len(shard.void) for shard in self.shards)
 
     def of_split(self, split: str) -> Manifest:
         """The shards of one split. Raises DataError naming the splits there are when it has none."""
@@ -118,6 +131,8 @@ class Manifest:
             body[name] = getattr(self, name)
         if self.noted:  # most sets have none, and those of before it was counted keep their hash
             body["noted"] = self.noted
+        if self.packed_sha256 is not None:
+            body["packed_sha256"] = self.packed_sha256
         body["samples"] = self.samples
         body["shards"] = [
             {
@@ -125,7 +140,7 @@ class Manifest:
                 "bytes": shard.bytes, "sha256": shard.sha256, "samples": shard.samples, "images": shard.images,
                 "index_sha256": shard.index_sha256, "members_sha256": shard.members_sha256,
                 "void": list(shard.void), "chunks": shard.chunks.to_json(),
-            }
+            } | ({"erased": shard.erased} if shard.erased else {})
             for shard in self.shards
         ]  # fmt: skip
         return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
@@ -157,6 +172,7 @@ class Manifest:
                     samples=row["samples"], images=row["images"], index_sha256=row["index_sha256"],
                     members_sha256=row["members_sha256"], void=tuple(row.get("void", ())),
                     chunks=ChunkTable.from_json(row["chunks"]),
+                    erased=tuple((digest, start, length) for digest, start, length in row.get("erased", ())),
                 )
                 for row in body["shards"]
             )  # fmt: skip
@@ -164,9 +180,9 @@ class Manifest:
                 shards=shards, labels=tuple(body["labels"]), masks=body["masks"], fields=body["fields"],
                 sections=body["sections"], patients=body["patients"], refused=body["refused"], source=body["source"],
                 tokenizer=body["tokenizer"], key_fingerprint=body["key_fingerprint"], creator=body["creator"],
-                adopted=body["adopted"], noted=body.get("noted", {}),
+                adopted=body["adopted"], noted=body.get("noted", {}), packed_sha256=body.get("packed_sha256"),
             )  # fmt: skip
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{name}: broken manifest, {type(error).__name__} at {error}; write it anew with pack.py"
             ) from None
