@@ -229,7 +229,7 @@ class TestS3Configuration:
         with pytest.raises(ConfigError) as error:
             open_store(url, config).get("manifest.json")
         assert error.value.exit_code == 2
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60  # retried it would take `retry_limit_s`, 120
         return one_line(error)
 
     def test_wrong_secret(self, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,7 +443,7 @@ class TestFaults:
                     call()
                 assert error.value.exit_code == 3
                 assert "retry_limit_s" in one_line(error)
-            assert time.monotonic() - began < 6
+            assert time.monotonic() - began < 60  # not 120 s each, the default
             fault_proxy.plan(Plan())
             assert store.get_range("shard", 0, 10) == b"x" * 10
 
@@ -494,7 +494,7 @@ class TestFaults:
         began = time.monotonic()
         with pytest.raises(StoreUnreachableError, match="closed"):
             futures[0].result()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60  # not 600
         timer.join()
 
     def test_interpreter_ends_while_a_store_is_retrying(self, faulty_bucket: str, fault_proxy: FaultProxy) -> None:
