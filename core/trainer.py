@@ -123,6 +123,10 @@ class StopRequest:
             raise KeyboardInterrupt
         self._signal = self._signal or number
 
+    def request(self, number: int) -> None:
+        """Stop as if signal `number` had come; for ranks in threads, which get no signals."""
+        self._signal = self._signal or number
+
     def leave_evaluation(self, device: torch.device) -> None:
         """Collective, to be called now and then by an evaluator. Raises EvaluationStoppedError on all ranks."""
         votes = sum_over_ranks(torch.tensor([self.code, int(self.code != 0)], device=device))

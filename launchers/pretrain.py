@@ -15,10 +15,11 @@ import faulthandler
 import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -97,6 +98,19 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a rank ended. `agreed`: all ranks end with this code; otherwise it is one rank's own trouble."""
+
+    code: int
+    message: str = ""
+    agreed: bool = True
+
+
+# Called on rank 0 with the step from which the ranks are about to train; the events that it returns are written.
+OnStart = Callable[[int], Sequence[dict[str, Any]]]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = parser().parse_args(argv)
@@ -107,35 +121,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest()
     before = stop.install()
     try:
-        config = schema.load_recipe(arguments.recipe)
-        changed = schema.apply_overrides(config, arguments.overrides)
         if arguments.print:
             if rank == 0:
+                config, changed = recipe_of(arguments)
                 print(schema.to_text(changed, base=config))
             return 0
+        ending = run_rank(arguments, stop)
+    except ConfigError as error:
+        ending = Ending(code=error.exit_code, message=str(error))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+    if ending.message and (rank == 0 or not ending.agreed):
+        print(f"error: {ending.message}" if rank == 0 else f"error (rank {rank}): {ending.message}", file=sys.stderr)
+        sys.stderr.flush()
+    return ending.code
+
+
+def recipe_of(arguments: argparse.Namespace) -> tuple[TrainConfig, TrainConfig]:
+    """The recipe that `parser` was given, and the run: the recipe with its changes. Raises ConfigError."""
+    config = schema.load_recipe(arguments.recipe)
+    return config, schema.apply_overrides(config, arguments.overrides)
+
+
+def run_rank(arguments: argparse.Namespace, stop: StopRequest, *, on_start: OnStart = lambda step: ()) -> Ending:
+    """This process's rank of the run that `parser` was given, whoever started it. Errors of ours become its ending."""
+    try:
+        _, config = recipe_of(arguments)
         if arguments.run_dir is None:
             raise ConfigError("--run-dir is missing; name a folder or s3://bucket/prefix")
         world = join_world()
         _log_to_screen(world)
-        return _run(changed, arguments.run_dir, arguments.allow_changed, world, stop)
+        return Ending(code=_run(config, arguments.run_dir, arguments.allow_changed, world, stop, on_start))
     except RoentgenError as error:
         # These are agreed on by all ranks, so one of them speaks; the others are one rank's own trouble.
         agreed = isinstance(error, ConfigError | NonFiniteError | StoreFullError | TooManySkipsError)
-        if rank == 0 or not agreed:
-            print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return Ending(code=error.exit_code, message=str(error), agreed=agreed)
     except RuntimeError as error:
         # A rank that dies takes its connections with it. Its own message is the one to read, not a trace from here.
         if not any(word in str(error) for word in ("Connection closed by peer", "Connection reset by peer", "NCCL")):
             raise
-        print(f"error (rank {rank}): lost another rank; its message says why", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return Ending(code=1, message="lost another rank; its message says why", agreed=False)
     finally:
         leave_world()
-        for number, action in before.items():
-            signal.signal(number, action)
 
 
 def _log_to_screen(world: World) -> None:
@@ -146,16 +176,28 @@ def _log_to_screen(world: World) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
-def _run(config: TrainConfig, run_dir: str, allow_changed: Sequence[str], world: World, stop: StopRequest) -> int:
+def _run(
+    config: TrainConfig,
+    run_dir: str,
+    allow_changed: Sequence[str],
+    world: World,
+    stop: StopRequest,
+    on_start: OnStart,
+) -> int:
     """The run, with its events from the first to the last, error included, where the run directory is."""
     folder = local_folder(run_dir, config.checkpoint)
+    problem: ConfigError | None = None
     try:
         events = Events(folder, world)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another --run-dir") from None
+        problem = ConfigError(
+            f"{folder}: cannot be written on {socket.gethostname()} ({error.strerror}); choose another --run-dir"
+        )
+    stand_in = ConfigError(f"{folder}: cannot be written by another rank; choose another --run-dir")
+    raise_together(problem, stand_in, device=world.device)
     uploader = _uploader(run_dir, folder, events, world)
     try:
-        code = _train(config, run_dir, folder, allow_changed, world, events, stop)
+        code = _train(config, run_dir, folder, allow_changed, world, events, stop, on_start)
         if world.is_first:
             events.write({"event": "end", "code": code})
         return code
@@ -199,6 +241,7 @@ def _train(
     world: World,
     events: Events,
     stop: StopRequest,
+    on_start: OnStart,
 ) -> int:
     if world.device.type == "cuda":
         self_proof.prove(_parts_to_prove(config, world.device), world)
@@ -246,6 +289,8 @@ def _train(
             write_atomically(folder / "config.json", text.encode())
             start = {"event": "start", "step": state.step, "ranks": world.world_size, "from": source.description}
             events.write({**start, "threads": torch.get_num_threads(), "versions": past_run.versions()})
+            for event in on_start(state.step):
+                events.write(event)
         with closing(Metrics(folder, world, first_step=state.step)) as metrics:
             metrics.text(state.step, "config", f"```\n{schema.to_text(config)}\n```")
             code = train(

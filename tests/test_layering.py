@@ -40,7 +40,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "SimpleITK": (),
     "triton": ("kernels/",),
     "openai": ("shards/reports/llm.py",),
-    "ray": ("launchers/submit.py", "launchers/ray_pretrain.py", "launchers/ray_data.py"),
+    "ray": ("launchers/submit.py", "launchers/ray_pretrain.py", "launchers/ray_group.py", "launchers/ray_data.py"),
     "streaming": (),
     "litdata": (),
     "open_clip": (),

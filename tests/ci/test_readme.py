@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs import schema
+from launchers import submit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text("utf-8")
@@ -21,6 +22,8 @@ PROGRAM = re.compile(r"launchers/(\w+)\.py")
 
 @cache
 def help_text(program: str) -> str:
+    if program == "submit":  # what it does not know it hands on
+        return submit.options_of("submit").format_help() + help_text("ray_pretrain")
     parser = importlib.import_module(f"launchers.{program}").parser()
     return str(parser.format_help())
 
@@ -51,7 +54,8 @@ def test_links_lead_somewhere() -> None:
 
 def test_options_of_commands_exist() -> None:
     assert {program for program, _ in commands()} == {
-        "prepare_reports", "pack", "pretrain", "evaluate", "transfer", "export", "replay", "plan",
+        "prepare_reports", "pack", "pretrain", "evaluate", "transfer", "export", "replay", "plan", "ray_pretrain",
+        "submit",
     }  # fmt: skip
     unknown = [
         f"{program}.py {word}"
