@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from core import collectives
 from core.models import attention
-from core.optim import OptimConfig, schedule_factor, turn_of
+from core.optim import OptimConfig, keeping_compiler_out, schedule_factor, turn_of
 from core.optim import build as build_optimizer
 from core.tasks import Encoded, Exchange, LossOutput, Task
 from core.world import World
@@ -180,7 +180,7 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), keeping_compiler_out():
         warnings.simplefilter("ignore")
         import deepspeed
         import deepspeed.comm

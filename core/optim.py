@@ -5,13 +5,15 @@ The learning rate is a pure function of the step, set before every step: there i
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from shards.errors import ConfigError
@@ -145,7 +147,40 @@ def parameter_groups(module: nn.Module, config: OptimConfig, turns: Sequence[str
     ]
 
 
-class AdamWInTurns(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """torch's own, which does not import torch's compiler: that takes five seconds of every start, and compiles nothing.
+
+    torch imports it at an optimizer's first calls to keep it out of them, and around every step.
+    """
+
+    # Adam's own function, below what asks the compiler to break its graph around it.
+    step = torch.no_grad()(torch.optim.Adam.step.__wrapped__)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def keeping_compiler_out() -> Iterator[None]:
+    """What is imported in here and would keep torch's compiler out of its functions leaves that to itself."""
+    before = torch._disable_dynamo
+    torch._disable_dynamo = lambda function=None, recursive=True: function or (lambda function: function)
+    try:
+        yield
+    finally:
+        torch._disable_dynamo = before
+
+
+def keep_compiler_out(*functions: Callable[..., Any]) -> None:
+    """Of functions that torch would disable its compiler in at their first call: take them as they are."""
+    for function in functions:
+        function.__wrapped__.__dynamo_disable = function.__wrapped__  # type: ignore[attr-defined]
+
+
+keep_compiler_out(
+    torch.utils.checkpoint.checkpoint,
+    *(getattr(torch.optim.Optimizer, name) for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")),
+)
+
+
+class AdamWInTurns(AdamW):
     """AdamW that passes over groups which rest: their weights, moments and count of steps stay as they are.
 
     A gradient of zero would not do: weights would decay, and moments fade.
@@ -162,5 +197,5 @@ class AdamWInTurns(torch.optim.AdamW):
 
 def build(module: nn.Module, config: OptimConfig, turns: Sequence[str] = ()) -> torch.optim.Optimizer:
     """AdamW in one pass over memory (`fused`), which torch offers on CPU too."""
-    kind = AdamWInTurns if turns else torch.optim.AdamW
+    kind = AdamWInTurns if turns else AdamW
     return kind(parameter_groups(module, config, turns), betas=config.betas, eps=config.epsilon, fused=True)

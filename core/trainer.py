@@ -28,6 +28,7 @@ from core.collectives import sum_over_ranks
 from core.engine import Engine
 from core.metrics import Metrics
 from core.models.heads import LogitScale
+from core.optim import keeping_compiler_out
 from core.world import World
 from shards.batch import Batch, batch_hash
 from shards.errors import ConfigError, DataError
@@ -428,7 +429,8 @@ class _Meter:
         if self._flops_per_step:
             yield
             return
-        from torch.utils.flop_counter import FlopCounterMode
+        with keeping_compiler_out():
+            from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
             yield

@@ -49,6 +49,7 @@ from core.evaluation.retrieval import Retrieval
 from core.evaluation.uncertainty import Uncertainty
 from core.evaluation.zero_shot import ZeroShot
 from core.losses.contrast import DEFAULT_PRECISION, Similarity
+from core.lease import Lease
 from core.metrics import Events, Metrics, Uploader
 from core.models.contrast import GaussianContrast
 from core.trainer import Evaluator, Pictures, StopRequest, TooManySkipsError, train, validation_loss
@@ -195,8 +196,10 @@ def _run(
         )
     stand_in = ConfigError(f"{folder}: cannot be written by another rank; choose another --run-dir")
     raise_together(problem, stand_in, device=world.device)
-    uploader = _uploader(run_dir, folder, events, world)
+    lease = _lease(run_dir, events, world)
+    uploader = None
     try:
+        uploader = _uploader(run_dir, folder, events, world)
         code = _train(config, run_dir, folder, allow_changed, world, events, stop, on_start)
         if world.is_first:
             events.write({"event": "end", "code": code})
@@ -211,6 +214,20 @@ def _run(
     finally:
         if uploader is not None:
             uploader.close()
+        if lease is not None:
+            lease.release()
+
+
+def _lease(run_dir: str, events: Events, world: World) -> Lease | None:
+    """Rank 0's right to write to the run directory. Collective: where another run holds it, all ranks end."""
+    lease, problem = None, None
+    if world.is_first:
+        try:
+            lease = Lease(run_dir, on_event=events.write)
+        except RoentgenError as error:
+            problem = error
+    raise_together(problem, ConfigError(f"{run_dir}: rank 0 cannot hold the run directory"), device=world.device)
+    return lease
 
 
 def _uploader(run_dir: str, folder: Path, events: Events, world: World) -> Uploader | None:
