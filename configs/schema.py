@@ -46,6 +46,7 @@ NEUTRAL = (
     "trainer.validation_batches",
     "trainer.best_metric",
     "trainer.best_is",
+    "trainer.hang_after_s",
     "engine.micro_batch",
     "engine.exchange",
     "engine.attention",

@@ -52,7 +52,7 @@ from core.models.vision import VisionEncoder
 from core.models.volume import VolumeEncoder
 from core.tasks import Task
 from core.world import World
-from shards.errors import ConfigError, DataError, RoentgenError, StoreFullError
+from shards.errors import ConfigError, DataError, RoentgenError, StoreFullError, StoreUnreachableError
 from shards.store import open_store
 
 log = logging.getLogger(__name__)
@@ -98,18 +98,22 @@ class InitConfig:
 class CheckpointConfig:
     """`keep_last` newest checkpoints stay, and every one whose step is a multiple of `keep_every`, and the best.
 
-    `local_dir`: where an s3:// run writes before it mirrors; None: a folder of the user's cache.
+    `local_dir`: where an s3:// run writes before it mirrors; None: a folder of the user's cache. Such a run stops with
+    code 3 when for `mirror_limit_s` no checkpoint has reached its store: a store that is away for less costs nothing.
     """
 
     keep_last: int = 2
     keep_every: int | None = None
     local_dir: str | None = None
+    mirror_limit_s: float = 3600.0
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
             raise ConfigError(f"checkpoint.keep_last={self.keep_last} must be at least 1")
         if self.keep_every is not None and self.keep_every < 1:
             raise ConfigError(f"checkpoint.keep_every={self.keep_every} must be at least 1; None keeps no extra ones")
+        if not self.mirror_limit_s > 0:
+            raise ConfigError(f"checkpoint.mirror_limit_s={self.mirror_limit_s} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,11 +271,15 @@ class Checkpoints:
         """Newest whole checkpoint of this run: name, state and size. Rank 0 decides for all."""
         names = {f"step-{step}" for step in steps_in(self.folder)}
         pointer = self.folder / LATEST
-        first = pointer.read_text().strip() if pointer.is_file() else ""
+        first = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
         if self._mirror is not None:
             remote = self._mirror.names()
             first = self._mirror.latest() or first
             names = remote if self.world.world_size > 1 else names | remote
+        if first and first not in names:
+            known = ", ".join(sorted(names)) or "none"
+            self._on_event({"event": "latest_points_nowhere", "checkpoint": first[:100], "at_hand": known})
+            log.warning("%s: points to %r, which is not there; at hand: %s", pointer, first[:100], known)
         order = sorted(names, key=lambda name: (name == first, int(name.removeprefix("step-"))), reverse=True)
         for name in order:
             folder = self.folder / "checkpoints" / name
@@ -407,7 +415,25 @@ class Checkpoints:
             seconds = round(time.monotonic() - started, 3)
             self._on_event({"event": "save", "step": state.step, "checkpoint": name, "seconds": seconds})
         self._prune()
+        if not self._shared:
+            self._stop_far_behind()
         return True
+
+    def _stop_far_behind(self) -> None:
+        """A run whose store has been silent for long stops while its disk, the only copy, still lives. Collective."""
+        behind_s = self._mirror.behind_s if self._mirror is not None else 0.0
+        limit_s = self.config.mirror_limit_s
+        problem = None
+        if behind_s > limit_s:
+            problem = StoreUnreachableError(
+                f"no checkpoint has reached the run's store for {behind_s:.0f} s, checkpoint.mirror_limit_s allows "
+                f"{limit_s:g}; mend the store and start again on this node: {self.folder} holds step {self._newest()}"
+            )
+        stand_in = StoreUnreachableError("no checkpoint of another node has reached the run's store for too long")
+        raise_together(problem, stand_in, device=self.world.device)
+
+    def _newest(self) -> int:
+        return max(steps_in(self.folder), default=0)
 
     def _write_rank0(self, folder: Path, state: TrainState, engine: Engine, weights: dict[str, torch.Tensor]) -> None:
         if not self.world.is_first:
@@ -518,10 +544,19 @@ class Checkpoints:
         return time.monotonic() - self._durable_at
 
     def close(self) -> None:
-        """Wait until everything is mirrored."""
-        if self._mirror is not None:
-            self._mirror.close()
-        self._barrier()
+        """Wait until everything is mirrored. Collective.
+
+        Raises:
+            StoreUnreachableError: the newest checkpoint did not reach the store.
+        """
+        problem = None
+        if self._mirror is not None and not self._mirror.close():
+            problem = StoreUnreachableError(
+                f"step {self._newest()} did not reach the run's store; mend the store and start again on this node: "
+                f"{self.folder} holds it"
+            )
+        stand_in = StoreUnreachableError("a checkpoint of another node did not reach the run's store")
+        raise_together(problem, stand_in, device=self.world.device)
 
     def abandon(self) -> None:
         """After an error of this rank alone or of all: let what is on its way arrive, for a while, with no barrier."""

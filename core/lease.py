@@ -1,7 +1,8 @@
 """One run on one run directory: a lease that its first rank holds, and that the next start takes over when it is dead.
 
-The holder counts beats into `lease.json`. Whether it lives is told from the machine's list of processes where it runs on
-this machine, elsewhere from its beats, watched with a monotonic clock: no two clocks are compared, so none may be wrong.
+The holder counts beats into `lease.json`. Whether it lives is told from the list of processes where it runs on this
+machine, elsewhere from its beats, watched with a monotonic clock: no two clocks are compared, so a wrong one does not
+matter.
 """
 
 from __future__ import annotations
@@ -133,8 +134,8 @@ class Lease:
                 return last
             if changed > began and now - began > patience_s:
                 raise ConfigError(
-                    f"{self._store.url}: another run writes here: process {last.pid} on {last.host}, since {last.since}; "
-                    "stop it, or choose another --run-dir"
+                    f"{self._store.url}: another run writes here: process {last.pid} on {last.host}, since {last.since}"
+                    "; stop it, or choose another --run-dir"
                 )
             time.sleep(min(0.5, self._beat_every_s))
             seen = self._read()

@@ -21,7 +21,8 @@ Event = dict[str, Any]
 class Mirror:
     """Copies checkpoints to a store in the background, `latest` last, once every node has sent its part.
 
-    Failures are events; the next save brings a newer checkpoint there.
+    Failures are events, and what failed is sent again after `again_s`. On one node a checkpoint that still waits when a
+    newer one comes is left out: a slow or silent store makes the copy older, never the queue longer.
     """
 
     def __init__(
@@ -32,7 +33,13 @@ class Mirror:
         nodes: int,
         on_event: Callable[[Event], None],
         on_settled: Callable[[], None],
+        *,
+        again_s: float = 15.0,
     ) -> None:
+        self._again_s = again_s
+        self._unsent_since: float | None = None
+        self._newest_sent = 0
+        self._closing = threading.Event()
         self._store, self._folder, self._world, self._nodes = store, folder, world, nodes
         self._on_event, self._on_settled = on_event, on_settled
         self._jobs: queue.Queue[str | Callable[[set[int]], set[int]] | None] = queue.Queue()
@@ -73,7 +80,15 @@ class Mirror:
     def push(self, name: str) -> None:
         with self._lock:
             self._busy.add(name)
+            if self._unsent_since is None:
+                self._unsent_since = time.monotonic()
         self._jobs.put(name)
+
+    @property
+    def behind_s(self) -> float:
+        """Seconds since the oldest save after which no checkpoint has arrived; 0 when all have."""
+        with self._lock:
+            return 0.0 if self._unsent_since is None else time.monotonic() - self._unsent_since
 
     def push_file(self, name: str) -> None:
         self._jobs.put(name)
@@ -87,29 +102,64 @@ class Mirror:
         """Delete from the store what `kept` does not choose among the checkpoints there, after what waits is sent."""
         self._jobs.put(kept)
 
-    def close(self, limit_s: float | None = None) -> None:
+    def close(self, limit_s: float | None = None) -> bool:
+        """Send what waits, each thing tried once more; whether every checkpoint has arrived."""
+        self._closing.set()
         self._jobs.put(None)
         self._thread.join(limit_s)
         self._store.close()
+        return self.behind_s == 0.0
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None or not self._jobs.empty():
+            if job is None:  # something came back into the queue behind it
+                self._jobs.put(None)
+                continue
+            if isinstance(job, str) and self._is_superseded(job):
+                self._on_event({"event": "mirror_left_out", "checkpoint": job})
+                self._settle(job, None)
+                continue
+            pushed = time.monotonic()
             try:
-                if not isinstance(job, str):
-                    steps = {int(name.removeprefix("step-")) for name in self.names()}
-                    for step in steps - job(steps):
-                        self._delete(f"step-{step}")
-                elif STEP_NAME.fullmatch(job):
-                    self._send(job)
-                else:
-                    self._store.put(job, self._folder / job)
+                self._do(job)
+                self._settle(job, pushed)
             except (OSError, RoentgenError) as error:
                 self._on_event(
                     {"event": "mirror_failed", "what": job if isinstance(job, str) else "prune", "cause": str(error)}
                 )
-            finally:
-                with self._lock:
-                    self._busy.discard(str(job))
+                # A checkpoint that is not there when the node goes is lost; the rest comes again by itself.
+                if isinstance(job, str) and not self._closing.wait(self._again_s):
+                    self._jobs.put(job)
+                else:
+                    self._settle(job, None)
+
+    def _do(self, job: str | Callable[[set[int]], set[int]]) -> None:
+        if not isinstance(job, str):
+            steps = {_step_of(name) for name in self.names()}
+            for step in steps - job(steps):
+                self._delete(f"step-{step}")
+        elif STEP_NAME.fullmatch(job):
+            self._send(job)
+        else:
+            self._store.put(job, self._folder / job)
+
+    def _is_superseded(self, job: str) -> bool:
+        """Whether a newer checkpoint waits or has arrived. With several nodes only the latter: all parts must come."""
+        if not STEP_NAME.fullmatch(job):
+            return False
+        with self._lock:
+            waiting = {_step_of(name) for name in self._busy if STEP_NAME.fullmatch(name)} if self._nodes == 1 else ()
+            return _step_of(job) < max(self._newest_sent, *waiting, 0)
+
+    def _settle(self, job: object, began: float | None) -> None:
+        """`job` is done with; sent since `began`, or not sent."""
+        with self._lock:
+            self._busy.discard(str(job))
+            if began is not None and isinstance(job, str) and STEP_NAME.fullmatch(job):
+                self._newest_sent = max(self._newest_sent, _step_of(job))
+                # Of what was saved while it was on its way nothing has arrived.
+                newer = [name for name in self._busy if STEP_NAME.fullmatch(name) and _step_of(name) > _step_of(job)]
+                self._unsent_since = began if newer else None
 
     def _send(self, name: str) -> None:
         folder = self._folder / "checkpoints" / name
@@ -134,3 +184,7 @@ class Mirror:
         items = self._store.list(f"checkpoints/{name}/")
         for item in sorted(items, key=lambda item: not item.endswith(SUMS)):
             self._store.delete(item)
+
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))

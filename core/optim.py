@@ -148,9 +148,9 @@ def parameter_groups(module: nn.Module, config: OptimConfig, turns: Sequence[str
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's own, which does not import torch's compiler: that takes five seconds of every start, and compiles nothing.
+    """torch's own, without its compiler: importing that takes five seconds of a start, and it compiles nothing here.
 
-    torch imports it at an optimizer's first calls to keep it out of them, and around every step.
+    torch imports it at an optimizer's first calls, to keep it out of them, and around every step.
     """
 
     # Adam's own function, below what asks the compiler to break its graph around it.
@@ -176,7 +176,10 @@ def keep_compiler_out(*functions: Callable[..., Any]) -> None:
 
 keep_compiler_out(
     torch.utils.checkpoint.checkpoint,
-    *(getattr(torch.optim.Optimizer, name) for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")),
+    *(
+        getattr(torch.optim.Optimizer, name)
+        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+    ),
 )
 
 

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import psutil
@@ -26,6 +27,7 @@ from core import metrics as measures
 from core.checkpoint import Checkpoints, TrainState
 from core.collectives import sum_over_ranks
 from core.engine import Engine
+from core.hang_watch import HangWatch
 from core.metrics import Metrics
 from core.models.heads import LogitScale
 from core.optim import keeping_compiler_out
@@ -45,6 +47,8 @@ SHOWN_FIGURES = ("loss", "macro", "image_to_text_r1", "text_to_image_r1")  # on 
 class TrainerConfig:
     """Durations in steps. `evaluate_every` and `save_every`: None means only at the end.
 
+    `hang_after_s`: a step that takes longer ends the run with code 5 and the stacks of all ranks; None: never.
+
     `best_metric`: name of an evaluation figure; the checkpoint where it is best is kept and marked. None: none is.
     """
 
@@ -56,8 +60,11 @@ class TrainerConfig:
     validation_batches: int | None = None
     best_metric: str | None = EVALUATION_METRIC
     best_is: Literal["lowest", "highest"] = "lowest"
+    hang_after_s: float | None = 1200.0
 
     def __post_init__(self) -> None:
+        if self.hang_after_s is not None and not self.hang_after_s > 0:
+            raise ConfigError(f"trainer.hang_after_s={self.hang_after_s} must be above 0; None sets no limit")
         for name in ("steps", "log_every", "evaluate_every", "save_every", "picture_every", "validation_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -232,6 +239,7 @@ def train(
     pictures: Pictures | None = None,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     stop: StopRequest | None = None,
+    watch: HangWatch | None = None,
 ) -> int:
     """Train from `state` to `config.steps`. Collective; returns 0 when done, 143 or 130 when stopped on request.
 
@@ -239,6 +247,7 @@ def train(
         NonFiniteError, DataError, StoreFullError: on all ranks; the last checkpoint stays as it was.
     """
     stop = stop or StopRequest()
+    watch = watch or HangWatch(None, Path(), world)
     progress = _Progress(config, world, global_batch_size, state.step)
     skip_rate = SkipRate(max_skip_rate, global_batch_size)
     meter = _Meter(engine, world, global_batch_size)
@@ -257,8 +266,10 @@ def train(
     if state.step >= config.steps:
         progress.say(f"nothing to do: step {state.step} of {config.steps} is reached")
         return 0
-    with contextlib.closing(loader.start(state.step)) as run:
+    with contextlib.closing(loader.start(state.step)) as run, watch:
+        watch.start(state.step)
         while state.step < config.steps:
+            watch.at("data", state.step)
             waited = time.perf_counter()
             batch = next(run)
             waited = time.perf_counter() - waited
@@ -272,6 +283,7 @@ def train(
                 "queue": float(run.queue_depth),
                 "batch_hash": float(batch_hash(batch, world.rank * len(batch["valid"]))),
             }
+            watch.at("step", state.step)
             with meter.measuring(state.step):
                 output = engine.train_step(batch, step=state.step, sums=local)
             # What replay.py compares with: which samples this step was made of.
@@ -297,12 +309,14 @@ def train(
             code = _agreed_code(output.sums["stop"], output.sums["wants_stop"])
             evaluation_due = _due(config.evaluate_every, state.step, last)
             tried = bool(code) or _due(config.save_every, state.step, last)
+            watch.at("save", state.step)
             # Before the evaluation: a store that falls silent in there must not cost the steps.
             if tried and checkpoints.save(
                 engine, replace(state, evaluation_due=evaluation_due), final=last or bool(code)
             ):
                 saved_step = state.step
             if evaluation_due and not code:
+                watch.at("evaluation", state.step)
                 evaluated, code = _evaluate(evaluators, state, metrics, progress)
                 better = evaluated is not None and _is_better(config, evaluated, best)
                 if saved_step != state.step and (code or (better and not tried)):

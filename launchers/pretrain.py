@@ -48,8 +48,9 @@ from core.evaluation.heat_map import Explained, HeatMaps
 from core.evaluation.retrieval import Retrieval
 from core.evaluation.uncertainty import Uncertainty
 from core.evaluation.zero_shot import ZeroShot
-from core.losses.contrast import DEFAULT_PRECISION, Similarity
+from core.hang_watch import HangWatch
 from core.lease import Lease
+from core.losses.contrast import DEFAULT_PRECISION, Similarity
 from core.metrics import Events, Metrics, Uploader
 from core.models.contrast import GaussianContrast
 from core.trainer import Evaluator, Pictures, StopRequest, TooManySkipsError, train, validation_loss
@@ -324,6 +325,7 @@ def _train(
                 pictures=_heat_maps(config, engine, loader, world) if has_validation else None,
                 on_event=events.write if world.is_first else lambda event: None,
                 stop=stop,
+                watch=HangWatch(config.trainer.hang_after_s, folder, world, on_event=events.write),
             )
     except Exception:
         checkpoints.abandon()

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
 import threading
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_RENEWAL_S = 20.0  # for which a refusal after new credentials may still be about the old ones
 _PIECE_BYTES = 1 << 18  # a body is read in pieces of at most this, so that its progress can be watched
 
 # Error codes of S3 and of servers that speak it; HEAD answers give the bare status instead.
@@ -102,22 +104,10 @@ class Bucket:
         self._url, self._bucket, self._prefix, self._config = url, bucket, prefix + "/" * bool(prefix), config
         self._lock = threading.Lock()
         self._transports: dict[float, URLLib3Session] = {}
+        self._renewed_at = -math.inf
         self.endpoint = "the endpoint"  # until it is known
         try:
-            self._session = botocore.session.get_session()
-            self._client = boto3.session.Session(botocore_session=self._session).client(
-                "s3",
-                config=ClientConfig(
-                    retries={"total_max_attempts": 1, "mode": "standard"},
-                    connect_timeout=config.connect_timeout_s,
-                    read_timeout=config.read_timeout_s,
-                    max_pool_connections=config.connections,
-                    signature_version="s3v4",
-                    # Uploads carry an MD5; servers other than AWS often refuse the newer trailing checksums.
-                    request_checksum_calculation="when_required",
-                    response_checksum_validation="when_required",
-                ),
-            )
+            self._session, self._client = self._connect()
             self.endpoint = self._client.meta.endpoint_url
             # A signed URL tells how botocore addresses the bucket and which region it signs for.
             signed = urlsplit(self._client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "-"}))
@@ -125,6 +115,38 @@ class Bucket:
             self._region = parse_qs(signed.query)["X-Amz-Credential"][0].split("/")[-3]
         except (BotoCoreError, Boto3Error, ValueError) as error:
             raise self._error("", error) from None
+
+    def _connect(self) -> tuple[Any, Any]:
+        """A session that has read the user's configuration just now, and its client."""
+        session = botocore.session.get_session()
+        config = self._config
+        client_config = ClientConfig(
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            connect_timeout=config.connect_timeout_s,
+            read_timeout=config.read_timeout_s,
+            max_pool_connections=config.connections,
+            signature_version="s3v4",
+            # Uploads carry an MD5; servers other than AWS often refuse the newer trailing checksums.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        return session, boto3.session.Session(botocore_session=session).client("s3", config=client_config)
+
+    def _renew_credentials(self) -> bool:
+        """Whether others than those just refused are at hand, and taken from now on: files rewritten, roles renewed."""
+        with self._lock:
+            if time.monotonic() - self._renewed_at < _RENEWAL_S:
+                return True  # what was refused may have been signed before
+            try:
+                before = self._session.get_credentials().get_frozen_credentials()
+                session, client = self._connect()
+                after = session.get_credentials().get_frozen_credentials()
+            except (AttributeError, BotoCoreError, Boto3Error, ValueError):
+                return False
+            if after == before:
+                return False
+            self._session, self._client, self._renewed_at = session, client, time.monotonic()
+            return True
 
     def _transport(self, attempt: int) -> URLLib3Session:
         """What a client sends with, made the way a client makes it (certificates, proxies): one for each timeout."""
@@ -344,6 +366,8 @@ class Bucket:
             return TransientError("server", f"{status} {code}")
         if code in ("RequestTimeTooSkewed", "RequestExpired"):
             return ConfigError(f"{what}: the clock of this machine is wrong ({code}); set it, then start again")
+        if code in _CREDENTIALS and self._renew_credentials():
+            return TransientError("credentials", f"credentials refused ({code}), others are tried")
         if code in _CREDENTIALS:
             return ConfigError(
                 f"{what}: credentials refused by {self.endpoint} ({code}); check AWS_PROFILE, AWS_ACCESS_KEY_ID,"

@@ -83,7 +83,7 @@ class StoreRetry:
 
     name: str
     attempt: int  # 1 for the first failure
-    cause: str  # connect, throttled, server, reset, short, stall, file
+    cause: str  # connect, throttled, server, reset, short, stall, file, credentials
     detail: str
     wait_s: float
 

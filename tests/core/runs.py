@@ -20,6 +20,7 @@ from configs import tiny
 from configs.schema import TrainConfig, apply_overrides
 from core.checkpoint import Checkpoints, InitConfig
 from core.engine import Engine, _import_deepspeed, join_world, leave_world
+from core.hang_watch import EXIT_CODE, HangWatch
 from core.metrics import Events, Metrics, Uploader
 from core.tasks import Exchange, Task
 from core.trainer import StopRequest, train, validation_loss
@@ -59,6 +60,9 @@ class Options:
     stop_at: int | None = None  # SIGTERM itself at this step, on `kill_rank`
     stop_in_evaluation: bool = False  # SIGTERM itself while validating on batches without end, on `kill_rank`
     fail_in_evaluation: bool = False  # as when the store does not answer
+    hang_at: int | None = None  # the last rank stays away from this step: it sleeps, or is stopped
+    hang_how: str = "sleep"
+    hang_after_s: float | None = None
     nan_at: int | None = None  # NaN pixels at this step, on the last rank
     void_from: int | None = None  # all rows void from this step on
     keep_last: int = 2
@@ -105,6 +109,7 @@ def config_of(options: Options) -> TrainConfig:
             save_every=options.save_every,
             evaluate_every=options.save_every if options.validate else None,
             log_every=1,
+            hang_after_s=options.hang_after_s,
         ),
         checkpoint=replace(
             config.checkpoint,
@@ -170,6 +175,10 @@ class Run(Iterator[Batch]):
             os.kill(os.getpid(), signal.SIGKILL)
         if options.stop_at == step and chosen:
             os.kill(os.getpid(), signal.SIGTERM)
+        if options.hang_at == step and self._world.rank == self._world.world_size - 1:
+            if options.hang_how == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(TIMEOUT_S)
         self._step += 1
         batch = own_rows(global_batch(step), self._world)
         if options.nan_at == step and self._world.rank == self._world.world_size - 1:
@@ -258,6 +267,7 @@ def rank_main(rank: int, world_size: int, port: int, options: Options) -> None:
             config.trainer, engine, Source(options, world), checkpoints, state, world=world, metrics=metrics,
             global_batch_size=GLOBAL_BATCH, max_skip_rate=0.2, evaluators=evaluators, stop=stop,
             on_event=events.write if world.is_first else lambda event: None,
+            watch=HangWatch(config.trainer.hang_after_s, folder, world, on_event=events.write),
         )  # fmt: skip
         metrics.close()
         checkpoints.close()
@@ -342,7 +352,10 @@ def run(world_size: int, options: Options) -> list[int]:
     deadline = time.monotonic() + TIMEOUT_S
     try:
         while any(process.exitcode is None for process in ranks):
-            if any(process.exitcode == -signal.SIGKILL for process in ranks):
+            # As launchers do, some at once, some after a while for a rank to write its stacks.
+            if any(process.exitcode == EXIT_CODE for process in ranks):
+                time.sleep(2)
+            if any(process.exitcode in (-signal.SIGKILL, EXIT_CODE) for process in ranks):
                 for process in ranks:
                     process.kill()
             assert time.monotonic() < deadline, f"ranks hang: {[process.exitcode for process in ranks]}"

@@ -105,6 +105,18 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert_same_bits(whole, weights(tmp_path, 6))
 
 
+def test_latest_that_points_nowhere_is_said_and_the_newest_whole_checkpoint_taken(tmp_path: Path) -> None:
+    options = Options(run_dir=str(tmp_path), steps=4)
+    assert run(1, options) == [0]
+    whole = weights(tmp_path, 4)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-4")
+    (tmp_path / "latest").write_bytes(b"step-4\xff\n")
+    assert run(1, options) == [0]
+    (said,) = [event for event in events(tmp_path) if event["event"] == "latest_points_nowhere"]
+    assert said["at_hand"] == "step-2"
+    assert_same_bits(whole, weights(tmp_path, 4))
+
+
 def test_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     options = Options(run_dir=str(tmp_path), steps=2)
     assert run(1, options) == [0]

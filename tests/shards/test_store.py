@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ci.bench.fault_proxy import FaultProxy, Plan
-from ci.bench.s3_server import S3Server, client_environment
+from ci.bench.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, client_environment
 from shards.chunk_cache import ChunkCache
 from shards.errors import ConfigError, DataError, MissingObjectError, StoreFullError, StoreUnreachableError
 from shards.store import Store, StoreRetry, open_store, split_url
@@ -286,6 +287,31 @@ class TestS3Configuration:
     ) -> None:
         fault_proxy.plan(Plan(answer=answer))
         assert words in self.refused(faulty_bucket)
+
+    def test_credentials_renewed_in_their_file_are_read_when_the_old_ones_are_refused(
+        self, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        good = {"aws_access_key_id": ACCESS_KEY, "aws_secret_access_key": SECRET_KEY}
+        file = tmp_path / "credentials"
+
+        def write(**changes: str) -> None:
+            rows = [f"{name} = {value}" for name, value in (good | changes).items()]
+            file.write_text("\n".join(["[default]", *rows]) + "\n")
+
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+        write()
+        with open_store(bucket, QUICK) as store:
+            store.put("a", b"first")
+            # The server forgets the user, as when a token ends; meanwhile the file has been rewritten.
+            frozen = SimpleNamespace(access_key="expired", secret_key="expired", token=None)
+            old = SimpleNamespace(get_frozen_credentials=lambda: frozen)
+            monkeypatch.setattr(store._backend._session, "get_credentials", lambda: old)  # type: ignore[union-attr]
+            assert store.get("a") == b"first"
+            assert store.stats.retries_by_cause == {"credentials": 1}
+            store.put("b", b"second")
+            assert store.get("b") == b"second"
 
     def test_server_that_ignores_ranges(self, faulty_bucket: str, fault_proxy: FaultProxy) -> None:
         store = open_store(faulty_bucket, QUICK)

@@ -1,0 +1,86 @@
+"""Copies of checkpoints in a store that is away for a while, or for too long."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from ci.bench.fault_proxy import FaultProxy, Plan
+from core.checkpoint import CheckpointConfig, Checkpoints
+from core.checkpoint_files import SUMS
+from core.mirror import Mirror
+from core.world import World
+from shards.errors import StoreUnreachableError
+from shards.store import StoreConfig, open_store
+
+IMPATIENT = StoreConfig(retry_limit_s=0.2, connect_timeout_s=1.0)
+
+
+def save(folder: Path, step: int) -> str:
+    name = f"step-{step}"
+    (folder / "checkpoints" / name).mkdir(parents=True)
+    (folder / "checkpoints" / name / "weights").write_text(f"weights of {step}")
+    (folder / "checkpoints" / name / SUMS).write_text("sums")
+    return name
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def mirror_of(url: str, folder: Path, events: list[Any]) -> Mirror:
+    return Mirror(
+        open_store(url, IMPATIENT), folder, World(), 1, events.append, lambda: None, again_s=0.1
+    )  # fmt: skip
+
+
+def test_after_an_outage_the_newest_checkpoint_arrives_and_older_ones_are_left_out(
+    tmp_path: Path, faulty_bucket: str, fault_proxy: FaultProxy
+) -> None:
+    events: list[dict[str, Any]] = []
+    mirror = mirror_of(faulty_bucket, tmp_path, events)
+    assert mirror.behind_s == 0.0
+    fault_proxy.plan(Plan(outage=True))
+    mirror.push(save(tmp_path, 1))
+    wait_for(lambda: any(event["event"] == "mirror_failed" for event in events))
+    for step in (2, 3):
+        mirror.push(save(tmp_path, step))
+    assert mirror.behind_s > 0.0
+    fault_proxy.plan(Plan())
+    wait_for(lambda: mirror.behind_s == 0.0 and not mirror.is_busy("step-2"))
+    assert mirror.close()
+    with open_store(faulty_bucket) as store:
+        assert store.get("latest") == b"step-3\n"
+        assert store.get("checkpoints/step-3/weights") == b"weights of 3"
+        assert not store.exists(f"checkpoints/step-1/{SUMS}")
+    assert {event["checkpoint"] for event in events if event["event"] == "mirror_left_out"} == {"step-1", "step-2"}
+    assert [event["checkpoint"] for event in events if event["event"] == "mirrored"] == ["step-3"]
+
+
+def test_a_run_does_not_end_as_done_when_its_last_checkpoint_did_not_arrive(
+    tmp_path: Path, faulty_bucket: str, fault_proxy: FaultProxy
+) -> None:
+    mirror = mirror_of(faulty_bucket, tmp_path, [])
+    fault_proxy.plan(Plan(outage=True))
+    mirror.push(save(tmp_path, 1))
+    assert not mirror.close()
+
+
+@pytest.mark.parametrize(("behind_s", "stops"), [(0.0, False), (99.0, False), (101.0, True)])
+def test_a_store_that_is_away_for_too_long_stops_the_run(tmp_path: Path, behind_s: float, stops: bool) -> None:
+    checkpoints = Checkpoints(str(tmp_path), CheckpointConfig(mirror_limit_s=100.0), World(), recipe={}, seed=0)
+    save(tmp_path, 7)
+    checkpoints._mirror = cast(Mirror, SimpleNamespace(behind_s=behind_s))
+    if not stops:
+        checkpoints._stop_far_behind()
+        return
+    with pytest.raises(StoreUnreachableError, match="holds step 7") as error:
+        checkpoints._stop_far_behind()
+    assert error.value.exit_code == 3
