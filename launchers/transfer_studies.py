@@ -148,7 +148,8 @@ def _learning(
 def _reports(
     learned: Mapping[tuple[str, Target, float], Mapping[str, list[Outputs]]], studies: Studies, options: StudyOptions
 ) -> dict[str, Any]:
-    test, found = studies.splits["test"], {}
+    test = studies.splits["test"]
+    found: dict[str, Any] = {}
     for (task, target, percent), of_encoders in learned.items():
         truth = target.truth(test)
         known = np.flatnonzero(np.isfinite(truth))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def fine_tune_targets(
     truth = {name: np.stack([one.truth(split) for one in targets], axis=1) for name, split in splits.items()}
     learner = copy.deepcopy(encoder).requires_grad_(True)
     width, taught = encoder.config.width, truth["train"][rows["train"]]
-    heads = drawn(lambda: Heads(width, targets, list(taught.T)), config.seed).to(device)
+    heads = cast(Heads, drawn(lambda: Heads(width, targets, list(taught.T)), config.seed)).to(device)
     steps = itertools.count()
 
     def features(split: StudySplit, chosen: np.ndarray, step: int | None = None) -> Tensor:
