@@ -28,6 +28,7 @@ from core.collectives import sum_over_ranks
 from core.engine import Engine
 from core.metrics import Metrics
 from core.models.heads import LogitScale
+from core.profiling import StepProfiler
 from core.world import World
 from shards.batch import Batch, batch_hash
 from shards.errors import ConfigError, DataError
@@ -55,12 +56,23 @@ class TrainerConfig:
     validation_batches: int | None = None
     best_metric: str | None = EVALUATION_METRIC
     best_is: Literal["lowest", "highest"] = "lowest"
+    profile_steps: str | None = None  # FROM:TO, a timeline of every rank's steps from FROM on, before TO
 
     def __post_init__(self) -> None:
+        self.profiled_steps()
         for name in ("steps", "log_every", "evaluate_every", "save_every", "picture_every", "validation_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"trainer.{name}={value} must be at least 1")
+
+    def profiled_steps(self) -> range:
+        """Steps that are recorded. Raises ConfigError."""
+        if self.profile_steps is None:
+            return range(0)
+        first, colon, end = self.profile_steps.partition(":")
+        if not (colon and first.isdigit() and end.isdigit() and int(first) < int(end)):
+            raise ConfigError(f"trainer.profile_steps={self.profile_steps}: write FROM:TO, two steps, e.g. 100:105")
+        return range(int(first), int(end))
 
 
 class Run(Protocol):
@@ -231,6 +243,7 @@ def train(
     pictures: Pictures | None = None,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     stop: StopRequest | None = None,
+    profiler: StepProfiler | None = None,
 ) -> int:
     """Train from `state` to `config.steps`. Collective; returns 0 when done, 143 or 130 when stopped on request.
 
@@ -241,6 +254,7 @@ def train(
     progress = _Progress(config, world, global_batch_size, state.step)
     skip_rate = SkipRate(max_skip_rate, global_batch_size)
     meter = _Meter(engine, world, global_batch_size)
+    profiled = profiler.around if profiler is not None else contextlib.nullcontext
     scales = ScaleWatch(engine.task, on_event)
     best = checkpoints.best()
     saved_step = state.step if state.step else None
@@ -271,7 +285,7 @@ def train(
                 "queue": float(run.queue_depth),
                 "batch_hash": float(batch_hash(batch, world.rank * len(batch["valid"]))),
             }
-            with meter.measuring(state.step):
+            with profiled(state.step), meter.measuring(state.step):
                 output = engine.train_step(batch, step=state.step, sums=local)
             # What replay.py compares with: which samples this step was made of.
             on_event({"event": "batch", "step": state.step, "batch_hash": round(output.sums["batch_hash"])})
