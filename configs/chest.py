@@ -11,6 +11,7 @@ from core.models.contrast import GaussianContrast
 from core.models.fusion import Fusion
 from core.models.gaussian import GaussianEncoder
 from core.models.masked_image import DecoderConfig
+from core.models.prompts import PromptBank
 from core.models.text import TextEncoder, bert_base, text_tiny
 from core.models.vision import vit_b16, vit_tiny
 from core.optim import OptimConfig
@@ -160,12 +161,17 @@ def umcl_b16() -> TrainConfig:
 
 
 def umcl_tiny() -> TrainConfig:
-    """UMCL with the towers of clip_tiny, for the findings of phantoms."""
+    """UMCL with the towers of clip_tiny, for the findings of phantoms.
+
+    Four vectors around a name rather than sixteen: the text tower's mean over tokens drowns a name of two words.
+    """
     base = clip_tiny()
     classes = (NO_FINDING, *(name for label in PHANTOM_LABELS if (name := class_of(label)) is not None))
     return replace(
         base,
-        task=UMCL.Config(vision=vit_tiny(), text=text_tiny(), embed_dim=128, classes=classes),
+        task=UMCL.Config(
+            vision=vit_tiny(), text=text_tiny(), embed_dim=128, classes=classes, bank=PromptBank.Config(length=4)
+        ),
         data=replace(base.data, label_text=label_text.Config(classes=classes)),
         optim=replace(base.optim, multipliers={"context_tokens": 2.0}),
     )

@@ -22,7 +22,9 @@ from typing import Any, Literal, Protocol, Union
 import pydantic
 
 import core.tasks
+from core.alerts import AlertsConfig
 from core.checkpoint import CheckpointConfig, InitConfig
+from core.credentials import HIDDEN
 from core.engine import EngineConfig
 from core.evaluation.embed import protocols_in_training
 from core.models.volume import VolumeEncoder
@@ -39,6 +41,8 @@ NEUTRAL = (
     "init",
     "checkpoint",
     "evaluation",
+    "alerts",
+    "trainer.profile_steps",
     "trainer.log_every",
     "trainer.evaluate_every",
     "trainer.save_every",
@@ -113,6 +117,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     init: InitConfig = field(default_factory=InitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
 
     def __post_init__(self) -> None:
         lanes = self.data.lanes
@@ -477,9 +482,17 @@ def _restore(value: Any, hint: Any, path: str) -> Any:
         raise ConfigError(f"{path}={value!r}: {_describe(hint)} is needed ({message})") from None
 
 
+def shown(config: TrainConfig) -> dict[str, Any]:
+    """`to_json` without secrets, for every eye."""
+    tree = to_json(config)
+    if tree["alerts"]["webhook_url"]:
+        tree["alerts"]["webhook_url"] = HIDDEN
+    return tree
+
+
 def dumps(config: TrainConfig) -> str:
-    """The text of a run's config.json."""
-    return json.dumps(to_json(config), indent=1) + "\n"
+    """The text of a run's config.json, without secrets."""
+    return json.dumps(shown(config), indent=1) + "\n"
 
 
 def read(text: str, source: str) -> TrainConfig:
@@ -514,5 +527,5 @@ def to_text(config: TrainConfig, *, base: TrainConfig | None = None) -> str:
                 shown = value if isinstance(value, str) and value else json.dumps(value)
                 lines.append(f"{'*' if dotted in changed else ' '} {'  ' * depth}{name}: {shown}")
 
-    add(to_json(config), "", 0)
+    add(shown(config), "", 0)
     return "\n".join(lines)

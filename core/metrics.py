@@ -20,6 +20,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from core import run_page
+from core.alerts import ALERTS
+from core.credentials import hidden
+from core.profiling import FOLDER as PROFILE
 from core.world import World
 from shards.errors import RoentgenError
 from shards.store import open_store
@@ -58,17 +62,28 @@ PEAK_FLOPS = {
 
 
 class Events:
-    """events.jsonl: one JSON object a line, appended in one write by any rank, never rewritten."""
+    """events.jsonl: one JSON object a line, appended in one write by any rank, never rewritten.
 
-    def __init__(self, folder: Path, world: World) -> None:
+    Events that a person should look at have `"level": "alert"` and go to `on_alert`, too. No line shows a credential.
+    """
+
+    def __init__(
+        self, folder: Path, world: World, *, on_alert: Callable[[Mapping[str, Any]], None] = lambda event: None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "events.jsonl"
         self._rank = world.rank
         self._warned = False
+        self._on_alert = on_alert
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Append `event` with the time and the rank. A full disk must not end the run: it is said once in the log."""
-        line = json.dumps({"time": round(time.time(), 3), "rank": self._rank, **event}) + "\n"
+        whole = {"time": round(time.time(), 3), "rank": self._rank, **event}
+        if event.get("event") in ALERTS:
+            whole.setdefault("level", "alert")
+        if whole.get("level") == "alert":
+            self._on_alert(whole)
+        line = hidden(json.dumps(whole)) + "\n"
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
@@ -84,19 +99,34 @@ class Events:
 class Metrics:
     """Scalars and pictures of rank 0, for TensorBoard. On other ranks every call does nothing.
 
-    `first_step`: the step a restart goes on from; what a killed run drew after it is dropped from the curves.
+    `first_step`: the step a restart goes on from; what a killed run drew after it is dropped from the curves. `events`:
+    the file whose last lines are a page of text.
     """
 
-    def __init__(self, folder: Path, world: World, *, first_step: int) -> None:
+    def __init__(self, folder: Path, world: World, *, first_step: int, events: Path | None = None) -> None:
         self._writer: Any = None
+        self._events, self._events_shown, self._step = events, "", first_step
         if world.is_first:
             # Imported here, since it takes a second that other ranks need not wait.
             from torch.utils.tensorboard import SummaryWriter
 
             purge = first_step + 1 if first_step else None
             self._writer = SummaryWriter(str(folder / "tb"), purge_step=purge, flush_secs=20)
+            self._writer.add_custom_scalars(run_page.LAYOUT)
+
+    def run(self, step: int, recipe: Mapping[str, Any], text: str, environment: Mapping[str, Any]) -> None:
+        """What the run is: `recipe` for the comparison of runs, its `text` and the `environment` as pages."""
+        if self._writer is not None:
+            from torch.utils.tensorboard.summary import hparams
+
+            figures = dict.fromkeys(("loss/total", "eval/validation/loss", "throughput/samples_per_s"), 0.0)
+            for part in hparams(run_page.settings(recipe), figures):
+                self._writer.file_writer.add_summary(part)
+        self.text(step, "config", f"```\n{text}\n```")
+        self.text(step, "environment", run_page.table(environment))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._step = step
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
@@ -109,14 +139,22 @@ class Metrics:
     def text(self, step: int, name: str, text: str) -> None:
         """The recipe and the like; never a report."""
         if self._writer is not None:
-            self._writer.add_text(name, text, step)
+            self._writer.add_text(name, hidden(text), step)
 
     def flush(self) -> None:
         if self._writer is not None:
+            self._show_events()
             self._writer.flush()
+
+    def _show_events(self) -> None:
+        page = run_page.events(self._events) if self._events is not None else ""
+        if page and page != self._events_shown:
+            self._events_shown = page
+            self.text(self._step, "events", page)
 
     def close(self) -> None:
         if self._writer is not None:
+            self._show_events()
             self._writer.close()
 
 
@@ -191,7 +229,7 @@ class CPUMeter:
 
 
 class Uploader:
-    """Sends `tb/`, `events.jsonl`, `config.json` and `eval/` of an s3:// run to its store from time to time.
+    """Sends `tb/`, `events.jsonl`, `config.json`, `eval/`, `profile/` of an s3:// run to its store from time to time.
 
     One a node. Objects cannot grow, so what was appended since the last upload becomes the next numbered part:
     `events-000001-<time>.jsonl`, from the node of rank 8 `events-r8-000001-<time>.jsonl`. TensorBoard's own files are
@@ -208,7 +246,8 @@ class Uploader:
         every_s: float = UPLOAD_EVERY_S,
     ) -> None:
         self._store, self._folder, self._on_event, self._every_s = open_store(url), folder, on_event, every_s
-        self._patterns = ("config.json", "tokenizer/*", "tb/*", "eval/*.json") if world.is_first else ()
+        ours = ("config.json", "tokenizer/*", "tb/*", "eval/*.json") if world.is_first else ()
+        self._patterns = (*ours, f"{PROFILE}/*.json.gz")
         self._prefix = "events-" if world.is_first else f"events-r{world.rank}-"
         numbers = [re.match(rf"{self._prefix}(\d+)-\d+\.jsonl", name) for name in self._store.list("events-")]
         self._number = max((int(match[1]) for match in numbers if match), default=0)

@@ -31,6 +31,7 @@ from core.hang_watch import HangWatch
 from core.metrics import Metrics
 from core.models.heads import LogitScale
 from core.optim import keeping_compiler_out
+from core.profiling import StepProfiler
 from core.world import World
 from shards.batch import Batch, batch_hash
 from shards.errors import ConfigError, DataError
@@ -61,14 +62,25 @@ class TrainerConfig:
     best_metric: str | None = EVALUATION_METRIC
     best_is: Literal["lowest", "highest"] = "lowest"
     hang_after_s: float | None = 1200.0
+    profile_steps: str | None = None  # FROM:TO, a timeline of every rank's steps from FROM on, before TO
 
     def __post_init__(self) -> None:
+        self.profiled_steps()
         if self.hang_after_s is not None and not self.hang_after_s > 0:
             raise ConfigError(f"trainer.hang_after_s={self.hang_after_s} must be above 0; None sets no limit")
         for name in ("steps", "log_every", "evaluate_every", "save_every", "picture_every", "validation_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"trainer.{name}={value} must be at least 1")
+
+    def profiled_steps(self) -> range:
+        """Steps that are recorded. Raises ConfigError."""
+        if self.profile_steps is None:
+            return range(0)
+        first, colon, end = self.profile_steps.partition(":")
+        if not (colon and first.isdigit() and end.isdigit() and int(first) < int(end)):
+            raise ConfigError(f"trainer.profile_steps={self.profile_steps}: write FROM:TO, two steps, e.g. 100:105")
+        return range(int(first), int(end))
 
 
 class Run(Protocol):
@@ -240,6 +252,7 @@ def train(
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     stop: StopRequest | None = None,
     watch: HangWatch | None = None,
+    profiler: StepProfiler | None = None,
 ) -> int:
     """Train from `state` to `config.steps`. Collective; returns 0 when done, 143 or 130 when stopped on request.
 
@@ -251,6 +264,7 @@ def train(
     progress = _Progress(config, world, global_batch_size, state.step)
     skip_rate = SkipRate(max_skip_rate, global_batch_size)
     meter = _Meter(engine, world, global_batch_size)
+    profiled = profiler.around if profiler is not None else contextlib.nullcontext
     scales = ScaleWatch(engine.task, on_event)
     best = checkpoints.best()
     saved_step = state.step if state.step else None
@@ -284,7 +298,7 @@ def train(
                 "batch_hash": float(batch_hash(batch, world.rank * len(batch["valid"]))),
             }
             watch.at("step", state.step)
-            with meter.measuring(state.step):
+            with profiled(state.step), meter.measuring(state.step):
                 output = engine.train_step(batch, step=state.step, sums=local)
             # What replay.py compares with: which samples this step was made of.
             on_event({"event": "batch", "step": state.step, "batch_hash": round(output.sums["batch_hash"])})

@@ -26,6 +26,7 @@ from shards.dataset import open_manifest
 from shards.errors import ConfigError
 from shards.ingest.image_file import AREA_MAX_PIXELS, SIDE_MIN_PIXELS
 from shards.manifest import Manifest
+from shards.workers import in_order
 
 EXIT_FAULTS = 3
 QUIET_REPORT_S = 10.0  # without a terminal, a line of progress this often
@@ -93,6 +94,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--output", metavar="URL", help="folder or s3://bucket/prefix, made if missing")
     result.add_argument("--overwrite", action="store_true", help="remove the set that --output holds first")
     result.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    result.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="spread the studies over --workers actors of a Ray cluster: HOST:PORT, auto (this machine's) or local; "
+        "every machine reads --input under the same path, this one writes the shards",
+    )
 
     names = result.add_argument_group("names and text")
     names.add_argument("--key-file", metavar="FILE", help="secret, mode 0600: names become keyed hashes of it")
@@ -239,8 +246,15 @@ def _pack(arguments: argparse.Namespace, console: Console) -> Manifest:
     config.check()
     source = kind.build(arguments)
     audit = None if kind.audit is None else partial(kind.audit, source)
+    run: writer.Run = in_order
+    if arguments.ray:
+        if config.workers == 1 and arguments.workers != 1:
+            raise ConfigError(f"--ray: the model of --source {arguments.source} works in one process; leave --ray out")
+        from launchers import ray_data
+
+        run = partial(ray_data.streamed, address=arguments.ray)
     with _progress(console) as show:
-        return writer.write_shards(source, arguments.output, config, on_progress=show, audit=audit)
+        return writer.write_shards(source, arguments.output, config, on_progress=show, audit=audit, run=run)
 
 
 def _adopt(arguments: argparse.Namespace) -> Manifest:

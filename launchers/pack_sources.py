@@ -172,6 +172,15 @@ def _ct_rate(arguments: argparse.Namespace) -> Source:
     return replace(source, name=_name(arguments, volumes))
 
 
+def _bone_set(arguments: argparse.Namespace) -> Source:
+    from shards.ingest.bone_sets import bone_set
+
+    clinic = _clinic(arguments)
+    if clinic.structured is not None or clinic.reports is not None or arguments.mapping:
+        raise ConfigError(f"--source {arguments.source}: it has no reports and needs no --mapping; leave both out")
+    return bone_set(arguments.source, clinic.folder, _limits(arguments), clinic.secret)
+
+
 def _volumes(arguments: argparse.Namespace) -> dict[str, Any]:
     """How volumes are read, and where their masks lie: options of every source of volumes."""
     from shards.ingest.volume_file import VolumeOptions, VolumeReader
@@ -299,6 +308,7 @@ SOURCES: dict[str, PackSource] = {
     "dicom_ct": PackSource(build=_dicom_ct),
     "nifti": PackSource(build=_nifti),
     "ct_rate": PackSource(build=_ct_rate),
+    **dict.fromkeys(("fracatlas", "grazpedwri", "mura", "rsna_bone_age", "oai"), PackSource(build=_bone_set)),
     "phantom": PackSource(build=_chest),
     "phantom_ct": PackSource(build=_ct),
     "phantom_bone": PackSource(build=_bone),

@@ -35,6 +35,7 @@ from shards.dataset import DataSet
 from shards.decode_volume import VolumeDecoder
 from shards.errors import ConfigError
 from shards.order import lanes_of_rank
+from shards.tar_index import CHUNK_BYTES
 
 GPU_GB = {"H200": 141, "H100": 80, "A100-80": 80, "A100-40": 40, "B200": 192, "L40S": 48, "L4": 24, "V100": 32}
 BUCKETS_BYTES = 2 * 50_000_000 * 4  # DeepSpeed's buckets to reduce and to gather, of fp32 (core.engine)
@@ -42,6 +43,7 @@ ABNORMAL_SHARE = 0.1  # of the anatomies of a CT, assumed
 # CPU time of a study in the loader, as measured on two cores of a Xeon in the cloud.
 VOLUME_MS, VOLUME_VOXELS = 102.0, 112 * 256 * 352  # ci.bench ct_loader: a volume cut to so many voxels, no label maps
 IMAGE_MS = 2 * 1000 / 588  # ci.bench loader: two threads, 512-px grey JPEG to 224 px
+HOURS_A_MONTH = 730.0
 CORES = 96  # of a node with eight GPUs, assumed
 GB = 1e9
 
@@ -68,6 +70,9 @@ class Site:
     studies: int | None
     epochs: float | None
     price: float | None  # of a GPU for an hour
+    price_gb_month: float | None = None
+    price_million_reads: float | None = None
+    price_gb_read: float | None = None
     cores: float = CORES  # a node
     loader_ms: float | None = None  # CPU time of a study in the loader; None: from the benchmark
 
@@ -110,7 +115,10 @@ def parser() -> argparse.ArgumentParser:
     add("--study-bytes", type=float, help="bytes read a study, where there is no manifest")
     add("--studies", type=int, help="in an epoch, where there is no manifest")
     add("--epochs", type=float, help="instead of the recipe's trainer.steps")
-    add("--price", type=float, help="of a GPU for an hour, in your currency")
+    add("--price-per-gpu-hour", "--price", dest="price", type=float, help="in your currency, as all prices")
+    add("--price-per-gb-month", type=float, help="of the store, for the set and the run's checkpoints, while it runs")
+    add("--price-per-million-reads", type=float, help="requests of the store; a chunk of 2 MB is one")
+    add("--price-per-gb-read", type=float, help="bytes that leave the store, if they cost")
     add("--json", metavar="FILE", help="write the lines there, too")
     return result
 
@@ -119,6 +127,7 @@ def _site(arguments: argparse.Namespace, config: TrainConfig) -> Site:
     """Raises ConfigError naming the option."""
     for name in (
         "nodes", "gpus", "network_gbit", "cores", "loader_ms", "epochs", "studies", "study_bytes", "price",
+        "price_per_gb_month", "price_per_million_reads", "price_per_gb_read",
     ):  # fmt: skip
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):
@@ -134,7 +143,9 @@ def _site(arguments: argparse.Namespace, config: TrainConfig) -> Site:
     return Site(
         nodes=arguments.nodes, gpus=arguments.gpus, gpu=arguments.gpu, network_gbit=arguments.network_gbit,
         utilisation=arguments.utilisation, study_bytes=study_bytes or 0.0, studies=studies, epochs=arguments.epochs,
-        price=arguments.price, cores=arguments.cores, loader_ms=arguments.loader_ms,
+        price=arguments.price, price_gb_month=arguments.price_per_gb_month,
+        price_million_reads=arguments.price_per_million_reads, price_gb_read=arguments.price_per_gb_read,
+        cores=arguments.cores, loader_ms=arguments.loader_ms,
     )  # fmt: skip
 
 
@@ -256,7 +267,7 @@ def plan(config: TrainConfig, site: Site, of: cost.Cost) -> list[Line]:
         Line("step/studies_per_s", config.global_batch_size / step_s, "1/s",
              f"{config.global_batch_size} / {step_s:.3g} s"),
     ]  # fmt: skip
-    rest = [*_store(config, site, step_s), *_run(config, site, step_s)]
+    rest = [*_store(config, site, step_s), *_run(config, site, step_s, of)]
     return [*_parameters(of), *_memory(config, site, of), *compute, *network, *loader, *step, *rest]
 
 
@@ -381,25 +392,65 @@ def _store(config: TrainConfig, site: Site, step_s: float) -> list[Line]:
     ]  # fmt: skip
 
 
-def _run(config: TrainConfig, site: Site, step_s: float) -> list[Line]:
+def _run(config: TrainConfig, site: Site, step_s: float, of: cost.Cost) -> list[Line]:
     steps, how = float(config.trainer.steps), "trainer.steps of the recipe"
-    lines = []
     if site.epochs is not None:
         if site.studies is None:
             raise ConfigError("--epochs needs --studies, or a manifest (--data) that says how many there are")
         steps = site.epochs * site.studies / config.global_batch_size
         how = f"{site.epochs:g} epochs x {site.studies:,} studies / {config.global_batch_size}"
     hours = steps * step_s / 3600
-    lines += [
+    lines = [
         Line("run/steps", steps, "", how),
         Line("run/hours", hours, "h", f"{steps:,.0f} x {step_s:.3g} s, without evaluation and restarts"),
         Line("run/gpu_hours", hours * site.ranks, "h", f"x {site.ranks} GPUs"),
     ]
-    if site.price is not None:
-        lines.append(Line("run/price", hours * site.ranks * site.price, "", f"x {site.price:g} an hour"))
+    costs = _costs(config, site, steps, hours, of)
+    if costs:
+        total = sum(line.value for line in costs)
+        lines += [*costs, Line("run/price", total, "", "their sum, in the currency of the prices")]
         if site.studies is not None:
-            epoch = site.studies / config.global_batch_size * step_s / 3600 * site.ranks * site.price
-            lines.append(Line("run/price_per_epoch", epoch, "", f"{site.studies:,} studies"))
+            epochs = steps * config.global_batch_size / site.studies
+            lines.append(
+                Line("run/price_per_epoch", total / epochs, "", f"/ {epochs:.3g} epochs of {site.studies:,} studies")
+            )
+    return lines
+
+
+def _costs(config: TrainConfig, site: Site, steps: float, hours: float, of: cost.Cost) -> list[Line]:
+    """What is paid for the run, where a price is given. Raises ConfigError where a price has nothing to multiply."""
+    lines = []
+    if site.price is not None:
+        lines.append(
+            Line("run/price_gpus", hours * site.ranks * site.price, "", f"{hours * site.ranks:,.3g} h x {site.price:g}")
+        )
+    of_store = (site.price_gb_month, site.price_million_reads, site.price_gb_read)
+    if all(price is None for price in of_store):
+        return lines
+    if not site.study_bytes or site.studies is None:
+        raise ConfigError(
+            "prices of the store need --study-bytes and --studies, or a manifest (--data) that says what there is"
+        )
+    read = steps * config.global_batch_size * site.study_bytes
+    if site.price_gb_month is not None:
+        # A checkpoint holds weights and two moments in fp32; the newest two and the best are kept.
+        checkpoint = 4 * (sum(of.parameters.values()) + 3 * of.trained)
+        stored = (site.studies * site.study_bytes + 3 * checkpoint) / GB
+        months = hours / HOURS_A_MONTH
+        lines.append(
+            Line("run/price_storage", stored * months * site.price_gb_month, "",
+                 f"{stored:,.3g} GB (set, 3 checkpoints) x {months:.3g} months x {site.price_gb_month:g}")
+        )  # fmt: skip
+    if site.price_million_reads is not None:
+        requests = read / max(CHUNK_BYTES, site.study_bytes) / 1e6
+        lines.append(
+            Line("run/price_requests", requests * site.price_million_reads, "",
+                 f"{requests:,.3g} million chunks x {site.price_million_reads:g}")
+        )  # fmt: skip
+    if site.price_gb_read is not None:
+        lines.append(
+            Line("run/price_bytes", read / GB * site.price_gb_read, "", f"{read / GB:,.3g} GB x {site.price_gb_read:g}")
+        )
     return lines
 
 

@@ -14,6 +14,7 @@ import argparse
 import faulthandler
 import logging
 import os
+import platform
 import signal
 import socket
 import sys
@@ -30,6 +31,7 @@ from rich.logging import RichHandler
 from configs import prompts, schema
 from configs.schema import TrainConfig
 from core import self_proof
+from core.alerts import Webhook
 from core.checkpoint import Checkpoints, TrainState, local_folder
 from core.checkpoint_files import write_atomically
 from core.collectives import raise_together
@@ -53,6 +55,7 @@ from core.lease import Lease
 from core.losses.contrast import DEFAULT_PRECISION, Similarity
 from core.metrics import Events, Metrics, Uploader
 from core.models.contrast import GaussianContrast
+from core.profiling import StepProfiler
 from core.trainer import Evaluator, Pictures, StopRequest, TooManySkipsError, train, validation_loss
 from core.world import World
 from kernels.gaussian_similarity.expansion import Precision
@@ -189,13 +192,17 @@ def _run(
     """The run, with its events from the first to the last, error included, where the run directory is."""
     folder = local_folder(run_dir, config.checkpoint)
     problem: ConfigError | None = None
+    webhook = None
     try:
-        events = Events(folder, world)
+        webhook = Webhook(config.alerts, run_dir) if config.alerts.webhook_url else None
+        events = Events(folder, world, on_alert=webhook.send if webhook is not None else lambda event: None)
+    except ConfigError as error:
+        problem = error
     except OSError as error:
         problem = ConfigError(
             f"{folder}: cannot be written on {socket.gethostname()} ({error.strerror}); choose another --run-dir"
         )
-    stand_in = ConfigError(f"{folder}: cannot be written by another rank; choose another --run-dir")
+    stand_in = ConfigError(f"{folder}: another rank cannot use it or its settings; its message says why")
     raise_together(problem, stand_in, device=world.device)
     lease = _lease(run_dir, events, world)
     uploader = None
@@ -215,6 +222,8 @@ def _run(
     finally:
         if uploader is not None:
             uploader.close()
+        if webhook is not None:
+            webhook.close()
         if lease is not None:
             lease.release()
 
@@ -309,8 +318,9 @@ def _train(
             events.write({**start, "threads": torch.get_num_threads(), "versions": past_run.versions()})
             for event in on_start(state.step):
                 events.write(event)
-        with closing(Metrics(folder, world, first_step=state.step)) as metrics:
-            metrics.text(state.step, "config", f"```\n{schema.to_text(config)}\n```")
+        profiler = StepProfiler(folder, world, config.trainer.profiled_steps())
+        with closing(Metrics(folder, world, first_step=state.step, events=events.path)) as metrics, closing(profiler):
+            metrics.run(state.step, schema.shown(config), schema.to_text(config), _environment(world))
             code = train(
                 config.trainer,
                 engine,
@@ -326,12 +336,27 @@ def _train(
                 on_event=events.write if world.is_first else lambda event: None,
                 stop=stop,
                 watch=HangWatch(config.trainer.hang_after_s, folder, world, on_event=events.write),
+                profiler=profiler,
             )
     except Exception:
         checkpoints.abandon()
         raise
     checkpoints.close()
     return code
+
+
+def _environment(world: World) -> dict[str, Any]:
+    """What the run runs on, for its page in TensorBoard."""
+    on_gpu = world.device.type == "cuda"
+    return {
+        "ranks": world.world_size,
+        "device of rank 0": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or "CPU",
+        "threads": torch.get_num_threads(),
+        "host of rank 0": socket.gethostname(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **past_run.versions(),
+    }
 
 
 def _parts_to_prove(config: TrainConfig, device: torch.device) -> list[self_proof.Part]:

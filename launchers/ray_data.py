@@ -8,13 +8,15 @@ disk when it is full.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 from shards.errors import ConfigError, DataError
 
 WINDOW = 32  # inputs for each actor; at 256 reports of 2 kB these are 16 MB
+BLOCK = 4  # studies that an actor loads before it hands them on
 
 
 class _Opaque:
@@ -34,14 +36,9 @@ class _Work:
         return {"number": row["number"], "result": _Opaque(self._function(row["input"].value))}
 
 
-def in_order(
-    function: Callable[[Any], Any], inputs: Iterable[Any], workers: int, *, address: str
-) -> Generator[Any, None, None]:
-    """`function` of every input, in their order, by `workers` actors of the cluster at `address`.
-
-    `address`: "auto" for the cluster of this machine, "local" for one of its own, or HOST:PORT. Raises ConfigError
-    without Ray or cluster, DataError when the work fails there.
-    """
+@contextmanager
+def _cluster(address: str) -> Iterator[Any]:
+    """`ray`, joined to a cluster. Raises ConfigError without Ray or cluster, DataError when work fails there."""
     try:
         import ray
         import ray.data
@@ -58,16 +55,8 @@ def in_order(
         ) from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    ahead = iter(inputs)
     try:
-        while window := list(islice(ahead, WINDOW * workers)):
-            rows = [{"number": number, "input": _Opaque(one)} for number, one in enumerate(window)]
-            mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                _Work, fn_constructor_args=(function,), compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows)))
-            )
-            results = {row["number"]: row["result"].value for row in mapped.iter_rows()}
-            for number in range(len(window)):
-                yield results[number]
+        yield ray
     except ray.exceptions.RayError as error:
         raise DataError(
             f"--ray {address}: the work failed there ({type(error).__name__}); see the cluster's logs, then run the "
@@ -75,3 +64,45 @@ def in_order(
         ) from None
     finally:
         ray.shutdown()
+
+
+def in_order(
+    function: Callable[[Any], Any], inputs: Iterable[Any], workers: int, *, address: str
+) -> Generator[Any, None, None]:
+    """`function` of every input, in their order, by `workers` actors of the cluster at `address`.
+
+    `address`: "auto" for the cluster of this machine, "local" for one of its own, or HOST:PORT. Raises ConfigError
+    without Ray or cluster, DataError when the work fails there.
+    """
+    ahead = iter(inputs)
+    with _cluster(address) as ray:
+        while window := list(islice(ahead, WINDOW * workers)):
+            mapped = _mapped(ray, function, window, len(window), workers)
+            results = {row["number"]: row["result"].value for row in mapped.iter_rows()}
+            for number in range(len(window)):
+                yield results[number]
+
+
+def streamed(
+    function: Callable[[Any], Any], inputs: Sequence[Any], workers: int, *, address: str
+) -> Generator[Any, None, None]:
+    """The same for inputs that are all known and small, with results that may be large: one pipeline from end to end.
+
+    Ray Data keeps the order, and holds actors back while results that nobody has taken fill its share of the object
+    store.
+    """
+    if not inputs:
+        return
+    with _cluster(address) as ray:
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        mapped = _mapped(ray, function, inputs, -(-len(inputs) // BLOCK), workers)
+        for position, row in enumerate(mapped.iter_rows()):
+            assert row["number"] == position, "Ray Data gave rows out of order"
+            yield row["result"].value
+
+
+def _mapped(ray: Any, function: Callable[[Any], Any], inputs: Sequence[Any], blocks: int, workers: int) -> Any:
+    rows = [{"number": number, "input": _Opaque(one)} for number, one in enumerate(inputs)]
+    pool = ray.data.ActorPoolStrategy(size=min(workers, blocks))
+    data = ray.data.from_items(rows, override_num_blocks=blocks)
+    return data.map(_Work, fn_constructor_args=(function,), compute=pool)

@@ -33,6 +33,7 @@ from launchers.command import errors_in_one_line
 from launchers.evaluation_progress import shown_progress
 from launchers.evaluation_tables import interval
 from launchers.transfer_data import TransferEncoder, open_encoder, random_like, read_images
+from launchers.transfer_studies import STUDY_TASKS, StudyOptions, study_reports
 from shards.dataset import DataSet
 from shards.errors import ConfigError
 
@@ -53,6 +54,11 @@ tasks:
   segmentation_fine_tune  the same, with the encoder
   detection               an FCOS head on frozen patches: COCO's mAP over all images (needs pycocotools)
   detection_fine_tune     the same, with the encoder
+  study_probe             small heads on frozen features, the views of a study pooled, for each of --targets: logistic
+                          regression of a label (AUROC, AUPRC), proportional odds of an ordinal grade (quadratic kappa,
+                          accuracy, AUROC), ridge regression of a number (MAE). A measurement of a few whole values is
+                          a grade, any other a number
+  study_fine_tune         the same targets, with the encoder; with --random: taught from scratch
 
 Each task is taught with a share of the training patients' labels, another draw and head for each seed. Figures are
 means over seeds on the test split, with 95 % intervals from a bootstrap of patients; differences from the reference
@@ -73,6 +79,8 @@ class Options:
 
     data: str
     tasks: tuple[str, ...] = ("linear_probe",)
+    targets: tuple[str, ...] = ()  # of study tasks
+    with_sex: bool = False
     percents: tuple[float, ...] = PERCENTS
     seeds: tuple[int, ...] = (0, 1, 2)
     structures: tuple[str, ...] = ()
@@ -120,10 +128,13 @@ def transfer(
     results: dict[tuple[str, float], dict[str, list[Outputs]]] = {}
     splits: Splits | None = None
     manifest = DataSet(options.data, options.split).whole.sha256
-    for encoder in encoders:
+    of_images = [task for task in options.tasks if task not in STUDY_TASKS]
+    digests = [digest_of(encoder) for encoder in encoders]
+    for encoder, weights in zip(encoders, digests, strict=True):
+        if not of_images:
+            break
         splits = read_splits(encoder, options, progress)
-        weights = digest_of(encoder)
-        for task in options.tasks:
+        for task in of_images:
             for percent in options.percents:
                 learned = []
                 for place, seed in enumerate(seeds_of(task, percent, options)):
@@ -136,15 +147,16 @@ def transfer(
                     learned.append(kept.of(settings, _learning(task, encoder, splits, percent, seed, options)))
                     progress(what, place + 1, len(seeds_of(task, percent, options)))
                 results.setdefault((task, percent), {})[encoder.name] = learned
-    assert splits is not None
     report: dict[str, Any] = {
         "data": options.data, "manifest_sha256": manifest, "split": options.split, "replicates": options.replicates,
         "encoders": {encoder.name: encoder.source for encoder in encoders},
-        "images": {name: len(getattr(splits, name)) for name in ("train", "validation", "test")},
-        "skipped": {name: dict(getattr(splits, name).skipped) for name in ("train", "validation", "test")},
-        "tasks": {},
+        "images": {}, "skipped": {}, "tasks": {},
     }  # fmt: skip
+    if splits is not None:
+        report["images"] = {name: len(getattr(splits, name)) for name in ("train", "validation", "test")}
+        report["skipped"] = {name: dict(getattr(splits, name).skipped) for name in ("train", "validation", "test")}
     for (task, percent), learned_by in results.items():
+        assert splits is not None
         scores: dict[str, Scored] = {name: scored(task, learned, splits) for name, learned in learned_by.items()}
         patients = splits.test.patient_key.numpy()
         of = compare(scores, patients, replicates=options.replicates)
@@ -153,11 +165,25 @@ def transfer(
         report["tasks"].setdefault(task, {})[f"{percent:g}"] = {
             "figure": TASKS[task],
             "seeds": len(next(iter(learned_by.values()))),
+            "asked": f"{len(splits.test)} images",
             "not_asked": not_asked_of(task, splits),
             **of.to_json(),
             "subgroups": by_subgroup(scores, patients, splits.test.groups, replicates=options.replicates),
         }
+    of_studies = tuple(task for task in options.tasks if task in STUDY_TASKS)
+    if of_studies:
+        found, skipped = study_reports(encoders, digests, _study_options(options, of_studies), kept.of, progress)
+        report["tasks"] |= found
+        report["skipped"] |= {f"{name}, studies": causes for name, causes in skipped.items()}
     return report
+
+
+def _study_options(options: Options, tasks: tuple[str, ...]) -> StudyOptions:
+    return StudyOptions(
+        data=options.data, tasks=tasks, targets=options.targets, with_sex=options.with_sex, percents=options.percents,
+        seeds=options.seeds, split=options.split, limit=options.limit, replicates=options.replicates,
+        fit=options.learning.fit,
+    )  # fmt: skip
 
 
 def _learning(
@@ -193,7 +219,8 @@ def read_splits(encoder: TransferEncoder, options: Options, progress: Progress) 
 def digest_of(encoder: TransferEncoder) -> str:
     """Of the encoder's weights and of how its images are made."""
     digest = hashlib.sha256(json.dumps(asdict(replace(encoder.decode, threads=1))).encode())
-    for name, value in encoder.vision.state_dict().items():
+    pooling = {} if encoder.pool is None else {f"pool.{k}": v for k, v in encoder.pool.state_dict().items()}
+    for name, value in (encoder.vision.state_dict() | pooling).items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -223,7 +250,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     found = []
     for task, percents in report["tasks"].items():
         first = next(iter(percents.values()))
-        title = f"{task}: {first['figure']}, {report['images']['test']} images, mean over seeds"
+        title = f"{task}: {first['figure']}, {first['asked']}, mean over seeds"
         caption = "; ".join(f"{count} x {cause}" for cause, count in first["not_asked"].items())
         table = Table(title=title, caption=f"not asked: {caption}" if caption else None, caption_justify="left")
         table.add_column("encoder")
@@ -269,7 +296,9 @@ def parser() -> argparse.ArgumentParser:
     add("--random", action="store_true", help="and an encoder of the first one's shape that was never trained")
     add("--data", required=True, metavar="MANIFEST", help="folder or s3://, with labels, label maps or boxes")
     add("--output", required=True, metavar="DIR", help="reports, scalars, and what was learned")
-    add("--task", nargs="+", choices=tuple(TASKS), default=["linear_probe"])
+    add("--task", nargs="+", choices=(*TASKS, *STUDY_TASKS), default=["linear_probe"])
+    add("--targets", nargs="+", default=[], metavar="NAME", help="study tasks: labels or measurements as kl_grade")
+    add("--with-sex", action="store_true", help="study_probe: sex is an input of the heads, beside the features")
     add("--percents", nargs="+", type=float, default=list(PERCENTS), metavar="P", help="of patients; default: 1 10 100")
     add("--seeds", type=int, default=3, metavar="N", help="draws of the share, and heads; default: 3")
     add("--structures", nargs="+", default=[], metavar="NAME", help="segmentation: of the manifest's label maps")
@@ -302,7 +331,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
         steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr, encoder_lr=arguments.encoder_lr
     )
     return Options(
-        data=arguments.data, tasks=tuple(arguments.task), percents=tuple(sorted(arguments.percents)),
+        data=arguments.data, tasks=tuple(arguments.task), targets=tuple(arguments.targets),
+        with_sex=arguments.with_sex, percents=tuple(sorted(arguments.percents)),
         seeds=tuple(range(arguments.seeds)), structures=tuple(arguments.structures), split=arguments.split,
         limit=arguments.limit, replicates=arguments.replicates,
         learning=TransferConfig(fit=fit, decoder=arguments.decoder),

@@ -16,6 +16,7 @@ from torch import Tensor
 from core.evaluation.images import ImageSplit
 from core.models.foreign import Given, load_encoder
 from core.models.initialise import draw_weights
+from core.models.view_pool import GatedViewPool
 from core.models.vision import VisionEncoder
 from launchers.past_run import CONFIG, open_run
 from shards.batch import NOT_ANNOTATED, StudyRecord
@@ -34,13 +35,17 @@ AGE_BANDS = ((18, "below 18"), (40, "18 to 39"), (60, "40 to 59"), (75, "60 to 7
 
 @dataclass(frozen=True, kw_only=True)
 class TransferEncoder:
-    """`decode`: how its images are made; `source`: where it is from and what matched, ready for JSON."""
+    """`decode`: how its images are made; `source`: where it is from and what matched, ready for JSON.
+
+    `pool`: what its run learned to make one vector of a study's views, None for their mean.
+    """
 
     name: str
     vision: VisionEncoder
     decode: Decoder.Config
     autocast: torch.dtype | None
     source: dict[str, Any]
+    pool: GatedViewPool | None = None
 
 
 def open_encoder(
@@ -57,10 +62,11 @@ def open_encoder(
     `image_size`: pixels a side that it is judged at, None for its own; positions are interpolated. Raises ConfigError
     for a run of volumes, and as `load_encoder` does.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, pool = device or torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
     if path.startswith("s3://") or _is_run(path):
         with open_run(path, checkpoint, device) as run:
             vision, decode, autocast = vision_of(run.task), run.decode, run.autocast
+            pool = pool_of(run.task)
             source = {"run": path, "recipe": run.recipe, "step": run.step}
         default = f"{run.recipe} step {run.step}"
     else:
@@ -84,7 +90,11 @@ def open_encoder(
         decode, image_size=size, device="mixed" if device.type == "cuda" else "cpu", threads=os.cpu_count() or 1
     )
     vision.eval().requires_grad_(False)
-    return TransferEncoder(name=name or default, vision=vision, decode=decode, autocast=autocast, source=source)
+    if pool is not None:
+        pool.eval().requires_grad_(False)
+    return TransferEncoder(
+        name=name or default, vision=vision, decode=decode, autocast=autocast, source=source, pool=pool
+    )
 
 
 def _is_run(path: str) -> bool:
@@ -102,12 +112,17 @@ def vision_of(task: torch.nn.Module) -> VisionEncoder:
     raise ConfigError(f"task {type(task).__name__} has no encoder of images; volumes are judged by evaluate.py")
 
 
+def pool_of(task: torch.nn.Module) -> GatedViewPool | None:
+    """The attention over views that a task has learned, if it has."""
+    return next((part for part in task.modules() if isinstance(part, GatedViewPool)), None)
+
+
 def random_like(encoder: TransferEncoder, seed: int) -> TransferEncoder:
     """An encoder of the same shape with weights drawn from `seed`: what pre-training has to beat."""
     vision = VisionEncoder(encoder.vision.config)
     draw_weights(vision, seed)
     vision = vision.to(encoder.vision.patch.weight.device).eval().requires_grad_(False)
-    return replace(encoder, name="random", vision=vision, source={"random": seed})
+    return replace(encoder, name="random", vision=vision, source={"random": seed}, pool=None)
 
 
 def read_images(
@@ -234,12 +249,13 @@ class _Reading:
             boxes=tuple(corners for corners, _ in self.boxes),
             box_labels=tuple(place[labels] for _, labels in self.boxes),
             box_names=box_names,
-            groups=_groups(self.records, self.source),
+            groups=groups_of(self.records, self.source),
             skipped=dict(self.skipped),
         )
 
 
-def _groups(records: Sequence[StudyRecord], source: str) -> Mapping[str, tuple[str | None, ...]]:
+def groups_of(records: Sequence[StudyRecord], source: str) -> Mapping[str, tuple[str | None, ...]]:
+    """Attribute -> its value of each study, None where it is not known."""
     return {
         "age": tuple(age_band(record.age_years) for record in records),
         "sex": tuple(record.sex for record in records),

@@ -103,6 +103,7 @@ class Bucket:
             raise ConfigError(f"{url}: names no bucket; write s3://bucket/prefix")
         self._url, self._bucket, self._prefix, self._config = url, bucket, prefix + "/" * bool(prefix), config
         self._lock = threading.Lock()
+        self._sealed, self._opened = config.encryption.of_write(), config.encryption.of_read()
         self._transports: dict[float, URLLib3Session] = {}
         self._renewed_at = -math.inf
         self.endpoint = "the endpoint"  # until it is known
@@ -202,13 +203,16 @@ class Bucket:
 
     def size(self, name: str, attempt: int) -> int:
         try:
-            return int(self._call(name, "head_object", Key=self._prefix + name)["ContentLength"])
+            return int(self._head(name)["ContentLength"])
         except _PermissionError:
             # HEAD has no body to give the reason: a GET of one byte does, or finds a name that is not there.
             return self.read(name, 0, 1, None, attempt).object_bytes
 
+    def _head(self, name: str) -> dict[str, Any]:
+        return self._call(name, "head_object", Key=self._prefix + name, **self._opened)
+
     def read(self, name: str, offset: int, length: int | None, version: str | None, attempt: int) -> Piece:
-        headers = {"Accept-Encoding": "identity"}
+        headers = {"Accept-Encoding": "identity", **self._config.encryption.headers_of_read()}
         if length is not None:
             headers["Range"] = f"bytes={offset}-{offset + length - 1}"
         if version is not None:
@@ -218,7 +222,7 @@ class Bucket:
         except _RangeError:
             assert length is not None
             # The range lies beyond the end (AWS: 416; others: 400). Ask how long the object is.
-            head = self._call(name, "head_object", Key=self._prefix + name)
+            head = self._head(name)
             if head["ContentLength"] >= offset + length:
                 raise TransientError("short", "range refused although the object is long enough") from None
             return Piece(b"", head["ContentLength"], head.get("ETag"))
@@ -284,16 +288,16 @@ class Bucket:
         if isinstance(data, Path):
             with source_file(data) as file:
                 data = file.read()
-        self._call(name, "put_object", Key=self._prefix + name, Body=data, ContentMD5=_md5(data))
+        self._call(name, "put_object", Key=self._prefix + name, Body=data, ContentMD5=_md5(data), **self._sealed)
         return len(data)
 
     def start_upload(self, name: str, attempt: int) -> str:
-        return str(self._call(name, "create_multipart_upload", Key=self._prefix + name)["UploadId"])
+        return str(self._call(name, "create_multipart_upload", Key=self._prefix + name, **self._sealed)["UploadId"])
 
     def send_part(self, name: str, upload: str, number: int, data: bytes, attempt: int) -> str:
         response = self._call(
             name, "upload_part", Key=self._prefix + name, UploadId=upload, PartNumber=number, Body=data,
-            ContentMD5=_md5(data),
+            ContentMD5=_md5(data), **self._opened,
         )  # fmt: skip
         return str(response["ETag"])
 

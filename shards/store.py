@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
+from shards.encryption import Encryption
 from shards.errors import (
     ConfigError,
     DataError,
@@ -52,7 +53,7 @@ MOST_PARTS = 10_000
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """How hard a store is used and how long it is waited for. Endpoint, region and credentials come from boto3's chain
-    (AWS_ENDPOINT_URL, AWS_PROFILE, AWS_REGION, ~/.aws, instance roles)."""
+    (AWS_ENDPOINT_URL, AWS_PROFILE, AWS_REGION, ~/.aws, instance roles), encryption from `Encryption`'s variables."""
 
     connections: int = 16
     bytes_in_flight: int = 128 << 20  # asked for and not yet complete; one larger request is admitted alone
@@ -65,6 +66,7 @@ class StoreConfig:
     least_bytes_per_s: int = 8 << 10  # a body slower than this over `read_timeout_s` counts as stalled
     retry_limit_s: float = 120.0  # of one request, first attempt to last; no attempt starts later
     first_contact_limit_s: float = 15.0  # for an endpoint that nobody answers at when the store is opened
+    encryption: Encryption = field(default_factory=Encryption.of_environment)  # of objects in S3, by the server
 
     def __post_init__(self) -> None:
         for name in ("connections", "bytes_in_flight", "part_bytes"):

@@ -307,10 +307,16 @@ def plan_digest(source: Source, splits: Mapping[str, Sequence[Item]], config: Wr
     return digest.hexdigest()
 
 
-def load_in_order(source: Source, items: Sequence[Item], workers: int) -> Generator[Loaded, None, None]:
+# `function` of every input, in their order, by so many workers: `shards.workers.in_order`, or a cluster's.
+Run = Callable[[Callable[[Item], Loaded], Sequence[Item], int], Generator[Loaded, None, None]]
+
+
+def load_in_order(
+    source: Source, items: Sequence[Item], workers: int, run: Run = in_order
+) -> Generator[Loaded, None, None]:
     """`source.load` of every item, in the order of the items; see `in_order`. Raises DataError when a worker dies."""
     try:
-        with closing(in_order(source.load, items, workers)) as loads:
+        with closing(run(source.load, items, workers)) as loads:
             yield from loads
     except WorkerDiedError as died:
         raise DataError(
@@ -365,12 +371,14 @@ def write_shards(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     audit: Callable[[Manifest, Mapping[str, int]], str] | None = None,
+    run: Run = in_order,
 ) -> Manifest:
     """Pack a source into `output` (folder or s3:// prefix) and return the manifest, which is written last.
 
     `audit`: the manifest and all counts of plan and loads -> the text of `audit.md`, written beside it.
 
-    The same plan and key give the same bytes, whatever the number of workers and interruptions. Raises ConfigError for
+    `run` is who loads the studies. The same plan and key give the same bytes, whatever the number of workers, machines
+    and interruptions. Raises ConfigError for
     an output that holds another set, DataError for a duplicate key, a patient in two splits, a full disk, or when no
     input gave a sample.
     """
@@ -392,7 +400,7 @@ def write_shards(
     if done:
         logger.info("%s holds finished shards of %d studies; continuing behind them", store.url, done)
     remaining = [item for split, items in splits.items() for item in items[position[split] :]]
-    with closing(load_in_order(source, remaining, config.workers)) as loads:
+    with closing(load_in_order(source, remaining, config.workers, run)) as loads:
         for split, items in splits.items():
             receipts += finished[split]
             start = (position[split], len(finished[split]))

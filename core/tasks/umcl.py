@@ -113,14 +113,17 @@ class UMCL(TwoTowerTask):
     def class_directions(self) -> Tensor:
         """`[E, C]`: along its column an image scores for a class.
 
-        What a prompt says beyond its negative; without a negative bank beyond `no finding`, if that is a class.
+        What a prompt says beyond its negative. Without a negative bank: beyond `no finding`, if that is a class, which
+        alone would find any abnormal image, and beyond the mean prompt, which alone would find no rare class; half of
+        each.
         """
         prompts, classes = self.embed_classes(), self.config.classes
         if self.negative_bank is not None:
             prompts = prompts - self._prompts(self.negative_bank)
         elif NO_FINDING in classes:
             others = torch.tensor([name != NO_FINDING for name in classes], device=prompts.device)
-            prompts = prompts - others[:, None] * prompts[classes.index(NO_FINDING)]
+            beside = (prompts[classes.index(NO_FINDING)] + prompts.mean(dim=0)) / 2
+            prompts = prompts - others[:, None] * beside
         return prompts.T
 
     def _prompts(self, bank: PromptBank) -> Tensor:

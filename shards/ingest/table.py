@@ -81,7 +81,8 @@ class Known(_Strict):
 
 
 class LabelColumn(_Strict):
-    """One label in a column of its own; `values` says what the cells mean (else 1, 0, -1), an empty cell nothing."""
+    """One label in a column of its own; `values` says what the cells mean (else 1, 0, -1), an empty cell nothing,
+    unless they say what it means, too."""
 
     column: str
     values: dict[str, Literal[0, 1, -1]] = Field(default_factory=dict)
@@ -121,6 +122,7 @@ class TableMapping(_Strict):
     report: dict[str, str] = Field(default_factory=dict)  # section -> column
     known: Known = Known()
     labels: Labels = Labels()
+    measurements: dict[str, str] = Field(default_factory=dict)  # name with its unit, kl_grade -> column of numbers
     boxes: BoxTable | None = None
     template: Template | None = None
     provenance: dict[str, str] = Field(default_factory=dict)
@@ -157,6 +159,7 @@ class TableMapping(_Strict):
         for name, value in self.known.model_dump().items():
             named = (value,) if isinstance(value, str) else value or ()
             used |= {f"known.{name}.{place}": column for place, column in enumerate(named)}
+        used |= {f"measurements.{name}": column for name, column in self.measurements.items()}
         used |= {f"labels.columns.{name}": label.column for name, label in self.labels.columns.items()}
         if self.labels.column is not None:
             used["labels.column"] = self.labels.column
@@ -179,6 +182,7 @@ class _Study:
     views: tuple[View, ...]
     boxes: tuple[tuple[DrawnBox, ...], ...]  # of each view
     labels: tuple[tuple[str, LabelValue], ...]
+    measurements: tuple[tuple[str, float], ...]
     report: tuple[tuple[str, str], ...]
     sex: Literal["F", "M", "O"] | None
     age_years: float | None
@@ -206,6 +210,7 @@ class TableSource:
     structured: Structured | None = None
     files: ViewFiles | None = None  # None: images in the folder that the mapping names
     rows: Rows | None = None  # None: those of the table that the mapping names
+    box_rows: Rows | None = None  # None: those of the table that the mapping's [boxes] names
     name: str = "table"
 
     def __post_init__(self) -> None:
@@ -286,7 +291,7 @@ class TableSource:
                 refusals.append(Refusal(shown, str(error)))
         boxes: Mapping[str, tuple[DrawnBox, ...]] = {}
         if self.mapping.boxes is not None:
-            boxes, unused = read_boxes(self.input, self.mapping.boxes, sorted(files), self._shown)
+            boxes, unused = read_boxes(self.input, self.mapping.boxes, sorted(files), self._shown, self.box_rows)
             refusals += unused
         items: list[Item] = []
         for study, rows in groups.items():
@@ -321,13 +326,15 @@ class TableSource:
             views=tuple(self._view(row) for _, row in rows),
             boxes=tuple(boxes.get(row[columns.file].strip(), ()) for _, row in rows),
             labels=tuple(labels.items()),
+            measurements=tuple(self._measurements([row for _, row in rows]).items()),
             report=tuple(self._report(key, labels, [row for _, row in rows]).items()),
             sex=cast(Literal["F", "M", "O"] | None, sex),
             age_years=parse_age(self._first("age", rows) or ""),
             known=self._known(study, patient, [row for _, row in rows]) if self.structured else None,
             prepared=prepared_file.place(key) if prepared_file else None,
         )
-        if not payload.report and not payload.labels and payload.prepared is None and not self.masks:
+        told = payload.report or payload.labels or payload.measurements
+        if not told and payload.prepared is None and not self.masks:
             raise _RowRefusedError("report empty and no label")
         return Item(key=key, patient=patient, split=splits.pop() or None, payload=payload)
 
@@ -387,13 +394,27 @@ class TableSource:
             result = {name: 1 if name in present else 0 for name in (*mapping.names, *_flat(mapping.values))}
         for name, label in mapping.columns.items():
             cell = row[label.column].strip()
-            if not cell:
+            if not cell and cell not in label.values:
                 continue
             value = label.values.get(cell, None if label.values else LABEL_NUMBERS.get(cell))
             if value is None:
                 raise _RowRefusedError("label outside 0, 1, -1")
             result[name] = value
         return result
+
+    def _measurements(self, rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
+        """Numbers of a study, which all its rows that have one agree on."""
+        found: dict[str, float] = {}
+        for name, column in self.mapping.measurements.items():
+            cells = {cell for row in rows if (cell := row[column].strip())}
+            if any(_NUMBER.fullmatch(cell) is None for cell in cells):
+                raise _RowRefusedError(f"{name} is no number")
+            values = {float(cell) for cell in cells}
+            if len(values) > 1:
+                raise _RowRefusedError(f"{name} differs between the rows of a study")
+            if values:
+                found[name] = values.pop()
+        return found
 
     def _report(self, key: str, labels: Mapping[str, LabelValue], rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
         report: dict[str, str] = {}
@@ -459,6 +480,7 @@ class TableSource:
             language=self.mapping.language,
             report={} if through_pipeline else dict(study.report),
             labels=dict(study.labels),
+            measurements=dict(study.measurements) or None,
             boxes=boxes,
             sex=study.sex,
             age_years=study.age_years,
@@ -470,7 +492,7 @@ class TableSource:
             record, cause, _ = self.structured.complete(record, dict(study.report), study.known, study.prepared)
             if cause is not None:
                 refusals.append(Refusal(study.name, cause))
-                if not study.labels:
+                if not study.labels and not study.measurements:
                     return Loaded(sample=None, refusals=tuple(refusals))
         sample = Sample(key=item.key, record=record, images=tuple(images), masks=masks)
         return Loaded(sample=sample, refusals=tuple(refusals))

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from shards.batch import Box, ViewRecord
 from shards.errors import ConfigError
 from shards.ingest import Refusal
-from shards.ingest.table_file import TableFile
+from shards.ingest.table_file import Rows, TableFile
 
 Pixels = Annotated[int, Field(gt=0)]
 
@@ -62,9 +62,10 @@ class DrawnBox:
 
 
 def read_boxes(
-    folder: Path, table: BoxTable, files: Iterable[str], shown: Callable[[str], str]
+    folder: Path, table: BoxTable, files: Iterable[str], shown: Callable[[str], str], given: Rows | None = None
 ) -> tuple[Mapping[str, tuple[DrawnBox, ...]], list[Refusal]]:
-    """File -> its boxes, and the rows that give none. `shown`: a file's name as logs may have it.
+    """File -> its boxes, and the rows that give none. `shown`: a file's name as logs may have it; `given`: the table's
+    rows, where they lie elsewhere.
 
     Raises ConfigError for a table that cannot be read, one of other files, and a name that stands for two of `files`.
     """
@@ -74,7 +75,7 @@ def read_boxes(
     found: dict[str, list[DrawnBox]] = {}
     refusals: list[Refusal] = []
     rows = 0
-    for number, row in TableFile(folder / table.table).read(table.columns):
+    for number, row in (given or TableFile(folder / table.table)).read(table.columns):
         rows = number
         if row is None:
             refusals.append(Refusal(f"row {number} of boxes", "box: row with too few or too many cells"))

@@ -1,18 +1,20 @@
 """One report as it came, bytes or text, made into the document that every other part counts its spans in.
 
 Characters are repaired (encoding, composition, invisible marks, markup, white space); no word is changed, added or
-dropped, and every repair is counted by kind. What is no text is refused with the fault and none of its characters.
+dropped, but for lines that every page of a PDF file repeats, and every repair is counted by kind. What is no text is
+refused with the fault and none of its characters.
 """
 
 from __future__ import annotations
 
 import html
 import io
+import itertools
 import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shards.errors import DataError
@@ -21,6 +23,8 @@ MAX_SIZE = 5_000_000  # bytes or characters; a long CT report has 10,000
 MAX_CONTROL_SHARE = 0.05
 MAX_HIGH_BYTE_SHARE = 0.5  # of bytes that are no UTF-8; French in cp1252 has 0.04, compressed data 0.5 and controls
 MAX_MARKUP_ROUNDS = 4  # markup escaped this many times over is unescaped; deeper is left as it is
+
+EDGE_LINES = 4  # of a page of a PDF file, at either end, that may be a heading of all pages
 
 # How files begin that hold more than text; databases keep some in Base64.
 FILE_SIGNATURES = (
@@ -63,6 +67,7 @@ _ZERO_WIDTH = re.compile(r"[\u180e\u200b-\u200d\u2060\ufeff]")
 _DIRECTION_MARK = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _SPACE = re.compile(r"[\t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 _LIGATURES = {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st"}
+_DIGITS = re.compile(r"\d+")
 _LIGATURE = re.compile("[ﬀ-ﬆ]")
 _SYMBOL_BULLET = re.compile("[\uf0a7\uf0b7\uf0d8\uf0fc]")  # bullets of the Symbol and Wingdings fonts
 # Unicode sorts a run of combining marks in quadratic time; no spelling stacks more than a few on a letter.
@@ -168,11 +173,44 @@ def _text_of_pdf(raw: bytes, repairs: Counter[str]) -> str:
         pages = [page.extract_text() for page in PdfReader(io.BytesIO(raw)).pages]
     except Exception as error:  # it raises many kinds, whose messages quote the file
         raise DataError(f"report is a broken PDF file ({type(error).__name__}); give its text") from None
-    text = "\n\n".join(pages)
+    text = _joined_pages(pages, repairs)
     if not any(map(str.isalnum, text)):
         raise DataError("report is a PDF file without text; give the text of what it shows")
     repairs["pdf"] += 1
     return text
+
+
+def _joined_pages(pages: list[str], repairs: Counter[str]) -> str:
+    """Pages behind each other: lines that all pages begin with stay on the first, those that all end with on the last.
+
+    Numbers may differ in them, as those of pages do. A sentence that a page breaks off goes on.
+    """
+    lines = [[line.strip() for line in page.splitlines() if line.strip()] for page in pages]
+    lines = [page for page in lines if page]
+    if len(lines) > 1:
+        heading = _alike(lines)
+        footing = _alike([page[heading:][::-1] for page in lines])
+        if heading or footing:
+            repairs["pdf page heading"] += 1
+        last = len(lines) - 1
+        lines = [
+            page[heading if number else 0 : len(page) - (0 if number == last else footing)]
+            for number, page in enumerate(lines)
+        ]
+    text = ""
+    for page in ("\n".join(page) for page in lines if page):
+        text += ("\n\n" if text.endswith((".", "!", "?", ":")) else "\n" if text else "") + page
+    return text
+
+
+def _alike(pages: Sequence[Sequence[str]]) -> int:
+    """How many lines all pages begin with alike, but for numbers, up to EDGE_LINES."""
+    count = 0
+    for together in itertools.islice(zip(*pages, strict=False), EDGE_LINES):
+        if len({_DIGITS.sub("0", line) for line in together}) > 1:
+            break
+        count += 1
+    return count
 
 
 def wide_charset(start: bytes) -> str | None:

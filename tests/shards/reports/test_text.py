@@ -133,23 +133,35 @@ def test_rtf_gives_its_text(raw: bytes | str) -> None:
     assert found.text == "FINDINGS: Panchement élevé.\nIMPRESSION: Normal." and found.repairs["rtf"] == 1
 
 
-def pdf(page: bytes) -> bytes:
-    """One page in a built-in font; `page` is what it draws."""
+def pdf(*pages: bytes) -> bytes:
+    """Pages in a built-in font; each of `pages` is what it draws."""
+    count = len(pages)
+    kids = b" ".join(b"%d 0 R" % (4 + 2 * number) for number in range(count))
     objects = [
-        b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
-        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 595 842]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
-        b"<</Length %d>>stream\n%s\nendstream" % (len(page), page),
+        b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Kids[%s]/Count %d>>" % (kids, count),
         b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica/Encoding/WinAnsiEncoding>>",
     ]  # fmt: skip
+    for number, page in enumerate(pages):
+        objects += [
+            b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 595 842]/Contents %d 0 R/Resources<</Font<</F1 3 0 R>>>>>>"
+            % (5 + 2 * number),
+            b"<</Length %d>>stream\n%s\nendstream" % (len(page), page),
+        ]
     body, places = b"%PDF-1.4\n", []
     for number, content in enumerate(objects, start=1):
         places.append(len(body))
         body += b"%d 0 obj%sendobj\n" % (number, content)
     table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    return body + b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (
-        table,
-        len(body),
-    )
+    size = len(objects) + 1
+    return body + b"xref\n0 %d\n0000000000 65535 f \n%strailer<</Size %d/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (
+        size, table, size, len(body),
+    )  # fmt: skip
+
+
+def page(*lines: str) -> bytes:
+    """What draws these lines below each other."""
+    drawn = " ".join(f"({line}) Tj 0 -20 Td" for line in lines)
+    return f"BT /F1 12 Tf 50 700 Td {drawn} ET".encode("cp1252")
 
 
 def test_pdf_is_refused_without_the_extra_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +178,24 @@ def test_pdf_gives_its_text() -> None:
         clean(pdf(b"0 0 100 100 re f"))
     with pytest.raises(DataError, match=r"^report is a broken PDF file \("):
         clean(b"%PDF-1.7 secret")
+
+
+def test_headings_that_all_pages_repeat_are_kept_once() -> None:
+    pytest.importorskip("pypdf")
+    heading = ("Clinique du Lac", "Patient 4711")
+    found = clean(pdf(
+        page(*heading, "Radiographie du genou.", "Gonarthrose avec pincement", "Page 1/3"),
+        page(*heading, "de l'interligne.", "Pas de fracture.", "Page 2/3"),
+        page(*heading, "Conclusion : gonarthrose.", "Page 3/3"),
+    ))  # fmt: skip
+    assert found.text.splitlines() == [
+        *heading, "Radiographie du genou.", "Gonarthrose avec pincement", "de l'interligne.", "Pas de fracture.", "",
+        "Conclusion : gonarthrose.", "Page 3/3",
+    ]  # fmt: skip
+    assert found.repairs["pdf page heading"] == 1
+    # Pages that share nothing at their edges lose nothing.
+    apart = clean(pdf(page("Os sain.", "Fin."), page("Main gauche.", "Os sain.")))
+    assert apart.text == "Os sain.\nFin.\n\nMain gauche.\nOs sain." and not apart.repairs["pdf page heading"]
 
 
 def test_largest_reports_of_one_repeated_mark_end_in_time() -> None:

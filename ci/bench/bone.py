@@ -1,0 +1,378 @@
+"""Does aligning bone radiographs with French reports teach an encoder? Three seeds of bone phantoms, equal budgets.
+
+Phantoms of `standard` difficulty; every run sees as many studies for as many steps. Contestants: `bone:align_tiny`; its
+own initialisation; `bone:mae_tiny`; `scratch`, the same encoder taught the four targets together from the labels of
+the share alone, in as many steps of the same batch; and, as ablation of pooling, `bone:align_one_view_tiny`, taught and
+judged on one random view. Encoders are frozen and small heads taught with the labels of 1 and 10 % of the patients
+(mean of DRAWS draws; of `scratch` one, since each is a training): quadratic kappa of the knee's grade, months of error
+of bone age, AUROC of fracture and anomaly. A gain is the mean of three seeds, its interval from a bootstrap of each
+seed's test patients, the same for both sides.
+
+Limb and cast alone tell most fractures apart in these phantoms; what they tell is printed beside the zero-shot figure.
+
+Finished runs of the same settings are kept, so an experiment that was cut off goes on: delete runs/bench_bone after a
+change of code.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ci.bench.figure import LOG_COLUMNS, REPOSITORY, Figure, commit, figure
+from ci.bench.learning import Experiment, keep_row, kept_row, processor_seconds, settings_of
+from ci.demo import RANKS, Size
+from configs import schema
+from core.evaluation.fitting import FitConfig
+from core.evaluation.statistics import area_under_curve, replicates_of
+from core.evaluation.studies import StudySplit, share_of_known, study_features
+from core.evaluation.study_fitting import fine_tune_targets
+from core.evaluation.targets import Outputs, Target, probe_target, scored_by
+from launchers.transfer_data import TransferEncoder, open_encoder, pool_of, vision_of
+from launchers.transfer_study_data import read_studies
+from shards import keyed
+from shards.batch import NOT_ANNOTATED
+from shards.ingest.phantom_bone import generator_hash, split_seed
+from shards.ingest.phantom_bone_scene import STANDARD, draw_scene
+
+DESCRIPTION = "bone alignment against its initialisation, scratch and masked images on four tasks (an hour or two)"
+
+SEEDS = (0, 1, 2)
+DIFFICULTY = "standard"
+FULL = Size(samples=(3000, 300, 600), steps=400, warmup_steps=30)
+QUICK = Size(samples=(160, 48, 64), steps=3, warmup_steps=1, log_every=1)
+BATCH = 64  # studies; with 400 steps a run takes less than five minutes of two idle cores
+BUDGET = (f"global_batch_size={BATCH}", "data.lanes=32", "optim.learning_rate=2e-3", "trainer.evaluate_every=None")
+FOLDER = REPOSITORY / "runs" / "bench_bone"
+SHARES, DRAWS, REPLICATES = (0.01, 0.1), 3, 1000
+OURS, INIT, SCRATCH, MAE, ONE_VIEW = "align", "initialisation", "scratch", "mae", "one view"
+RECIPES = {
+    OURS: "bone:align_tiny", INIT: "bone:align_tiny", SCRATCH: "bone:align_tiny", MAE: "bone:mae_tiny",
+    ONE_VIEW: "bone:align_one_view_tiny",
+}  # fmt: skip
+PEERS = (INIT, SCRATCH, MAE)
+TARGETS = {  # and the figure that each is judged by
+    Target(name="kl_grade", kind="grade", grades=5): "quadratic kappa",
+    Target(name="bone_age_months", kind="number"): "MAE",
+    Target(name="fracture", kind="label"): "AUROC",
+    Target(name="anomaly", kind="label"): "AUROC",
+}
+FRACTURE = next(target for target in TARGETS if target.name == "fracture")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one run showed on held-out patients. `figures`: "target at share" -> value, mean over draws."""
+
+    contestant: str
+    seed: int
+    figures: dict[str, float]
+    zero_shot_fracture: float | None  # AUROC, of contestants that read text
+    train_s: float  # processor time of each rank
+    commit: str  # that it was run at
+
+
+Answers = dict[str, list[Outputs]]  # "target at share" -> what was said of all test studies, of each draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """Of a seed's test studies: target -> truth `[n]`, NaN where unknown; `patients [n]`."""
+
+    of: Mapping[str, np.ndarray]
+    patients: np.ndarray
+
+
+def run(quick: bool) -> list[Figure]:
+    """All seeds and contestants. Leaves shards and run directories under runs/bench_bone."""
+    started = time.perf_counter()
+    torch.set_num_threads(RANKS)
+    console = Console(stderr=True, highlight=False)
+    size, seeds = (QUICK, SEEDS[:1]) if quick else (FULL, SEEDS)
+    rows: list[Row] = []
+    answers: dict[tuple[str, int], Answers] = {}
+    truths: dict[int, Truth] = {}
+    for seed in seeds:
+        experiment = Experiment(folder=FOLDER / f"{size.steps}-steps" / str(seed), seed=seed, size=size)
+        if not experiment.manifest.exists():
+            experiment.pack(DIFFICULTY, "--size", "64", source="phantom_bone")
+        for name in RECIPES:
+            row, answers[name, seed] = run_one(name, experiment, quick=quick)
+            rows.append(row)
+            shown = ", ".join(f"{of} {value:.3f}" for of, value in row.figures.items())
+            zero_shot = "" if row.zero_shot_fracture is None else f"zero-shot fracture {row.zero_shot_fracture:.3f}, "
+            console.print(f"seed {seed}, {name}: {zero_shot}{shown}, trained in {row.train_s:.0f} s of a rank")
+        truths[seed] = truth_of(experiment)
+    print_rows(rows)
+    return summary(rows, answers, truths, time.perf_counter() - started, size)
+
+
+def run_one(name: str, experiment: Experiment, *, quick: bool) -> tuple[Row, Answers]:
+    """Train and judge one contestant, or read what it showed when these settings were run before."""
+    overrides = experiment.overrides(*BUDGET)
+    config = schema.apply_overrides(schema.load_recipe(RECIPES[name]), overrides)
+    run_name = name.replace(" ", "_")
+    folder = experiment.folder / run_name
+    settings = settings_of(config, f"{generator_hash()} {name} {experiment.size.samples} {SHARES} {DRAWS}")
+    found = kept_row(folder / "row.json", settings)
+    if found is not None:
+        return Row(**found), kept_answers(folder / "answers.npz")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    zero_shot, train_s = None, 0.0
+    if name in (INIT, SCRATCH):
+        encoder = untrained(config)
+    else:
+        train_s = processor_seconds(lambda: experiment.pretrain(RECIPES[name], overrides, run_name))
+        encoder = open_encoder(str(folder))
+    if name in (OURS, ONE_VIEW):
+        reports = experiment.evaluate(["zero_shot"], run_name)
+        zero_shot = reports["zero_shot"]["labels"]["fracture"]["value"]
+    splits = {
+        split: read_studies(str(experiment.manifest), split, encoder.decode)
+        for split in ("train", "validation", "test")
+    }
+    if name == ONE_VIEW:
+        splits = {part: one_random_view(split, experiment.seed) for part, split in splits.items()}
+    started = time.process_time()
+    answers = from_scratch(encoder, splits, experiment) if name == SCRATCH else probed(encoder, splits, experiment.seed)
+    if name == SCRATCH:
+        train_s = (time.process_time() - started) / RANKS
+    truth = {target.name: target.truth(splits["test"]) for target in TARGETS}
+    patients = splits["test"].patient_key.numpy()
+    figures = {
+        key_of(target, share): float(statistic(np.ones((len(rows), 1), dtype=np.float32))[0])
+        for target in TARGETS
+        for share in SHARES
+        for rows, statistic in [statistic_of(target, share, answers, Truth(of=truth, patients=patients))]
+    }
+    row = Row(
+        contestant=name, seed=experiment.seed, figures=figures, zero_shot_fracture=zero_shot, train_s=train_s,
+        commit=commit(),
+    )  # fmt: skip
+    keep_answers(folder / "answers.npz", answers)
+    keep_row(folder / "row.json", asdict(row), settings)
+    return row, answers
+
+
+def untrained(config: schema.TrainConfig) -> TransferEncoder:
+    """The encoder that a run starts from."""
+    task = config.task.build(vocab_size=64, seed=config.seed).eval().requires_grad_(False)
+    decode = replace(config.data.decode, threads=RANKS)
+    return TransferEncoder(
+        name=INIT, vision=vision_of(task), decode=decode, autocast=None, source={}, pool=pool_of(task)
+    )
+
+
+def one_random_view(split: StudySplit, seed: int) -> StudySplit:
+    """Each study with one of its views, drawn from its place."""
+    ends = torch.searchsorted(split.study_index, torch.arange(len(split) + 1)).numpy()
+    drawn = keyed.uniform(seed, "bone bench: one view", np.arange(len(split)))[:, 0]
+    chosen = torch.from_numpy(ends[:-1] + (drawn * np.diff(ends)).astype(np.int64))
+    return replace(split, pixel_values=split.pixel_values[chosen], study_index=torch.arange(len(split)))
+
+
+def key_of(target: Target, share: float) -> str:
+    """Under which answers and figures are kept."""
+    return f"{target.name} at {100 * share:g} %"
+
+
+def taught_rows(target: Target, splits: Mapping[str, StudySplit], share: float, seed: int) -> dict[str, np.ndarray]:
+    """Which studies' labels teach, and which choose: the same patients for all contestants."""
+    return {
+        name: share_of_known(splits[name].patient_key.numpy(), np.isfinite(target.truth(splits[name])), share, seed)
+        for name in ("train", "validation")
+    }
+
+
+def probed(encoder: TransferEncoder, splits: Mapping[str, StudySplit], seed: int) -> Answers:
+    """Small heads on frozen features, several draws of each share."""
+    features = {
+        name: study_features(encoder.vision, encoder.pool, split, autocast=encoder.autocast)
+        for name, split in splits.items()
+    }
+    return {
+        key_of(target, share): [
+            probe_target(target, features, splits, taught_rows(target, splits, share, DRAWS * seed + draw))
+            for draw in range(DRAWS)
+        ]
+        for target in TARGETS
+        for share in SHARES
+    }
+
+
+def from_scratch(encoder: TransferEncoder, splits: Mapping[str, StudySplit], experiment: Experiment) -> Answers:
+    """The whole encoder taught all targets of a share: the steps, batch and learning rate of the others."""
+    fit = FitConfig(steps=experiment.size.steps, batch_size=BATCH, lr=2e-3, encoder_lr=2e-3, seed=experiment.seed)
+    found: Answers = {}
+    for share in SHARES:
+        rows = {target: taught_rows(target, splits, share, DRAWS * experiment.seed) for target in TARGETS}
+        of = {part: {target: rows[target][part] for target in TARGETS} for part in ("train", "validation")}
+        known = {**splits, **{part: labelled_only(splits[part], of[part]) for part in of}}
+        places = {part: np.unique(np.concatenate(list(of[part].values()))) for part in of}
+        said = fine_tune_targets(tuple(TARGETS), encoder.vision, None, known, places, fit)
+        found |= {key_of(target, share): [said[target.name]] for target in TARGETS}
+    return found
+
+
+def labelled_only(split: StudySplit, rows: Mapping[Target, np.ndarray]) -> StudySplit:
+    """The split as if each target were known of these studies only."""
+    labels = torch.full_like(split.labels, NOT_ANNOTATED)
+    measurements = {name: np.full(len(split), np.nan) for name in split.measurements}
+    for target, places in rows.items():
+        if target.kind == "label":
+            column = split.label_names.index(target.name)
+            labels[places, column] = split.labels[places, column]
+        else:
+            measurements[target.name][places] = split.measurements[target.name][places]
+    return replace(split, labels=labels, measurements=measurements)
+
+
+def keep_answers(path: Path, answers: Answers) -> None:
+    """For `kept_answers`."""
+    flat = {
+        f"{key}|{draw}|{name}": values
+        for key, draws in answers.items()
+        for draw, outputs in enumerate(draws)
+        for name, values in outputs.items()
+    }
+    np.savez_compressed(path, **flat)  # type: ignore[arg-type]
+
+
+def kept_answers(path: Path) -> Answers:
+    """What `keep_answers` wrote."""
+    found: dict[str, dict[str, Outputs]] = {}
+    with np.load(path, allow_pickle=False) as file:
+        for flat, values in file.items():
+            key, draw, name = flat.split("|")
+            found.setdefault(key, {}).setdefault(draw, {})[name] = values
+    return {key: [draws[draw] for draw in sorted(draws)] for key, draws in found.items()}
+
+
+def truth_of(experiment: Experiment) -> Truth:
+    """Of the test studies, as every contestant's were read."""
+    config = schema.load_recipe(RECIPES[OURS])
+    test = read_studies(str(experiment.manifest), "test", replace(config.data.decode, threads=RANKS), most_views=1)
+    return Truth(of={target.name: target.truth(test) for target in TARGETS}, patients=test.patient_key.numpy())
+
+
+def statistic_of(
+    target: Target, share: float, answers: Answers, truth: Truth
+) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Places of the test studies whose truth is known, and the target's figure of weights of these `[known, r]`."""
+    known = np.flatnonzero(np.isfinite(truth.of[target.name]))
+    draws = [{name: values[known] for name, values in one.items()} for one in answers[key_of(target, share)]]
+    scored = scored_by(TARGETS[target], target, draws, truth.of[target.name][known], truth.patients[known])
+    statistic = scored(np.arange(len(known)))
+    return known, statistic or (lambda weights: np.full(weights.shape[1], np.nan))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """Mean over seeds, good above 0, its 95 % interval, and each seed's."""
+
+    low: float
+    mean: float
+    high: float
+    each: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
+
+def gain(
+    target: Target, share: float, one: str, other: str, answers: Mapping[tuple[str, int], Answers],
+    truths: Mapping[int, Truth],
+) -> Gain:  # fmt: skip
+    """Of contestant `one` over `other`; less error counts as gain."""
+    sign, values, samples = -1.0 if TARGETS[target] == "MAE" else 1.0, [], []
+    for seed, truth in truths.items():
+        known, ours = statistic_of(target, share, answers[one, seed], truth)
+        _, theirs = statistic_of(target, share, answers[other, seed], truth)
+
+        def difference(
+            weights: np.ndarray,
+            ours: Callable[[np.ndarray], np.ndarray] = ours,
+            theirs: Callable[[np.ndarray], np.ndarray] = theirs,
+        ) -> np.ndarray:
+            return (sign * (ours(weights) - theirs(weights)))[None]
+
+        estimates, drawn = replicates_of(difference, truth.patients[known], seed=seed, replicates=REPLICATES)
+        values.append(estimates[0].value)
+        samples.append(drawn[:, 0])
+    low, high = np.nanpercentile(np.mean(samples, axis=0), [2.5, 97.5])
+    return Gain(low=float(low), mean=statistics.fmean(values), high=float(high), each=tuple(values))
+
+
+def summary(
+    rows: Sequence[Row], answers: Mapping[tuple[str, int], Answers], truths: Mapping[int, Truth], wall_s: float,
+    size: Size = FULL,
+) -> list[Figure]:  # fmt: skip
+    """The figures that are judged. A task counts where its interval lies above 0 against all peers at both shares."""
+    make = partial(figure, repeats=len(truths), seeds=tuple(truths), threads=RANKS, wall_s=wall_s)
+    above, said = [], []
+    for target in TARGETS:
+        gains = {(share, peer): gain(target, share, OURS, peer, answers, truths) for share in SHARES for peer in PEERS}
+        if all(one.low > 0 for one in gains.values()):
+            above.append(target.name)
+        said += [f"{key_of(target, share)} over {peer} {one}" for (share, peer), one in gains.items()]
+    zero_shot = {
+        name: [row.zero_shot_fracture for row in rows if row.contestant == name and row.zero_shot_fracture is not None]
+        for name in (OURS, ONE_VIEW)
+    }
+    told = statistics.fmean(told_by_limb(seed, size.samples[2]) for seed in truths)
+    pooling = gain(FRACTURE, SHARES[-1], OURS, ONE_VIEW, answers, truths)
+    each = ", ".join(f"{value:.3f}" for value in zero_shot[OURS])
+    return [
+        make("bone.tasks_above_init", len(above), note=f"{', '.join(above) or 'none'}; " + "; ".join(said)),
+        make(
+            "bone.zero_shot_fracture_auc", statistics.fmean(zero_shot[OURS]),
+            note=f"seeds {each}; one who knows limb and cast alone: {told:.3f}; one view: "
+            f"{statistics.fmean(zero_shot[ONE_VIEW]):.3f}",
+        ),
+        make(
+            "bone.pooling_minus_one_view", pooling.low,
+            note=f"fracture at {100 * SHARES[-1]:g} % of labels: {pooling}, of which the lower end counts; seeds "
+            + ", ".join(f"{value:+.3f}" for value in pooling.each),
+        ),
+    ]  # fmt: skip
+
+
+def told_by_limb(seed: int, count: int) -> float:
+    """AUROC of fracture on the test phantoms for one who knows how frequent it is in each limb, with and without cast.
+
+    The frequencies are those of as many training phantoms.
+    """
+    train, test = ([draw_scene(split_seed(seed, split), index, STANDARD) for index in range(count)]
+                   for split in ("train", "test"))  # fmt: skip
+    seen: dict[tuple[str, bool], list[int]] = {}
+    for scene in train:
+        seen.setdefault((scene.part, scene.cast), []).append(scene.labels["fracture"])
+    scores = [statistics.fmean(seen.get((scene.part, scene.cast), [0.5])) for scene in test]
+    return area_under_curve(np.array(scores), np.array([scene.labels["fracture"] == 1 for scene in test]))
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Every run, contestant by contestant."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, LOG_COLUMNS)
+    table = Table(title="every run: kappa, months, AUROC, AUROC", title_justify="left", show_edge=False, pad_edge=False)
+    keys = [key_of(target, share) for target in TARGETS for share in SHARES]
+    for heading in ("contestant", "seed", *keys, "zero-shot fracture", "seconds", "commit"):
+        table.add_column(heading, justify="left" if heading == "contestant" else "right")
+    for row in sorted(rows, key=lambda row: (list(RECIPES).index(row.contestant), row.seed)):
+        figures = (f"{row.figures[key]:.3f}" for key in keys)
+        zero_shot = "-" if row.zero_shot_fracture is None else f"{row.zero_shot_fracture:.3f}"
+        table.add_row(row.contestant, str(row.seed), *figures, zero_shot, f"{row.train_s:.0f}", row.commit)
+    console.print(table)
