@@ -1,6 +1,6 @@
 """Start a command again until it ends by itself: for a laptop, a SLURM job or a node without Ray.
 
-    python launchers/restart.py --restarts 20 -- deepspeed launchers/pretrain.py --recipe chest:clip_b16 --run-dir runs/a
+    python launchers/restart.py --restarts 20 -- deepspeed launchers/pretrain.py --recipe ... --run-dir runs/a
     python launchers/restart.py --restarts 20 --ranks 2 -- python launchers/pretrain.py ...   ranks of this machine
 
 It ends with the command's code where starting again would not help (0 done, 2 bad configuration, 3 bad data or store,
