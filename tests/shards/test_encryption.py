@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def key_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, str]]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     """Headers of every request that is signed, in lower case."""
     found: list[dict[str, str]] = []
     init, get = Bucket.__init__, Bucket._get
@@ -57,7 +56,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, str]]]:
 
     monkeypatch.setattr(Bucket, "__init__", watched)
     monkeypatch.setattr(Bucket, "_get", watched_get)
-    yield found
+    return found
 
 
 def _text(value: str | bytes) -> str:
