@@ -19,6 +19,7 @@ from rich.console import Console
 
 from core.evaluation.generation import Generation
 from core.evaluation.pictures import as_png
+from core.evaluation.text_query import TextQuery
 from core.evaluation.zero_shot import Prompts, check_prompts
 from core.metrics import Metrics
 from core.world import World
@@ -61,6 +62,10 @@ protocols:
                 has learned; share of pairs of studies of like labels that the loss pushes apart. Only when named
   set_identity  AUC of a logistic regression on frozen image embeddings for each set of a training mixture against the
                 others: how much of a hospital they hold. Only when named
+  map           t-SNE of frozen image features, views of a study pooled, coloured by body part, labels, grades and other
+                things known (eval/map/*.png); share of the ten nearest studies of other patients that are alike. Only
+                when named
+  query         the views nearest to the words of --query, with keys of studies and nothing else (eval/query/*.png)
 By default: those that the run's task can be asked.
 
 exit codes: 0 done, 2 bad arguments or configuration, 3 bad data or damaged checkpoint, 4 embeddings not finite
@@ -119,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="TOML: a table for each label with lists `positive` and `negative`, plain text",
     )
+    add("--query", nargs="+", default=[], metavar="WORDS", help='query: what to look for, "fracture du radius"')
     add("--limit", type=_positive, metavar="N", help="first N studies of each split only")
     add(
         "--corruption-studies",
@@ -167,8 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     if arguments.generated_reports and Generation.protocol not in (arguments.protocol or ()):
         raise ConfigError("--generated-reports: nothing is generated without --protocol generation; name it")
+    asked = list(arguments.protocol or ())
+    if arguments.query and TextQuery.protocol not in asked:
+        asked.append(TextQuery.protocol)
     options = Options(
-        protocols=tuple(arguments.protocol) if arguments.protocol else None,
+        protocols=tuple(asked) or None,
+        queries=tuple(arguments.query),
         data=arguments.data,
         split=arguments.split,
         prompts=read_prompts(arguments.prompts) if arguments.prompts else None,

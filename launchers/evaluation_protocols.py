@@ -25,12 +25,15 @@ from core.evaluation.embed import (
 )
 from core.evaluation.generation import Generation
 from core.evaluation.heat_map import Explained, HeatMaps
+from core.evaluation.latent_map import LatentMap
 from core.evaluation.probe import AnatomyProbe, LinearProbe
 from core.evaluation.retrieval import Retrieval
 from core.evaluation.set_identity import SetIdentity
+from core.evaluation.text_query import TextQuery
 from core.evaluation.uncertainty import Uncertainty
 from core.evaluation.wording import Wording
 from core.evaluation.zero_shot import Prompts, ZeroShot, check_prompts
+from launchers.evaluation_maps import ask_map, ask_query, read_split
 from launchers.evaluation_splits import Options, Progress, Splits
 from launchers.past_run import PastRun
 from launchers.report_generation import generate_reports
@@ -49,12 +52,16 @@ PROTOCOLS = (
     Generation.protocol,
     Wording.protocol,
     SetIdentity.protocol,
+    LatentMap.protocol,
+    TextQuery.protocol,
 )
 WORDINGS = 20  # of each label's prompts, where the recipe has none
 TRAINED = {LinearProbe.protocol, AnatomyProbe.protocol, Generation.protocol}  # on the training split
 PROMPTED = {ZeroShot.protocol, Uncertainty.protocol, AnatomyZeroShot.protocol, Wording.protocol}
-# The first trains for minutes, the last needs the sets that the run was trained on.
-ONLY_WHEN_NAMED = {Generation.protocol, Wording.protocol, SetIdentity.protocol}
+# The first trains for minutes, identity needs the sets that the run was trained on, a query its words.
+ONLY_WHEN_NAMED = {
+    Generation.protocol, Wording.protocol, SetIdentity.protocol, LatentMap.protocol, TextQuery.protocol,
+}  # fmt: skip
 COVERAGES = (1.0, 0.9, 0.7, 0.5)  # of retrieval with abstention
 
 
@@ -253,6 +260,33 @@ def _ask_set_identity(asking: Asking) -> None:
     asking.take(identity, fits)["skipped"] = dict(asking.splits.skipped)
 
 
+def _ask_map(asking: Asking) -> None:
+    split = read_split(
+        asking.run, asking.splits.url, asking.options.split, _limit(asking, asking.options.map_studies),
+        asking.progress,
+    )  # fmt: skip
+    found, figures = ask_map(asking.run, split, asking.options.seed)
+    asking.take(found, iter(figures.items()))["skipped"] = dict(split.skipped)
+    drawn = found.pictures().items()
+    asking.pictures |= {f"eval/{LatentMap.protocol}/{name.replace(' ', '_')}": image for name, image in drawn}
+
+
+def _ask_query(asking: Asking) -> None:
+    if not asking.options.queries:
+        raise ConfigError('--protocol query: asks for nothing; say what with --query "fracture du radius"')
+    everything = asking.splits.open(asking.options.split).table.total
+    split = read_split(
+        asking.run, asking.splits.url, asking.options.split, _limit(asking, everything), asking.progress
+    )  # fmt: skip
+    found, figures = ask_query(asking.run, split, asking.options.queries)
+    asking.take(found, iter(figures.items()))["skipped"] = dict(split.skipped)
+    asking.pictures |= {f"eval/{TextQuery.protocol}/{name}": image for name, image in found.pictures().items()}
+
+
+def _limit(asking: Asking, most: int) -> int:
+    return min(most, asking.options.limit or most)
+
+
 # In the order of what is printed.
 ASKED: dict[str, Callable[[Asking], None]] = {
     ZeroShot.protocol: _ask_zero_shot,
@@ -263,6 +297,8 @@ ASKED: dict[str, Callable[[Asking], None]] = {
     Generation.protocol: _ask_generation,
     Wording.protocol: _ask_wording,
     SetIdentity.protocol: _ask_set_identity,
+    LatentMap.protocol: _ask_map,
+    TextQuery.protocol: _ask_query,
 }
 
 
@@ -339,6 +375,9 @@ def protocols_of(run: PastRun, asked: Sequence[str] | None) -> set[str]:
     fit |= {AnatomyZeroShot.protocol, AnatomyProbe.protocol} if has("embed_anatomies", "embed_texts") else set()
     fit |= {LabelAreas.protocol} if has("label_logits") else set()
     fit |= {Generation.protocol} if has("embed_patches") else set()
+    if run.config.data.volume is None:
+        fit |= {LatentMap.protocol} if has("image_features") else set()
+        fit |= {TextQuery.protocol} if has("embed_images", "embed_texts") else set()
     for name in asked or ():
         if name not in PROTOCOLS:
             raise ConfigError(f"--protocol {name}: unknown; use {', '.join(PROTOCOLS)}")

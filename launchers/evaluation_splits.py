@@ -49,6 +49,8 @@ class Options:
     report_length: int = ReportDecoder.Config.max_length  # tokens
     beams: int = Generation.Config.beams
     keep_reports: bool = False  # generated ones, in Evaluation.written
+    map_studies: int = 2000  # first ones, of a map: t-SNE of many more takes minutes
+    queries: tuple[str, ...] = ()  # words whose nearest views are shown
     batch_size: int = 96
     threads: int = 0  # of the decoder; 0: all cores
     replicates: int = 1000

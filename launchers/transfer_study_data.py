@@ -67,6 +67,7 @@ def read_studies(
     names = tuple(data.whole.labels)
     labels = [[record.labels.get(name, NOT_ANNOTATED) for name in names] for record in records]
     measured = sorted({name for record in records for name in record.measurements or {}})
+    parts = tuple(record.views[0].body_part for record in records)
     return StudySplit(
         pixel_values=torch.cat(pixels),
         study_index=torch.tensor(index),
@@ -77,7 +78,8 @@ def read_studies(
         },
         sex=tuple(record.sex for record in records),
         patient_key=torch.tensor([text_key(record.patient) for record in records]),
-        groups=groups_of(records, data.whole.source),
+        groups={**groups_of(records, data.whole.source), "body part": parts},
+        keys=tuple(record.study for record in records),
         skipped=dict(skipped),
     )
 

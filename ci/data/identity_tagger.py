@@ -62,6 +62,7 @@ FOUND = 2.0
 JOINED = -1.0
 DIGITS = 2.5
 COMMON = 3.0
+UNLIKE = 7.5  # blocks left out: names among such words reach 7.6 or more, other words 7.3 at most
 ORDINARY = -6.0
 TRIED = (1.0, 1.5, 2.0, 3.0, 4.0)
 _LABEL_OF = {
@@ -184,7 +185,7 @@ def train(parts: Sequence[Rows], words: dict[str, int]) -> Tagger:
             optimiser.step()
     made = weights.weight.detach().numpy()[:left_out]
     rounded = np.clip(np.round(made * STEPS), -127, 127).astype(np.int16)
-    return Tagger(weights=rounded, vocabulary=words, found=0, joined=0, digits=0, common=0, ordinary=0)
+    return Tagger(weights=rounded, vocabulary=words, found=0, joined=0, digits=0, common=0, unlike=0, ordinary=0)
 
 
 def with_thresholds(made: Tagger, found: float) -> Tagger:
@@ -195,6 +196,7 @@ def with_thresholds(made: Tagger, found: float) -> Tagger:
         joined=round((found - FOUND + JOINED) * STEPS),
         digits=round(DIGITS * STEPS),
         common=round(COMMON * STEPS),
+        unlike=round(UNLIKE * STEPS),
         ordinary=round(ORDINARY * STEPS),
     )
 

@@ -25,7 +25,8 @@ class StudySplit:
     """`pixel_values [V, 1, S, S]` float32, normalised; `study_index [V]` int64, ascending; `labels [n, K]` int8.
 
     `measurements`: name -> `[n]` float64, NaN where nobody measured. `sex`: F, M, O or None of each study. `groups`:
-    attribute -> value of each study. `skipped`: cause -> how many studies or views were left out.
+    attribute -> value of each study. `keys`: of studies, as the data have them. `skipped`: cause -> how many studies or
+    views were left out.
     """
 
     pixel_values: Tensor
@@ -36,6 +37,7 @@ class StudySplit:
     sex: tuple[str | None, ...]
     patient_key: Tensor
     groups: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -53,6 +55,7 @@ class StudySplit:
             sex=tuple(self.sex[row] for row in chosen),
             patient_key=self.patient_key[torch.from_numpy(chosen)],
             groups={name: tuple(values[row] for row in chosen) for name, values in self.groups.items()},
+            keys=tuple(self.keys[row] for row in chosen) if self.keys else (),
         )
 
     def views_of(self, chosen: np.ndarray) -> tuple[Tensor, Tensor]:

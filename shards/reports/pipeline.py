@@ -29,7 +29,7 @@ from shards.reports.prepared import PreparedReport
 from shards.reports.sections import SECTION_NAMES
 from shards.reports.text import clean
 
-VERSION = 7  # raised with every change that gives other reports: parts of an older run are made anew
+VERSION = 8  # raised with every change that gives other reports: parts of an older run are made anew
 RULES = f"rules {VERSION}"
 WHOLE = "report"  # name of a text that holds all sections, with or without headings
 

@@ -55,6 +55,22 @@ def test_the_plan_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert two["network/seconds"] > 0
 
 
+def test_what_the_store_costs_is_counted_where_prices_are_given(tmp_path: Path) -> None:
+    data = ["--study-bytes", "1e6", "--studies", "960", "--epochs", "10"]
+    prices = ["--price-per-gb-month", "0.5", "--price-per-million-reads", "3", "--price-per-gb-read", "0.25"]
+    one = lines(tmp_path, *data, "--price-per-gpu-hour", "2", *prices)
+    parts = {name: value for name, value in one.items() if name.startswith("run/price_") and "epoch" not in name}
+    assert set(parts) == {"run/price_gpus", "run/price_storage", "run/price_requests", "run/price_bytes"}
+    assert one["run/price"] == pytest.approx(sum(parts.values()))
+    assert one["run/price_per_epoch"] == pytest.approx(one["run/price"] / 10)
+    assert one["run/price_bytes"] == pytest.approx(0.25 * 9.6)  # 9,600 studies of 1 MB
+    assert one["run/price_requests"] == pytest.approx(3 * 9600e6 / 2**21 / 1e6)
+    twice = lines(tmp_path, *data, "--price-per-gb-month", "1.0")
+    assert twice["run/price"] == pytest.approx(2 * one["run/price_storage"])
+    assert plan.main([*TINY, "--price-per-gb-read", "1"]) == 2  # of what?
+    assert "run/price" not in lines(tmp_path, *data)
+
+
 def test_loaders_that_do_not_keep_up_set_the_pace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fast = lines(tmp_path, "--loader-ms", "0.001")
     assert fast["step/seconds"] == fast["compute/seconds"] > fast["loader/seconds"]

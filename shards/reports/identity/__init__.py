@@ -14,7 +14,7 @@ from shards.reports.identity.known_patient import KnownPatient
 from shards.reports.identity.surrogates import Replaced, Surrogates
 from shards.reports.identity.tagger import WEIGHTS, digest
 
-DEIDENTIFIER = f"roentgen identity rules 5, tagger {digest(WEIGHTS)}"  # other weights give other text
+DEIDENTIFIER = f"roentgen identity rules 6, tagger {digest(WEIGHTS)}"  # other weights give other text
 
 __all__ = ["DEIDENTIFIER", "Deidentified", "Detector", "KnownPatient", "Replaced", "Surrogates", "deidentify"]
 

@@ -164,7 +164,8 @@ _SUBSTANCE = re.compile(
     r"|curium|flurane|parine|gliptine|gliflozine|glutide|glinide|zepam|zolam|barbital|platine?|taxel|rubicine"
     r"|dronate|dronique|f[ae]ntanil|triptan|setron|lukast|semide|thiazide|formine|thyroxine|ciclovir|navir|buvir|asvir"
     r"|tegravir|xaban|gatran|grel|teplase|poetine|grastim|cept|olol|dipine|tidine|profene|coxib|sone|solone|trexate"
-    r"|mustine|poside|bicine|fungine|penem|azoline|axone|dopa|peridone|apine|piprazole|triptyline|oxetine)$"
+    r"|mustine|poside|bicine|fungine|penem|azoline|axone|dopa|peridone|apine|piprazole|triptyline|oxetine"
+    r"|trozole|ximine|timox|racetam|gabaline|trigine|pramine|citabine|glitazone|lactone|sterone|fibrate|tropium)$"
 )
 _SUBSTANCE_LETTERS_MIN = 7
 

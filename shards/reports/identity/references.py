@@ -52,6 +52,11 @@ _APGAR = re.compile(r"(?<!\w)apgar[ :=a]{1,4}\d{1,2}(?:[/\-]\d{1,2}){1,3}(?!\d)"
 _TOOTH = r"(?:[1-4][1-8]|[5-8][1-5])"
 _TEETH = re.compile(rf"(?<![\w.,/\-])(?<!\d ){_TOOTH}(?:(?:, ?| et | ?- ?| ){_TOOTH}(?!\w))+(?! ?\d|[/.]\d)")
 _OF_TEETH = re.compile(r"(?<!\w)(?:dents?|dentaires?|denture|bridge|couronnes?|molaires?|edent\w+|caries?)(?!\w)")
+# The year of a publication: "et al., Methods Inf Med. 2024", "et al. (2019)"; in the capitals of the text.
+_PUBLISHED = re.compile(
+    r"(?<!\w)et al\b[.,:; ]{0,3}(?:(?:[A-Z][\w\-]*|of|the|and|in|&)[., ]{1,2}){0,6}"
+    r"\(?(?P<year>(?:19|20)\d\d)(?![\w/\-])"
+)
 _BY_WORDS = (
     (_LAW, ("loi", "decret", "arrete", "ordonnance", "circulaire", "instruction", "directive", "reglement")),
     (_ARTICLES, ("article", "art.", "l.", "r.", "d.")),
@@ -72,6 +77,8 @@ def find(view: View) -> list[tuple[int, int]]:
         if any(word in text for word in words)
         for match in pattern.finditer(text)
     ]
+    if "et al" in text:
+        found += [match.span("year") for match in _PUBLISHED.finditer(view.text)]
     for pattern, before in ((_GENETIC, 8), (_GENES, 8), (_EDITION, 12)):
         found += [match.span() for match in view.at_numbers(pattern, before)]
     if "dent" in text or _OF_TEETH.search(text):

@@ -8,8 +8,10 @@ themselves. The weights are made by `python -m ci.data.identity_tagger`; their s
 
 With m[t] = max over y != "" of s[t, y] - s[t, ""]: a token is found where m reaches `found`, and where it reaches
 `joined` beside a token that is found, by this layer or by a rule. Of a number m is taken `digits` lower, since the
-rules read numbers well and tables are full of them, of a common word or a single letter `common` lower. Up to three
-words that a rule took for a name are let go where m of all is below `ordinary`: prose beyond doubt.
+rules read numbers well and tables are full of them, of a common word or a single letter `common` lower. Words unlike
+names (common ones, or unknown ones in small letters or capitals only) are added for themselves only where
+m reaches `unlike` in one of them. Up to three words that a rule took for a name are let go where m of all is below
+`ordinary`: prose beyond doubt.
 """
 
 from __future__ import annotations
@@ -51,15 +53,21 @@ _SAME = re.compile(r"[^\w\n,;:|()]{0,3}")
 _SAME_NAME = re.compile(r"[ .'’\-]{0,2}")  # "A / B" are two persons
 _NARROW: dict[Kind, Kind] = {"patient_name": "person_name", "birth_date": "date", "social_security": "id"}
 _COLON = re.compile(r" {0,3}:")
+# Fields whose values are no persons; "Profession : Maçon" is right behind one.
+_OF_NO_PERSON = re.compile(
+    r"(?<!\w)(?:professions?|metier|activites?|nationalite|langues?|assurances?|mutuelle|regime|caisse|loisirs|sports?"
+    r"|allergies?|traitements?|motif|diagnostic|indication|plan|materiel|vaccins?) ?: ?\Z"
+)
 _ACRONYM_MAX = 4  # letters
 _DOUBTFUL_TOKENS = 3
-_SHORT_MAX = 3  # characters: "9L" and "J22" alone tell too little of a number
+_SHORT_MAX = 3  # characters: "9L", "J22" and "03" alone tell too little of a number or a day
+_INFLECTED_LETTERS_MIN = 6
 _WORDY_KINDS = frozenset(("person_name", "city", "hospital", "address"))
 _DOSE = re.compile(r" {1,2}\d+(?:[.,]\d+)? ?(?:mg|g|[uµ]g|mcg|ml|m?ui)\b")
 _CITATION = re.compile(
     r"(?:[^\W\d_][\w'’\-]+\s[A-Z]{1,2}\.?,\s)+[^\n:;]{0,60}?\bet al\b(?:[^\n]{0,60}?\b(?:19|20)\d\d)?"
 )  # "Roy A, Lam B. et al., Lancet 2019"
-THRESHOLDS = ("found", "joined", "digits", "common", "ordinary")
+THRESHOLDS = ("found", "joined", "digits", "common", "unlike", "ordinary")
 _MAKE = "make them with `python -m ci.data.identity_tagger`"
 _NUMBER_SHAPES, _MIXED_SHAPES = 32, 64
 _REACH = 5  # tokens on both sides that a feature may look at
@@ -262,6 +270,7 @@ class Tagger:
     joined: int
     digits: int
     common: int
+    unlike: int
     ordinary: int
 
     def find(self, view: View, language: str) -> None:
@@ -282,8 +291,15 @@ class Tagger:
         by_rules = tuple(view.identifiers)
         for first, last in _runs_of_one_kind(view.text, spans, self._found(view, spans, margin, kinds), kinds):
             kind = kinds[first]
-            start, end = _with_neighbours(view.text, spans[first][0], spans[last][1], kind, by_rules)
-            if kind == "date" or end - start > _SHORT_MAX or view.text[start:end].isalpha():
+            own = spans[first][0], spans[last][1]
+            start, end = _with_neighbours(view.text, *own, kind, by_rules)
+            short = end - start <= _SHORT_MAX and not view.text[start:end].isalpha()
+            if short and (kind != "date" or first == last):  # "2/5" may be a day
+                continue
+            if kind == "person_name" and _OF_NO_PERSON.search(view.plain, max(0, start - 24), start):
+                continue
+            unlike = (start, end) == own and kind in _WORDY_KINDS and _is_unlike_names(view, spans[first : last + 1])
+            if not unlike or margin[first : last + 1].max() >= self.unlike:
                 view.note(start, end, kind, "tagger")
 
     def scores(self, found: np.ndarray) -> np.ndarray:
@@ -396,6 +412,28 @@ def _is_no_name(text: str, start: int, end: int) -> bool:
     flag = gazetteer().flags.get(written, 0)
     stops = flag & Word.AUTHOR or (flag & Word.STOP and not flag & (Word.PARTICLE | Word.FIRST | Word.LAST))
     return bool(stops) or (end - start == 1 and text[end : end + 1] in ("'", "’"))
+
+
+def _is_unlike_names(view: View, spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether no token is a known name or, unknown, begins with its only capital: "Ateliers", "derma", "BELAC"."""
+    for start, end in spans:
+        word, written = view.plain[start:end], view.text[start:end]
+        flag = gazetteer().flags.get(word, 0)
+        if flag & NAMES_ONLY or not written.isalpha():
+            return False
+        common = flag & Word.COMMON or is_derived(word) or _is_inflected(word)
+        if not (common or written.islower() or written.isupper()):
+            return False
+    return True
+
+
+def _is_inflected(word: str) -> bool:
+    """Whether a word is the plural or the feminine of a common one that is nobody's name: "discutés", "excusée"."""
+    return len(word) >= _INFLECTED_LETTERS_MIN and any(
+        word.endswith(ending)
+        and gazetteer().flags.get(word.removesuffix(ending), 0) & (Word.COMMON | NAMES_ONLY) == Word.COMMON
+        for ending in ("s", "e", "es")
+    )
 
 
 def _is_label(view: View, start: int, end: int) -> bool:

@@ -14,7 +14,7 @@ import shards.reports.identity.patterns as patterns
 import shards.reports.identity.tagger as tagger
 from shards.errors import ConfigError
 from shards.reports.identity.detector import Detector
-from shards.reports.identity.view import Identifier, view_of
+from shards.reports.identity.view import Identifier, Kind, view_of
 from tests.shards.reports.rules import RULES
 
 PROSE = (
@@ -145,6 +145,36 @@ def test_labels_short_numbers_and_references_are_not_added(text: str) -> None:
         )
     tagger.load(tagger.WEIGHTS).decide(view, spans, scores, np.zeros(len(spans), dtype=np.int32))
     assert not view.identifiers
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "kind", "kept"),
+    [
+        ("Rappel des Ateliers de mars", "Ateliers", "person_name", False),
+        ("antécédent de derma connu", "derma", "person_name", False),
+        ("une norme KVRTZ en cours", "KVRTZ", "city", False),
+        ("Patients Discutés hier", "Discutés", "person_name", False),
+        ("Profession : Zelbutin", "Zelbutin", "person_name", False),
+        ("ligne 03 du tableau", "03", "date", False),
+        ("Nom : Zelbutin", "Zelbutin", "person_name", True),
+        ("hier Zelbutin est venu", "Zelbutin", "person_name", True),
+    ],
+)
+def test_words_unlike_names_take_more_to_be_added(text: str, word: str, kind: Kind, kept: bool) -> None:
+    made = tagger.load(tagger.WEIGHTS)
+    spans = tagger.spans_of(text)
+    start = text.index(word)
+    scores = np.zeros((len(spans), 1 + len(tagger.KINDS)), dtype=np.int32)
+    scores[:, 0] = 2000
+    scores[spans.index((start, start + len(word))), 1 + tagger.KINDS.index(kind)] += 2000 + made.unlike - 1
+    view = view_of(text)
+    made.decide(view, spans, scores, np.zeros(len(spans), dtype=np.int32))
+    assert [text[one.start : one.end] for one in view.identifiers] == ([word] if kept else [])
+
+
+def test_the_year_of_a_publication_is_no_date() -> None:
+    text = "Selon Roy A. et al., Methods Inf Med. 2024 ; vu avec Roy et al. en 2019"
+    assert [text[one.start : one.end] for one in RULES.find(text, "fr") if one.kind == "date"] == ["2019"]
 
 
 @settings(max_examples=60, deadline=None)
