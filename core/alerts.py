@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 ALERTS = frozenset(
     {
         "error", "gave_up", "restart", "save_failed", "mirror_failed", "upload_failed", "checkpoint_passed_over",
-        "scale_at_bound",
+        "scale_at_bound", "hang", "lease_lost", "latest_points_nowhere", "slow_rank", "slow_store",
     }
 )  # fmt: skip
 _WAITING = 64  # alerts at most that wait to be sent; more are dropped

@@ -16,6 +16,7 @@ import io
 import logging
 import os
 import sys
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -115,10 +116,14 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """What a finished step says, equal on all ranks. `sums`: the caller's own numbers, added up over the ranks."""
+    """What a finished step says, equal on all ranks. `sums`: the caller's own numbers, added up over the ranks.
+
+    `compute_s`: of this rank alone, up to its first exchange with others; host time, behind which a GPU may lag.
+    """
 
     metrics: dict[str, float]
     sums: dict[str, float]
+    compute_s: float = 0.0
 
 
 def _lookup(tree: Mapping[str, Any], dotted: str) -> Any:
@@ -314,6 +319,7 @@ class Engine:
         self._optim = optim
         self._total_steps = total_steps
         self._seed = seed
+        self._arrived = 0.0  # when this rank began to exchange with others, in this step
         self._embeddings: list[Tensor] = []  # of the last step, so that a bad one can be named
         scalars = [name for name, parameter in task.named_parameters() if parameter.ndim == 0]
         assert not scalars, f"DeepSpeed cannot send parameters without dimensions: give {scalars} the shape [1]"
@@ -352,6 +358,8 @@ class Engine:
         Raises:
             NonFiniteError: on all ranks, before any weight moved.
         """
+        started = time.perf_counter()
+        self._arrived = started
         batch = {name: values.to(self.world.device, non_blocking=True) for name, values in batch.items()}
         self._engine.train()
         torch.manual_seed(_seed_of(self._seed, step, self.world.rank))
@@ -376,7 +384,8 @@ class Engine:
             self.task.after_step(self._whole)
         metrics["optim/grad_norm"] = norm
         metrics["optim/lr"] = self._optim.learning_rate * factor
-        return StepOutput(metrics=metrics, sums={name: totals[f"sum/{name}"] for name in sums or {}})
+        added = {name: totals[f"sum/{name}"] for name in sums or {}}
+        return StepOutput(metrics=metrics, sums=added, compute_s=self._arrived - started)
 
     @contextlib.contextmanager
     def _others_resting(self) -> Iterator[None]:
@@ -481,6 +490,7 @@ class Engine:
         return output
 
     def _objective(self, task: Task, encoded: Encoded) -> LossOutput:
+        self._arrived = time.perf_counter()
         with torch.autocast(self.world.device.type, enabled=False):  # logits and losses are fp32
             gathered = collectives.gather(encoded.gather, exchange=self.config.exchange)
             return task.objective(gathered, encoded.local)

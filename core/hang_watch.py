@@ -108,6 +108,7 @@ class HangWatch:
             self._say({"step": step, "place": place, "waits": waits, "silent_s": round(silent_s, 1)})
             self._stop.wait(max(GATHER_AT_LEAST_S, GATHER_SHARE * (self._limit_s or 0.0)))
             self._name_ranks(step)
+            self._stop.wait(GATHER_AT_LEAST_S)  # for an alert to be sent
         except OSError as error:
             print(f"hang watch of rank {self._world.rank}: {error}", file=sys.stderr, flush=True)
         finally:

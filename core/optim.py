@@ -161,7 +161,7 @@ class AdamW(torch.optim.AdamW):
 def keeping_compiler_out() -> Iterator[None]:
     """What is imported in here and would keep torch's compiler out of its functions leaves that to itself."""
     before = torch._disable_dynamo
-    torch._disable_dynamo = lambda function=None, recursive=True: function or (lambda function: function)
+    torch._disable_dynamo = lambda function=None, recursive=True: function or (lambda each: each)  # type: ignore[assignment]
     try:
         yield
     finally:

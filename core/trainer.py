@@ -32,6 +32,7 @@ from core.metrics import Metrics
 from core.models.heads import LogitScale
 from core.optim import keeping_compiler_out
 from core.profiling import StepProfiler
+from core.slow_ranks import SlowRanks
 from core.world import World
 from shards.batch import Batch, batch_hash
 from shards.errors import ConfigError, DataError
@@ -252,9 +253,12 @@ def train(
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     stop: StopRequest | None = None,
     watch: HangWatch | None = None,
+    on_rank_event: Callable[[Mapping[str, Any]], None] | None = None,
     profiler: StepProfiler | None = None,
 ) -> int:
     """Train from `state` to `config.steps`. Collective; returns 0 when done, 143 or 130 when stopped on request.
+
+    `on_event` is told what all ranks know, so that one may write it; `on_rank_event` what one rank says of itself.
 
     Raises:
         NonFiniteError, DataError, StoreFullError: on all ranks; the last checkpoint stays as it was.
@@ -266,6 +270,8 @@ def train(
     meter = _Meter(engine, world, global_batch_size)
     profiled = profiler.around if profiler is not None else contextlib.nullcontext
     scales = ScaleWatch(engine.task, on_event)
+    slow_ranks = SlowRanks(world, on_rank_event or on_event)
+    own = (0.0, 0.0, 0)  # of this rank since the last log: seconds of computing, of waiting for data, steps
     best = checkpoints.best()
     saved_step = state.step if state.step else None
     if state.evaluation_due and not checkpoints.is_evaluated(state):
@@ -306,11 +312,17 @@ def train(
             skip_rate.add(round(output.sums["void"]))
             scales.look(state.step, output.metrics)
             meter.add(output.sums["wait_s"] / world.world_size)
+            own = (own[0] + output.compute_s, own[1] + waited, own[2] + 1)
 
             last = state.step >= config.steps
             if last or state.step % config.log_every == 0:
                 figures = {**output.metrics, **meter.figures(), **_data_figures(output.sums, skip_rate.total)}
                 figures["checkpoint/lag_s"] = checkpoints.lag_s
+                compute_s, data_s, steps = own
+                figures |= slow_ranks.look(
+                    state.step, compute_s=compute_s / steps, data_s=data_s / steps, step_s=figures["time/step_s"]
+                )
+                own = (0.0, 0.0, 0)
                 metrics.scalars(state.step, figures)
                 progress.show(state.step, figures)
             if config.picture_every and (state.step == 1 or state.step % config.picture_every == 0):

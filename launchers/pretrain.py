@@ -335,6 +335,7 @@ def _train(
                 pictures=_heat_maps(config, engine, loader, world) if has_validation else None,
                 on_event=events.write if world.is_first else lambda event: None,
                 stop=stop,
+                on_rank_event=events.write,
                 watch=HangWatch(config.trainer.hang_after_s, folder, world, on_event=events.write),
                 profiler=profiler,
             )

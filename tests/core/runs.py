@@ -62,6 +62,7 @@ class Options:
     fail_in_evaluation: bool = False  # as when the store does not answer
     hang_at: int | None = None  # the last rank stays away from this step: it sleeps, or is stopped
     hang_how: str = "sleep"
+    late_s: float = 0.0  # that the last rank's batches come late
     hang_after_s: float | None = None
     nan_at: int | None = None  # NaN pixels at this step, on the last rank
     void_from: int | None = None  # all rows void from this step on
@@ -175,6 +176,8 @@ class Run(Iterator[Batch]):
             os.kill(os.getpid(), signal.SIGKILL)
         if options.stop_at == step and chosen:
             os.kill(os.getpid(), signal.SIGTERM)
+        if options.late_s and self._world.rank == self._world.world_size - 1:
+            time.sleep(options.late_s)
         if options.hang_at == step and self._world.rank == self._world.world_size - 1:
             if options.hang_how == "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
@@ -267,6 +270,7 @@ def rank_main(rank: int, world_size: int, port: int, options: Options) -> None:
             config.trainer, engine, Source(options, world), checkpoints, state, world=world, metrics=metrics,
             global_batch_size=GLOBAL_BATCH, max_skip_rate=0.2, evaluators=evaluators, stop=stop,
             on_event=events.write if world.is_first else lambda event: None,
+            on_rank_event=events.write,
             watch=HangWatch(config.trainer.hang_after_s, folder, world, on_event=events.write),
         )  # fmt: skip
         metrics.close()
