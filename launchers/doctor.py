@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--set", dest="overrides", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change the recipe"
     )
     add("--gpus", type=int, help="that this machine must have")
-    add("--ray", metavar="URL", help="dashboard of the cluster, http://HEAD:8265; its token comes from RAY_AUTH_TOKEN")
+    add("--ray", metavar="URL", help="dashboard of the cluster, http://HEAD:8265; with the token that submit.py takes")
     add("--only", nargs="+", choices=names, metavar="CHECK", help=f"of {', '.join(names)}")
     add("--json", metavar="FILE", help="write the findings there, too; - for the screen, without the table")
     return result

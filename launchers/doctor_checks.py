@@ -31,10 +31,11 @@ import torch
 from configs.schema import TrainConfig
 from core import self_proof
 from core.metrics import PEAK_FLOPS, peak_flops
-from launchers import past_run, plan
+from launchers import past_run, plan, submit
 from shards.dataset import open_manifest
 from shards.decode import Decoder
 from shards.decode_check import levels_apart
+from shards.errors import ConfigError
 from shards.store import StoreConfig, open_store
 
 State = Literal["good", "note", "trouble"]
@@ -331,9 +332,8 @@ def ray(asked: Asked) -> Iterator[Finding]:
     if asked.ray is None:
         return
     request = urllib.request.Request(f"{asked.ray.rstrip('/')}/api/version")
-    token = os.environ.get("RAY_AUTH_TOKEN", "")
-    if token:
-        request.add_header("Authorization", f"Bearer {token}")
+    with contextlib.suppress(ConfigError):  # without a token: the cluster will say that it wants one
+        request.add_header("Authorization", f"Bearer {submit.find_token()}")
     try:
         if not asked.ray.startswith(("http://", "https://")):
             raise ValueError
@@ -341,7 +341,9 @@ def ray(asked: Asked) -> Iterator[Finding]:
             theirs = str(json.load(response).get("ray_version"))
     except urllib.error.HTTPError as error:
         refused = error.code in (401, 403)
-        advice = "set RAY_AUTH_TOKEN to the cluster's token" if refused else "is this a Ray dashboard?"
+        advice = (
+            "name a file with the cluster's token in RAY_AUTH_TOKEN_PATH" if refused else "is this a Ray dashboard?"
+        )
         yield Finding("ray cluster", "trouble", f"answers {error.code}", advice)
     except (OSError, ValueError) as error:
         reason = type(getattr(error, "reason", error)).__name__

@@ -118,7 +118,7 @@ def _connected(arguments: argparse.Namespace, workers: Workers, stop: StopReques
         if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        os.environ.setdefault("RAY_worker_niceness", str(os.nice(0)))  # ranks are no background work here
+        os.environ.setdefault("RAY_worker_niceness", "0")  # to be added: ranks are no background work
         options.update(
             num_cpus=workers.maximum * arguments.cpus_per_worker,
             include_dashboard=False,
