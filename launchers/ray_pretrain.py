@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.alerts import ALERTS, Webhook
 from core.checkpoint import local_folder
 from core.metrics import Events
 from core.trainer import StopRequest
@@ -320,8 +321,19 @@ class Driver:
 
     def _write(self, event: dict[str, Any]) -> None:
         """From here, where no rank lives to write it; what an s3:// run keeps on nodes is out of reach."""
+        webhook = None
+        with contextlib.suppress(
+            ConfigError
+        ):  # its variable may be set on the nodes only; the ranks tell what they know
+            _, config = pretrain.recipe_of(self._arguments)
+            webhook = Webhook(config.alerts, self._arguments.run_dir) if config.alerts.webhook_url else None
+        tell = webhook.send if webhook is not None else lambda event: None
         if "://" not in self._arguments.run_dir and self._folder.is_dir():
-            Events(self._folder, World()).write(event)
+            Events(self._folder, World(), on_alert=tell).write(event)
+        elif event["event"] in ALERTS:
+            tell(event)
+        if webhook is not None:
+            webhook.close()
 
 
 if __name__ == "__main__":

@@ -115,6 +115,10 @@ def test_a_run_goes_on_with_the_new_version(site: Path) -> None:
     old = Manifest.from_bytes((site / "set" / "manifest.json").read_bytes())
     assert forgetting(site, site / "set", "--rewrite") == 0
     new = Manifest.from_bytes((site / "set" / "manifest.json").read_bytes())
+    loader = Loader(
+        Loader.Config(train=str(site / "set"), lanes=2), global_batch_size=8, seed=0, fields=("pixel_values",)
+    )
+    assert loader.forgotten_share == pytest.approx(4 / 24)  # no fault of the data: data.max_skip_rate allows it besides
     assert new.sha256 != old.sha256 and new.origin == old.sha256 == old.origin
 
 
