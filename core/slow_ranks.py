@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ KINDS = ("compute", "data")
 class SlowRanks:
     """Compares the ranks' seconds a step. Collective; every rank learns the same."""
 
-    def __init__(self, world: World, on_event: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(self, world: World, on_event: Callable[[dict[str, Any]], None]) -> None:
         self._world, self._on_event = world, on_event
         self._in_a_row: dict[str, tuple[int | None, int]] = {}
         self._host = socket.gethostname()

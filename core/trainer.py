@@ -253,7 +253,7 @@ def train(
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     stop: StopRequest | None = None,
     watch: HangWatch | None = None,
-    on_rank_event: Callable[[Mapping[str, Any]], None] | None = None,
+    on_rank_event: Callable[[dict[str, Any]], None] | None = None,
     profiler: StepProfiler | None = None,
 ) -> int:
     """Train from `state` to `config.steps`. Collective; returns 0 when done, 143 or 130 when stopped on request.

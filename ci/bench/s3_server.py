@@ -16,6 +16,7 @@ import sys
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 ACCESS_KEY = "roentgen-test"
 SECRET_KEY = "only-for-loopback"
@@ -67,7 +68,7 @@ class Server:
         if self._process.stdout is not None:
             self._process.stdout.close()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
