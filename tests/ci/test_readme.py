@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs import schema
-from launchers import pack, pack_forget, submit
+from launchers import pack, pack_forget, restart, submit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text("utf-8")
@@ -24,6 +24,8 @@ PROGRAM = re.compile(r"launchers/(\w+)\.py")
 def help_text(program: str) -> str:
     if program == "submit":  # what it does not know it hands on
         return submit.options_of("submit").format_help() + help_text("ray_pretrain")
+    if program == "restart":  # what follows -- is another program's
+        return restart.parser().format_help() + help_text("pretrain")
     if program == "pack":
         return pack.parser().format_help() + pack_forget.parser().format_help()
     parser = importlib.import_module(f"launchers.{program}").parser()
@@ -57,7 +59,7 @@ def test_links_lead_somewhere() -> None:
 def test_options_of_commands_exist() -> None:
     assert {program for program, _ in commands()} == {
         "prepare_reports", "pack", "pretrain", "evaluate", "transfer", "export", "replay", "plan", "ray_pretrain",
-        "submit", "doctor",
+        "submit", "doctor", "restart",
     }  # fmt: skip
     unknown = [
         f"{program}.py {word}"
