@@ -106,6 +106,7 @@ class Bucket:
         self._sealed, self._opened = config.encryption.of_write(), config.encryption.of_read()
         self._transports: dict[float, URLLib3Session] = {}
         self._renewed_at = -math.inf
+        self._was_reached = False
         self.endpoint = "the endpoint"  # until it is known
         try:
             self._session, self._client = self._connect()
@@ -200,6 +201,7 @@ class Bucket:
         except _PermissionError:
             # A policy may allow reading objects and not listing; then reading will tell.
             logger.debug("%s: listing is not allowed", self._url)
+        self._was_reached = True
 
     def size(self, name: str, attempt: int) -> int:
         try:
@@ -368,6 +370,9 @@ class Bucket:
             return TransientError("connect", f"{self.endpoint} does not answer like S3")
         if code in _TRANSIENT or (status >= 500 and status not in (501, 505)):
             return TransientError("server", f"{status} {code}")
+        if code in ("RequestTimeTooSkewed", "RequestExpired") and self._was_reached:
+            # It was right before: a clock that jumped is set again by whoever keeps it.
+            return TransientError("clock", f"the clock of this machine is wrong ({code})")
         if code in ("RequestTimeTooSkewed", "RequestExpired"):
             return ConfigError(f"{what}: the clock of this machine is wrong ({code}); set it, then start again")
         if code in _CREDENTIALS and self._renew_credentials():

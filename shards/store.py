@@ -85,7 +85,7 @@ class StoreRetry:
 
     name: str
     attempt: int  # 1 for the first failure
-    cause: str  # connect, throttled, server, reset, short, stall, file, credentials
+    cause: str  # connect, throttled, server, reset, short, stall, file, credentials, clock
     detail: str
     wait_s: float
 
