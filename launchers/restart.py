@@ -25,11 +25,12 @@ from typing import Any
 
 FINAL_CODES = (0, 2, 3, 4, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 LAST_WORDS_S = 45.0  # for ranks to end that agreed to, and to save after a signal
-STACKS_S = 10.0  # for ranks to notice that nothing moves and to write their stacks, once the first has
 POLL_S = 0.05
 # A command that fails as soon as it starts is left alone for longer and longer.
 SOON_S, PAUSE_S, MOST_PAUSE_S = 10.0, 1.0, 60.0
-HANG_CODE = 5
+# By the code of the first rank that ended, for the others to end: 1, it lost one that may be about to say why; 5, it
+# saw no progress, and the others write their stacks, too.
+OTHERS_S = {1: 3.0, 5: 10.0}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,10 +90,8 @@ class Group:
 
     def end(self) -> None:
         """Whatever still runs is given time where it says goodbye by itself, then killed."""
-        if self.code in FINAL_CODES:
-            self.wait(LAST_WORDS_S)
-        elif self.code == HANG_CODE:
-            self.wait(STACKS_S)
+        code = self.code
+        self.wait(LAST_WORDS_S if code in FINAL_CODES else OTHERS_S.get(code, 0.0))
         self.signal(signal.SIGKILL)
         for process in self.processes:
             process.wait()

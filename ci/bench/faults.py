@@ -212,6 +212,7 @@ def _not_finite(broken: Broken) -> Outcome:
 
 def _bad_store(broken: Broken, root: Path, base: Broken, plan: Plan) -> Outcome:
     """Data from a bucket behind a proxy that fails on purpose; every step's samples must be those of the folder."""
+    (root / "buckets").mkdir()
     with S3Server("nanio", root / "buckets") as server, FaultProxy(server.endpoint) as proxy:
         server.create_bucket("set")
         for path in (root / "set").iterdir():
@@ -274,6 +275,7 @@ def _figures(
     saving = sum(seconds for _, seconds, kind in spans if kind == "save")
     steps = sum(seconds for _, seconds, kind in spans if kind in ("step", "again"))
     note = f"{len(kills)} kills of runs of {STEPS} steps on 2 ranks, saved every {SAVE_EVERY}"
+    seldom = f"{saving:.1f} s of saving, every {long.save_every} steps of {long.step_s():.3g} s"
     found = [
         figure("faults.kills_survived", len(survived), repeats=len(kills), threads=2, wall_s=wall_s, note=note),
         figure("faults.bit_identical", len(identical) / max(1, len(kills)), repeats=len(kills), threads=2),
@@ -283,7 +285,7 @@ def _figures(
             repeats=len(outcomes) - len(kills), unit="faults", better="higher",
             note="; ".join(each.fault for each in outcomes[len(kills) :] if not each.survived),
         ),
-        figure("faults.checkpoint_overhead", saving / max(steps, 1e-9), threads=2, note=f"{saving:.1f} s of saving"),
+        figure("faults.checkpoint_overhead", saving / max(steps, 1e-9), threads=2, note=seldom),
     ]  # fmt: skip
     if first:
         worst = f"slowest {max(first):.1f} s"

@@ -66,7 +66,7 @@ def _bars(outcomes: Sequence[Outcome], path: Path) -> None:
 def _timeline(spans: Sequence[tuple[float, float, str]], path: Path) -> None:
     from matplotlib.figure import Figure as Drawing
 
-    drawing = Drawing(figsize=(9, 1.8), layout="constrained")
+    drawing = Drawing(figsize=(9, 2.2), layout="constrained")
     axes = drawing.add_subplot()
     for kind, colour in COLOURS.items():
         axes.broken_barh(
@@ -74,5 +74,5 @@ def _timeline(spans: Sequence[tuple[float, float, str]], path: Path) -> None:
         )
     axes.set(xlabel="seconds", title="What the time went to: steps that count, done again, saves, nothing")
     axes.set_yticks([])
-    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.45))
+    drawing.legend(ncols=4, loc="outside lower center")
     drawing.savefig(path, dpi=130)

@@ -83,6 +83,21 @@ def test_a_killed_rank_takes_the_group_with_it_and_all_start_again(tmp_path: Pat
         assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
 
 
+LOST = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    sys.exit(1)
+time.sleep(0.3)
+sys.exit(3)
+"""
+
+
+def test_a_rank_that_lost_another_does_not_hide_why(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert restart.main(["--ranks", "2", "--log", str(log), "--", sys.executable, "-c", LOST]) == 3
+    assert len(log.read_text().splitlines()) == 2
+
+
 PATIENT = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), open(sys.argv[1], "w").write("saved"), sys.exit(143)))
