@@ -18,7 +18,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -74,7 +74,7 @@ class Asked:
     ray: str | None = None
     gpus: int | None = None  # that this machine must have
     recipe: TrainConfig | None = None
-    store: StoreConfig = StoreConfig()  # noqa: RUF009 (frozen)
+    store: StoreConfig = field(default_factory=StoreConfig)
 
 
 def environment(_asked: Asked) -> Iterator[Finding]:
