@@ -18,7 +18,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -74,7 +74,7 @@ class Asked:
     ray: str | None = None
     gpus: int | None = None  # that this machine must have
     recipe: TrainConfig | None = None
-    store: StoreConfig = StoreConfig()  # noqa: RUF009 (frozen)
+    store: StoreConfig = field(default_factory=StoreConfig)
 
 
 def environment(_asked: Asked) -> Iterator[Finding]:
@@ -256,6 +256,8 @@ def kernels(_asked: Asked) -> Iterator[Finding]:
         self_proof.kernel_part(device, 64, contrasts),
         self_proof.attention_part(device, half_precision=device.type == "cuda"),
     ]
+    if device.type == "cpu":
+        yield _compiled_ahead()
     for part in parts:
         try:
             compared = list(part.compare())
@@ -270,6 +272,21 @@ def kernels(_asked: Asked) -> Iterator[Finding]:
             )
         else:
             yield Finding(part.name, "good", found)
+
+
+def _compiled_ahead() -> Finding:
+    """Without a GPU: whether Triton compiles a contrast for one."""
+    what = "kernel, compiled for H100"
+    try:
+        from kernels.gaussian_similarity.ahead import compile_contrast
+    except ImportError:
+        return Finding(what, "note", "Triton is not installed", "a CUDA build of torch brings it, where there is a GPU")
+    try:
+        names = compile_contrast(90)
+    except Exception as error:  # whatever a compiler raises
+        advice = "install the triton of the lock; a GPU would train with --set engine.kernel=pytorch"
+        return Finding(what, "trouble", f"does not compile: {type(error).__name__}", advice)
+    return Finding(what, "good", f"{len(names)} kernels, forward and backward")
 
 
 def room(asked: Asked) -> Iterator[Finding]:

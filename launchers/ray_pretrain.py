@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--address",
         default="auto" if os.environ.get("RAY_ADDRESS") else "local",
         metavar="auto | HOST:PORT | local",
-        help="the cluster; local: one of its own, on loopback (default, but auto inside a job)",
+        help="the cluster; local: one of its own, on this machine (default, but auto inside a job)",
     )
     ray.add_argument("--cpus-per-worker", type=int, default=1, metavar="N", help="beside one GPU where there are GPUs")
     ray.add_argument(
@@ -115,7 +115,8 @@ def _connected(arguments: argparse.Namespace, workers: Workers, stop: StopReques
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"address": arguments.address, "logging_level": logging.ERROR}
     if arguments.address == "local":
-        # Its token lives in the environment of its own processes and ends with them.
+        # Ray's processes listen on every network of the machine, so the token is what keeps others out. It lives in the
+        # environment of these processes and ends with them.
         if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
@@ -124,7 +125,6 @@ def _connected(arguments: argparse.Namespace, workers: Workers, stop: StopReques
             num_cpus=workers.maximum * arguments.cpus_per_worker,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
         )
     elif IN_JOB not in os.environ:
         options["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}

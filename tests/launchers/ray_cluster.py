@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, on loopback, with a token, all of which ends with its block."""
+"""A Ray cluster of several nodes on this machine, with a token, all of which ends with its block."""
 
 from __future__ import annotations
 
