@@ -189,12 +189,12 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def ranks_of(process: psutil.Process) -> list[psutil.Process]:
-    """Below restart.py: its ranks, or Ray's workers with a rank in them."""
+    """Below restart.py: its ranks, or Ray's workers that hold one."""
     found = []
     for each in family(process)[1:]:
         try:
             command = " ".join(each.cmdline())
-            is_rank = "launchers/pretrain.py" in command or ("ray::" in command and each.memory_info().rss > 300 << 20)
+            is_rank = "launchers/pretrain.py" in command or ("ray::" in command and "TrainWorker" in command)
         except psutil.Error:
             continue
         if is_rank:
