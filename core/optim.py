@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 
 from shards.errors import ConfigError

@@ -34,7 +34,7 @@ GLOBAL_BATCH = 12
 TIMEOUT_S = 150.0
 
 _import_deepspeed()  # once, in the server that ranks are forked from
-import torch._dynamo  # noqa: E402  (torch's optimizers import it on first use)
+import torch._dynamo  # noqa: E402  (ZeRO 3 and activation checkpointing import it on first use)
 
 
 @dataclass(frozen=True, kw_only=True)

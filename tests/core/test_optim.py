@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from configs.chest import clip_b16, siglip_tiny, umcl_b16
+from core import optim
 from core.optim import OptimConfig, build, decays, parameter_groups, schedule_factor
 from core.tasks import Task
 from shards.errors import ConfigError
@@ -96,3 +101,38 @@ def test_refusals() -> None:
         with pytest.raises(ConfigError, match=next(iter(bad))):
             OptimConfig(**bad)  # type: ignore[arg-type]
     assert clip_b16().optim.multipliers == {}
+
+
+STARTS = """
+import sys, torch
+from core.engine import _import_deepspeed
+from core.optim import OptimConfig, build
+_import_deepspeed()
+module = torch.nn.Linear(3, 2)
+optimizer = build(module, OptimConfig())
+module(torch.ones(1, 3)).sum().backward()
+optimizer.step()
+optimizer.load_state_dict(optimizer.state_dict())
+optimizer.zero_grad()
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_a_start_does_not_import_torchs_compiler() -> None:
+    subprocess.run([sys.executable, "-c", STARTS], cwd=Path(__file__).parents[2], check=True, timeout=120)
+
+
+def test_steps_are_those_of_torchs_own_adamw() -> None:
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    settings = {"lr": 0.1, "weight_decay": 0.2, "fused": True}
+    optimizers = [optim.AdamW(ours.parameters(), **settings), torch.optim.AdamW(theirs.parameters(), **settings)]
+    for _ in range(3):
+        x = torch.randn(4, 5)
+        for module, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            module(x).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(ours.weight, theirs.weight)
+    assert ours.weight.requires_grad
