@@ -79,10 +79,13 @@ class Group(threading.Thread):
             scaling_config=ScalingConfig(
                 num_workers=self._workers, use_gpu=on_gpu, resources_per_worker=self._need, placement_strategy="PACK"
             ),
-            run_config=RunConfig(
+            # Type checkers are shown the classes of Ray Train's first version.
+            run_config=RunConfig(  # type: ignore[call-arg]
                 name=f"attempt-{self._settings['attempt']}",
                 storage_path=unused,
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+                failure_config=FailureConfig(  # type: ignore[call-arg]
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
         )
