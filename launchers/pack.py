@@ -39,6 +39,8 @@ Pack studies into shards: plain WebDataset tars with a manifest, split by patien
 
   a table beside a folder of images (start from ci/data/nih_cxr/mapping.toml):
     python launchers/pack.py --source table --input DIR --mapping DIR/mapping.toml --public --output shards/nih
+  public sets of bone radiographs: fracatlas, grazpedwri, mura, rsna_bone_age, oai
+    python launchers/pack.py --source mura --input MURA-v1.1 --public --output shards/mura
   DICOM files of a hospital (the key names patients and studies; keep it, and keep it secret):
     (umask 077; openssl rand -hex 32 > site.key)
     python launchers/pack.py --source dicom --input DIR --key-file site.key --output s3://bucket/cxr

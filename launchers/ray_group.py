@@ -72,22 +72,27 @@ class Group(threading.Thread):
         # Ray Train wants a place for checkpoints; ours go to the run directory.
         unused = tempfile.mkdtemp(prefix="roentgen-ray-")
         on_gpu = "GPU" in self._need
-        trainer = TorchTrainer(
-            train_rank,
-            train_loop_config=self._settings,
-            torch_config=_Torch(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=self._workers, use_gpu=on_gpu, resources_per_worker=self._need, placement_strategy="PACK"
-            ),
-            run_config=RunConfig(
-                name=f"attempt-{self._settings['attempt']}",
-                storage_path=unused,
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-                logging_config=LoggingConfig(log_level="CRITICAL"),
-            ),
-        )
         try:
-            trainer.fit()
+            TorchTrainer(
+                train_rank,
+                train_loop_config=self._settings,
+                torch_config=_Torch(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=self._workers,
+                    use_gpu=on_gpu,
+                    resources_per_worker=self._need,
+                    placement_strategy="PACK",
+                ),
+                # Type checkers are shown the classes of Ray Train's first version.
+                run_config=RunConfig(  # type: ignore[call-arg]
+                    name=f"attempt-{self._settings['attempt']}",
+                    storage_path=unused,
+                    failure_config=FailureConfig(  # type: ignore[call-arg]
+                        max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                    ),
+                    logging_config=LoggingConfig(log_level="CRITICAL"),
+                ),
+            ).fit()
         except BaseException as error:
             self._error = error
         finally:

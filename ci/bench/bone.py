@@ -8,7 +8,8 @@ judged on one random view. Encoders are frozen and small heads taught with the l
 of bone age, AUROC of fracture and anomaly. A gain is the mean of three seeds, its interval from a bootstrap of each
 seed's test patients, the same for both sides.
 
-Limb and cast alone tell most fractures apart in these phantoms; what they tell is printed beside the zero-shot figure.
+Limb and cast alone tell most fractures apart in these phantoms: what they tell is printed beside the zero-shot figure,
+and so is that figure among studies of one limb, with or without cast.
 
 Finished runs of the same settings are kept, so an experiment that was cut off goes on: delete runs/bench_bone after a
 change of code.
@@ -38,6 +39,9 @@ from core.evaluation.statistics import area_under_curve, replicates_of
 from core.evaluation.studies import StudySplit, share_of_known, study_features
 from core.evaluation.study_fitting import fine_tune_targets
 from core.evaluation.targets import Outputs, Target, probe_target, scored_by
+from core.evaluation.zero_shot import ZeroShot, scores_of
+from launchers.evaluation_maps import study_vectors
+from launchers.past_run import open_run
 from launchers.transfer_data import TransferEncoder, open_encoder, pool_of, vision_of
 from launchers.transfer_study_data import read_studies
 from shards import keyed
@@ -78,6 +82,7 @@ class Row:
     seed: int
     figures: dict[str, float]
     zero_shot_fracture: float | None  # AUROC, of contestants that read text
+    zero_shot_within_limb: float | None  # the same among studies of one limb that all have, or all lack, a cast
     train_s: float  # processor time of each rank
     commit: str  # that it was run at
 
@@ -129,21 +134,21 @@ def run_one(name: str, experiment: Experiment, *, quick: bool) -> tuple[Row, Ans
         return Row(**found), kept_answers(folder / "answers.npz")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    zero_shot, train_s = None, 0.0
+    zero_shot: tuple[float | None, float | None] = (None, None)
+    train_s = 0.0
     if name in (INIT, SCRATCH):
         encoder = untrained(config)
     else:
         train_s = processor_seconds(lambda: experiment.pretrain(RECIPES[name], overrides, run_name))
         encoder = open_encoder(str(folder))
-    if name in (OURS, ONE_VIEW):
-        reports = experiment.evaluate(["zero_shot"], run_name)
-        zero_shot = reports["zero_shot"]["labels"]["fracture"]["value"]
     splits = {
         split: read_studies(str(experiment.manifest), split, encoder.decode)
         for split in ("train", "validation", "test")
     }
     if name == ONE_VIEW:
         splits = {part: one_random_view(split, experiment.seed) for part, split in splits.items()}
+    if name in (OURS, ONE_VIEW):
+        zero_shot = zero_shot_fracture(folder, splits["test"])
     started = time.process_time()
     answers = from_scratch(encoder, splits, experiment) if name == SCRATCH else probed(encoder, splits, experiment.seed)
     if name == SCRATCH:
@@ -157,12 +162,36 @@ def run_one(name: str, experiment: Experiment, *, quick: bool) -> tuple[Row, Ans
         for rows, statistic in [statistic_of(target, share, answers, Truth(of=truth, patients=patients))]
     }
     row = Row(
-        contestant=name, seed=experiment.seed, figures=figures, zero_shot_fracture=zero_shot, train_s=train_s,
-        commit=commit(),
+        contestant=name, seed=experiment.seed, figures=figures, zero_shot_fracture=zero_shot[0],
+        zero_shot_within_limb=zero_shot[1], train_s=train_s, commit=commit(),
     )  # fmt: skip
     keep_answers(folder / "answers.npz", answers)
     keep_row(folder / "row.json", asdict(row), settings)
     return row, answers
+
+
+def zero_shot_fracture(run_dir: Path, test: StudySplit) -> tuple[float, float]:
+    """AUROC of fracture by the recipe's prompts, of all studies and within strata of limb and cast."""
+    with open_run(str(run_dir)) as run:
+        asked = ZeroShot(run.config.evaluation.prompts, ZeroShot.Config(text_length=run.text_length))
+        to = asked.directions(run.encoders, run.tokenizer, [FRACTURE.name], run.device, run.autocast)
+        scores = scores_of(study_vectors(run, test, run.encoders.embed_images), to)[:, 0]
+    present = FRACTURE.truth(test) == 1
+    casts = test.labels[:, test.label_names.index("cast")].tolist()
+    strata = np.unique([f"{part} {cast}" for part, cast in zip(test.groups["body part"], casts, strict=True)],
+                       return_inverse=True)[1]  # fmt: skip
+    return area_under_curve(scores, present), area_within(scores, present, strata)
+
+
+def area_within(scores: np.ndarray, present: np.ndarray, strata: np.ndarray) -> float:
+    """Chance that a positive outscores a negative of its own stratum; NaN without such a pair. All `[n]`."""
+    right = pairs = 0.0
+    for stratum in np.unique(strata):
+        rows = strata == stratum
+        count = float(present[rows].sum()) * float((~present[rows]).sum())
+        if count:
+            right, pairs = right + count * area_under_curve(scores[rows], present[rows]), pairs + count
+    return right / pairs if pairs else float("nan")
 
 
 def untrained(config: schema.TrainConfig) -> TransferEncoder:
@@ -326,10 +355,9 @@ def summary(
         if all(one.low > 0 for one in gains.values()):
             above.append(target.name)
         said += [f"{key_of(target, share)} over {peer} {one}" for (share, peer), one in gains.items()]
-    zero_shot = {
-        name: [row.zero_shot_fracture for row in rows if row.contestant == name and row.zero_shot_fracture is not None]
-        for name in (OURS, ONE_VIEW)
-    }
+    readers = {name: [row for row in rows if row.contestant == name] for name in (OURS, ONE_VIEW)}
+    zero_shot = {name: [row.zero_shot_fracture or 0.0 for row in of] for name, of in readers.items()}
+    within = statistics.fmean(row.zero_shot_within_limb or 0.0 for row in readers[OURS])
     told = statistics.fmean(told_by_limb(seed, size.samples[2]) for seed in truths)
     pooling = gain(FRACTURE, SHARES[-1], OURS, ONE_VIEW, answers, truths)
     each = ", ".join(f"{value:.3f}" for value in zero_shot[OURS])
@@ -337,8 +365,8 @@ def summary(
         make("bone.tasks_above_init", len(above), note=f"{', '.join(above) or 'none'}; " + "; ".join(said)),
         make(
             "bone.zero_shot_fracture_auc", statistics.fmean(zero_shot[OURS]),
-            note=f"seeds {each}; one who knows limb and cast alone: {told:.3f}; one view: "
-            f"{statistics.fmean(zero_shot[ONE_VIEW]):.3f}",
+            note=f"seeds {each}; one who knows limb and cast alone: {told:.3f}; within a limb: "
+            f"{within:.3f}; one view: {statistics.fmean(zero_shot[ONE_VIEW]):.3f}",
         ),
         make(
             "bone.pooling_minus_one_view", pooling.low,
@@ -369,10 +397,11 @@ def print_rows(rows: Sequence[Row]) -> None:
         console.width = max(console.width, LOG_COLUMNS)
     table = Table(title="every run: kappa, months, AUROC, AUROC", title_justify="left", show_edge=False, pad_edge=False)
     keys = [key_of(target, share) for target in TARGETS for share in SHARES]
-    for heading in ("contestant", "seed", *keys, "zero-shot fracture", "seconds", "commit"):
+    for heading in ("contestant", "seed", *keys, "zero-shot fracture", "within a limb", "seconds", "commit"):
         table.add_column(heading, justify="left" if heading == "contestant" else "right")
     for row in sorted(rows, key=lambda row: (list(RECIPES).index(row.contestant), row.seed)):
         figures = (f"{row.figures[key]:.3f}" for key in keys)
-        zero_shot = "-" if row.zero_shot_fracture is None else f"{row.zero_shot_fracture:.3f}"
-        table.add_row(row.contestant, str(row.seed), *figures, zero_shot, f"{row.train_s:.0f}", row.commit)
+        asked = (row.zero_shot_fracture, row.zero_shot_within_limb)
+        zero_shot = ("-" if value is None else f"{value:.3f}" for value in asked)
+        table.add_row(row.contestant, str(row.seed), *figures, *zero_shot, f"{row.train_s:.0f}", row.commit)
     console.print(table)

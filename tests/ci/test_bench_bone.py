@@ -51,7 +51,8 @@ def rows_and_answers(ours: float, theirs: float) -> tuple[list[bone.Row], dict[t
     }
     rows = [
         bone.Row(contestant=name, seed=seed, figures=dict.fromkeys(of, 0.5), train_s=9.0, commit="abc",
-                 zero_shot_fracture=0.8 + 0.05 * seed if name in (bone.OURS, bone.ONE_VIEW) else None)
+                 zero_shot_fracture=0.8 + 0.05 * seed if name in (bone.OURS, bone.ONE_VIEW) else None,
+                 zero_shot_within_limb=0.6 if name in (bone.OURS, bone.ONE_VIEW) else None)
         for (name, seed), of in said.items()
     ]  # fmt: skip
     return rows, said
@@ -115,6 +116,13 @@ def test_contestants_start_alike_and_fit_the_budget() -> None:
     assert configs[bone.MAE].identity() != configs[bone.OURS].identity() != configs[bone.ONE_VIEW].identity()
     one, other = (bone.untrained(replace(configs[bone.OURS], seed=seed)).vision.state_dict() for seed in (11, 11))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_area_within_strata_counts_no_pair_across_them() -> None:
+    scores, present = np.array([0.9, 0.8, 0.2, 0.1, 0.5]), np.array([True, False, False, True, True])
+    assert bone.area_within(scores, present, np.array([0, 0, 1, 1, 2])) == 0.5
+    assert bone.area_within(scores, present, np.zeros(5)) == pytest.approx(3 / 6)
+    assert np.isnan(bone.area_within(scores, present, np.arange(5)))
 
 
 def test_limb_and_cast_tell_most_fractures_of_the_phantom() -> None:
