@@ -127,13 +127,16 @@ class Broken:
 
     def seconds_after(self, fault_at: float) -> dict[str, float | None]:
         """What an Outcome says of time, of a fault at `fault_at` (time.time())."""
-        ended = [line["time"] for line in lines_of(self.log) if line["event"] == "ended" and line["time"] > fault_at]
-        restarts = [event["ended_at"] for event in self.events("restart") if event.get("ended_at", 0) > fault_at]
+        lines = [line for line in lines_of(self.log) if line["event"] == "ended" and line["code"] != 0]
+        ended = [line["time"] for line in lines if line["time"] > fault_at]
+        # Ray's driver says how long ago the ranks had ended when the next ones start.
+        times = [event["time"] - event["seconds"] for event in self.events("restart")]
+        restarts = [ended_at for ended_at in times if ended_at > fault_at]
         starts = [event["time"] for event in self.events("start") if event["time"] > fault_at]
         steps = [event["time"] for event in self.batches() if starts and event["time"] > starts[0]]
         return {
-            name: times[0] - fault_at if times else None
-            for name, times in (
+            name: found[0] - fault_at if found else None
+            for name, found in (
                 ("detected_s", sorted(ended + restarts)),
                 ("restored_s", starts),
                 ("first_step_s", steps),
