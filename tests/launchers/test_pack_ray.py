@@ -23,7 +23,8 @@ def files(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow  # a cluster takes its time
+@pytest.mark.timeout(1200)
+@pytest.mark.slow  # a cluster takes its time, on a busy machine minutes
 def test_a_cluster_gives_the_same_bytes_also_when_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     before = set(psutil.Process().children(recursive=True))
@@ -46,7 +47,7 @@ def test_a_cluster_gives_the_same_bytes_also_when_interrupted(tmp_path: Path, mo
         assert len(kept) == 2 and not (tmp_path / "ray" / "manifest.json").exists()
         # Of its own, as a person repeats the command.
         again = [sys.executable, "launchers/pack.py", *WORDS, "--output", str(tmp_path / "ray"), "--ray", "local"]
-        done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+        done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
     assert count == 3  # those that were finished were not written again by the stopped run
     assert files(tmp_path / "ray") == files(tmp_path / "local") and kept.items() <= files(tmp_path / "ray").items()
