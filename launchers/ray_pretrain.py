@@ -322,9 +322,7 @@ class Driver:
     def _write(self, event: dict[str, Any]) -> None:
         """From here, where no rank lives to write it; what an s3:// run keeps on nodes is out of reach."""
         webhook = None
-        with contextlib.suppress(
-            ConfigError
-        ):  # its variable may be set on the nodes only; the ranks tell what they know
+        with contextlib.suppress(ConfigError):  # its variable may be set on the nodes only
             _, config = pretrain.recipe_of(self._arguments)
             webhook = Webhook(config.alerts, self._arguments.run_dir) if config.alerts.webhook_url else None
         tell = webhook.send if webhook is not None else lambda event: None

@@ -58,7 +58,7 @@ class Scripted(ray_pretrain.Driver):
     """A driver whose attempts end as told, on the numbers of workers that have room then."""
 
     def __init__(self, folder: Path, attempts: list[Ended], room: list[int], *, limit: int = 5) -> None:
-        self._arguments = argparse.Namespace(run_dir=str(folder))
+        self._arguments = argparse.Namespace(recipe="tiny:clip", overrides=[], run_dir=str(folder))
         self._folder, self._stop, self._restarts = folder, StopRequest(), Restarts(limit)
         self._ends, self._room = iter(attempts), iter(room)
         self.restarts: list[dict[str, Any] | None] = []
