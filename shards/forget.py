@@ -68,10 +68,7 @@ def forget(url: str, patients: Collection[str], *, workers: int = 8) -> Forgotte
     """
     store, manifest = open_manifest(url)
     with store:
-        if manifest.adopted:
-            raise ConfigError(
-                f"{url}: tars from elsewhere name no patients; remove the samples there and adopt the tars anew"
-            )
+        _refuse_adopted(url, manifest)
         wanted = frozenset(patients)
         with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
             seen = list(pool.map(lambda shard: _look(store, shard, wanted), manifest.shards))
@@ -99,6 +96,14 @@ def forget(url: str, patients: Collection[str], *, workers: int = 8) -> Forgotte
             before=before,
             unreadable=sum(one.unreadable for one in seen),
             manifest=manifest,
+        )
+
+
+def _refuse_adopted(url: str, manifest: Manifest) -> None:
+    """Adopted tars belong to somebody else: their names may look like our revisions, and nothing of them is deleted."""
+    if manifest.adopted:
+        raise ConfigError(
+            f"{url}: tars from elsewhere name no patients; remove the samples there and adopt the tars anew"
         )
 
 
@@ -137,10 +142,11 @@ def rewrite(url: str, *, on_shard: Callable[[str], None] = lambda name: None) ->
     """Write the shards of the set at `url` without the bytes of forgotten studies, and delete what held them.
 
     Runs that go on reading the set with the manifest from before end with exit code 3 where they miss a shard: stop
-    them first. Raises DataError for a shard that is not what the manifest says.
+    them first. Raises DataError for a shard that is not what the manifest says, ConfigError for a set of adopted tars.
     """
     store, manifest = open_manifest(url)
     with store:
+        _refuse_adopted(url, manifest)
         _sweep(store, manifest)  # what an interrupted call has written anew and not yet deleted
         written = removed = 0
         pending: dict[int, Shard] = {}

@@ -238,6 +238,24 @@ def test_what_cannot_be_done_is_said(site: Path, capsys: pytest.CaptureFixture[s
     assert "1 records cannot be read" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [("--rewrite",), ("--patient-file", "ids.txt", "--key-file", "site.key")])
+def test_tars_from_elsewhere_are_left_alone(
+    site: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(site)
+    path = site / "set" / "manifest.json"
+    body = json.loads(path.read_text())
+    body["adopted"] = True
+    body["shards"][0]["name"] = "scan-r2"  # a name of theirs, which ours could be, too
+    path.write_text(json.dumps(body))
+    for name in ("scan.tar", "scan-r1.tar"):
+        (site / "set" / name).write_bytes(b"theirs")
+    before = sorted(path.name for path in (site / "set").iterdir())
+    assert pack.main(["forget", "--manifest", str(path), *words]) == 2
+    assert "adopt the tars anew" in capsys.readouterr().err
+    assert sorted(path.name for path in (site / "set").iterdir()) == before
+
+
 def test_two_programs_do_not_undo_each_other(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = site / "set" / "manifest.json"
     look = forget._look
@@ -249,5 +267,5 @@ def test_two_programs_do_not_undo_each_other(site: Path, monkeypatch: pytest.Mon
         return look(*arguments)
 
     monkeypatch.setattr(forget, "_look", meanwhile)
-    assert forgetting(site, site / "set") == 2
+    assert forgetting(site, site / "set", "--workers", "1") == 2  # one, since `meanwhile` reads what it writes
     assert json.loads(path.read_text())["shards"][0]["void"] == [0]
