@@ -178,7 +178,8 @@ def _rank(rank: int, port: int, backend: str, answers: Any) -> None:
         torch.distributed.destroy_process_group()
         answers.put((problem, seconds))
     except Exception as error:
-        answers.put((f"{type(error).__name__}: {str(error).splitlines()[0][:200]}", 0.0))
+        first = (str(error).splitlines() or [""])[0][:200]
+        answers.put((f"{type(error).__name__}: {first}", 0.0))
 
 
 def run_directory(asked: Asked) -> Iterator[Finding]:
@@ -350,7 +351,8 @@ def ray(asked: Asked) -> Iterator[Finding]:
         return
     request = urllib.request.Request(f"{asked.ray.rstrip('/')}/api/version")
     with contextlib.suppress(ConfigError):  # without a token: the cluster will say that it wants one
-        request.add_header("Authorization", f"Bearer {submit.find_token()}")
+        # Meant for this host: a redirect does not take it along.
+        request.add_unredirected_header("Authorization", f"Bearer {submit.find_token()}")
     try:
         if not asked.ray.startswith(("http://", "https://")):
             raise ValueError
