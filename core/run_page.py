@@ -61,7 +61,7 @@ def table(rows: Mapping[str, Any]) -> str:
 
 
 def events(path: Path) -> str:
-    """The last events of a run but for its batches, newest first, as Markdown."""
+    """The last events of a run but for its batches, newest first, as Markdown; empty where the tail has none."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
@@ -82,7 +82,7 @@ def events(path: Path) -> str:
         when, rank = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.pop("time", 0))), event.pop("rank", "")
         alert = "**alert** " if event.pop("level", "") == "alert" else ""
         rows.append(f"| {when} | {rank} | {alert}{what} | {_cell(', '.join(f'{k}: {v}' for k, v in event.items()))} |")
-    return "\n".join(rows)
+    return "\n".join(rows) if len(rows) > 2 else ""
 
 
 def _cell(value: Any) -> str:

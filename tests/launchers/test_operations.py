@@ -98,6 +98,15 @@ def test_pages_and_layout_of_the_dashboards(run: tuple[Path, str, list[bytes]]) 
     assert start.hparams["trainer.steps"].number_value == 2 and start.hparams["recipe"].string_value == "tiny:clip"
 
 
+def test_events_stay_on_their_page_when_batches_fill_the_tail(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    batches = '{"time": 1, "event": "batch"}\n' * 10_000
+    path.write_text('{"time": 1, "rank": 0, "event": "start"}\n' + batches)
+    assert run_page.events(path) == ""  # no new page: the one that was drawn before has more
+    path.write_text(batches + '{"time": 1, "rank": 0, "event": "save"}\n')
+    assert run_page.events(path).splitlines()[2:] == ["| 1970-01-01 00:00:01 | 0 | save |  |"]
+
+
 def test_every_interface_name_is_in_the_layout() -> None:
     import re
 
