@@ -316,13 +316,10 @@ class TestS3Configuration:
     def test_a_clock_that_jumps_while_a_store_is_used_is_waited_for(
         self, faulty_bucket: str, fault_proxy: FaultProxy
     ) -> None:
-        with open_store(faulty_bucket, QUICK) as store:
+        with open_store(faulty_bucket, QUICK, on_retry=lambda _: fault_proxy.plan(Plan())) as store:
             store.put("a", b"first")
             fault_proxy.plan(Plan(answer=(403, "RequestTimeTooSkewed", "no")))
-            setting = threading.Timer(0.2, lambda: fault_proxy.plan(Plan()))
-            setting.start()
             assert store.get("a") == b"first"
-            setting.join()
             assert store.stats.retries_by_cause["clock"] > 0
 
     def test_server_that_ignores_ranges(self, faulty_bucket: str, fault_proxy: FaultProxy) -> None:
