@@ -47,9 +47,18 @@ class Holder:
             return False
         try:
             process = psutil.Process(self.pid)
-            return process.create_time() != self.started or process.status() == psutil.STATUS_ZOMBIE
+            return _started(self.pid) != self.started or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
+
+
+def _started(pid: int) -> float:
+    """When a process here began, in ticks since the boot: a time of day would move when the clock is set."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return float(after_name[19])  # field 22, `starttime`, of proc_pid_stat(5)
+    except OSError:  # it has ended, or a system without /proc
+        return psutil.Process(pid).create_time()
 
 
 def _machine() -> str:
@@ -94,7 +103,7 @@ class Lease:
             host=socket.gethostname(),
             machine=_machine(),
             pid=os.getpid(),
-            started=psutil.Process().create_time(),
+            started=_started(os.getpid()),
             since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         )
         try:
