@@ -38,7 +38,7 @@ class Mirror:
     ) -> None:
         self._again_s = again_s
         self._unsent_since: float | None = None
-        self._newest_sent = 0
+        self._newest_pushed = self._newest_sent = 0
         self._closing = threading.Event()
         self._store, self._folder, self._world, self._nodes = store, folder, world, nodes
         self._on_event, self._on_settled = on_event, on_settled
@@ -58,7 +58,7 @@ class Mirror:
         return found
 
     def latest(self) -> str:
-        return self._store.get(LATEST).decode().strip() if self._store.exists(LATEST) else ""
+        return self._store.get(LATEST).decode(errors="replace").strip() if self._store.exists(LATEST) else ""
 
     def fetch(self, name: str) -> None:
         """Bring a checkpoint here; what goes wrong shows when it is verified."""
@@ -80,6 +80,7 @@ class Mirror:
     def push(self, name: str) -> None:
         with self._lock:
             self._busy.add(name)
+            self._newest_pushed = max(self._newest_pushed, _step_of(name))
             if self._unsent_since is None:
                 self._unsent_since = time.monotonic()
         self._jobs.put(name)
@@ -157,9 +158,8 @@ class Mirror:
             self._busy.discard(str(job))
             if began is not None and isinstance(job, str) and STEP_NAME.fullmatch(job):
                 self._newest_sent = max(self._newest_sent, _step_of(job))
-                # Of what was saved while it was on its way nothing has arrived.
-                newer = [name for name in self._busy if STEP_NAME.fullmatch(name) and _step_of(name) > _step_of(job)]
-                self._unsent_since = began if newer else None
+                # Of what was saved after it nothing has arrived, even where it is not tried again.
+                self._unsent_since = began if self._newest_sent < self._newest_pushed else None
 
     def _send(self, name: str) -> None:
         folder = self._folder / "checkpoints" / name

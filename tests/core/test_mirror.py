@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from core.checkpoint_files import SUMS
 from core.mirror import Mirror
 from core.world import World
 from shards.errors import StoreUnreachableError
-from shards.store import StoreConfig, open_store
+from shards.store import Store, StoreConfig, open_store
 
 IMPATIENT = StoreConfig(retry_limit_s=0.2, connect_timeout_s=1.0)
 
@@ -36,9 +37,7 @@ def wait_for(condition: Any) -> None:
 
 
 def mirror_of(url: str, folder: Path, events: list[Any]) -> Mirror:
-    return Mirror(
-        open_store(url, IMPATIENT), folder, World(), 1, events.append, lambda: None, again_s=0.1
-    )  # fmt: skip
+    return Mirror(open_store(url, IMPATIENT), folder, World(), 1, events.append, lambda: None, again_s=2.0)
 
 
 def test_after_an_outage_the_newest_checkpoint_arrives_and_older_ones_are_left_out(
@@ -47,11 +46,13 @@ def test_after_an_outage_the_newest_checkpoint_arrives_and_older_ones_are_left_o
     events: list[dict[str, Any]] = []
     mirror = mirror_of(faulty_bucket, tmp_path, events)
     assert mirror.behind_s == 0.0
+    first, second, third = (save(tmp_path, step) for step in (1, 2, 3))
     fault_proxy.plan(Plan(outage=True))
-    mirror.push(save(tmp_path, 1))
+    mirror.push(first)
     wait_for(lambda: any(event["event"] == "mirror_failed" for event in events))
-    for step in (2, 3):
-        mirror.push(save(tmp_path, step))
+    # Nothing is tried before `again_s`; when it is, the store is back.
+    mirror.push(second)
+    mirror.push(third)
     assert mirror.behind_s > 0.0
     fault_proxy.plan(Plan())
     wait_for(lambda: mirror.behind_s == 0.0 and not mirror.is_busy("step-2"))
@@ -71,6 +72,44 @@ def test_a_run_does_not_end_as_done_when_its_last_checkpoint_did_not_arrive(
     fault_proxy.plan(Plan(outage=True))
     mirror.push(save(tmp_path, 1))
     assert not mirror.close()
+
+
+class BackTooLate:
+    """A store that is away until the second checkpoint was tried for the last time, while the mirror closes."""
+
+    def __init__(self) -> None:
+        self.away, self.tried, self.second_tried = True, threading.Event(), threading.Event()
+        self.closing = threading.Event()
+
+    def put(self, name: str, content: Any) -> None:
+        if not self.away:
+            return
+        self.tried.set()
+        if "step-2/" in name:
+            self.second_tried.set()
+            assert self.closing.wait(60)
+            self.away = False
+        raise StoreUnreachableError("away")
+
+    def list(self, prefix: str) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        return
+
+
+def test_an_older_checkpoint_that_arrives_last_does_not_stand_for_the_newest(tmp_path: Path) -> None:
+    store = BackTooLate()
+    events: list[dict[str, Any]] = []
+    mirror = Mirror(cast(Store, store), tmp_path, World(), 1, events.append, lambda: None, again_s=1.0)
+    store.closing = mirror._closing
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    mirror.push(first)
+    assert store.tried.wait(60)
+    mirror.push(second)
+    assert store.second_tried.wait(60)
+    assert not mirror.close()
+    assert [event["checkpoint"] for event in events if event["event"] == "mirrored"] == ["step-1"]
 
 
 @pytest.mark.parametrize(("behind_s", "stops"), [(0.0, False), (99.0, False), (101.0, True)])
