@@ -27,7 +27,9 @@ FOLDER = "hang"
 # A first step (compilers, caches), an evaluation and a save have no length of their own: so many times a step's limit.
 PATIENT_FACTOR = 6
 # How much later than this rank another may notice: those that wait began to a moment after the one they wait for.
-GATHER_SHARE, GATHER_AT_LEAST_S = 0.1, 1.0
+GATHER_SHARE, GATHER_AT_LEAST_S = 0.1, 2.0
+LOOK_EVERY_S = 0.25  # far below the time of gathering, or ranks that hang at once would not notice at once
+ALERT_S = 1.0
 
 Place = Literal["data", "step", "evaluation", "save"]
 
@@ -50,8 +52,8 @@ class HangWatch:
     ) -> None:
         self._limit_s, self._folder, self._world = limit_s, folder / FOLDER, world
         self._on_event, self._end = on_event, end
-        self._last: tuple[float, Place, int] = (time.monotonic(), "data", 0)
-        self._steps = 0
+        # When, where, at which step, after how many; one tuple, so that the thread never sees half of a change.
+        self._last: tuple[float, Place, int, int] = (time.monotonic(), "data", 0, 0)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -62,14 +64,14 @@ class HangWatch:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._stacks().unlink(missing_ok=True)
         self._say({"watching": True})
-        self._last = (time.monotonic(), "data", step)
+        self._last = (time.monotonic(), "data", step, 0)
         self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
         self._thread.start()
 
     def at(self, place: Place, step: int) -> None:
         """The loop goes on: from now on it is at `place` of `step`."""
-        self._steps += step != self._last[2]
-        self._last = (time.monotonic(), place, step)
+        _, _, before, steps = self._last
+        self._last = (time.monotonic(), place, step, steps + (step != before))
 
     def close(self) -> None:
         """Idempotent. No other rank waits for this one any more."""
@@ -87,11 +89,12 @@ class HangWatch:
 
     def _watch(self) -> None:
         assert self._limit_s is not None
-        while not self._stop.wait(min(1.0, self._limit_s / 4)):
-            since, place, step = self._last
-            patient = self._steps == 0 or place in ("evaluation", "save")
+        while not self._stop.wait(min(LOOK_EVERY_S, self._limit_s / 4)):
+            now = time.monotonic()
+            since, place, step, steps = self._last
+            patient = steps == 0 or place in ("evaluation", "save")
             limit_s = self._limit_s * (PATIENT_FACTOR if patient else 1)
-            silent_s = time.monotonic() - since
+            silent_s = now - since
             # What hangs in the first step may be a rank that never came to it: all have the same patience then.
             if silent_s > limit_s:
                 self._end_run(place, step, silent_s)
@@ -108,7 +111,7 @@ class HangWatch:
             self._say({"step": step, "place": place, "waits": waits, "silent_s": round(silent_s, 1)})
             self._stop.wait(max(GATHER_AT_LEAST_S, GATHER_SHARE * (self._limit_s or 0.0)))
             self._name_ranks(step)
-            self._stop.wait(GATHER_AT_LEAST_S)  # for an alert to be sent
+            self._stop.wait(ALERT_S)  # for an alert to be sent
         except OSError as error:
             print(f"hang watch of rank {self._world.rank}: {error}", file=sys.stderr, flush=True)
         finally:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.multiprocessing as multiprocessing
 
@@ -344,6 +346,14 @@ def server() -> BaseContext:
     return context
 
 
+def _moves(process: BaseProcess) -> bool:
+    """Whether it has neither ended nor been stopped by a signal."""
+    try:
+        return process.exitcode is None and psutil.Process(process.pid).status() != psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
 def run(world_size: int, options: Options) -> list[int]:
     """Start the ranks and wait; their exit codes, negative for a signal. When one is killed, so are the others."""
     context = server()
@@ -358,7 +368,9 @@ def run(world_size: int, options: Options) -> list[int]:
         while any(process.exitcode is None for process in ranks):
             # As launchers do, some at once, some after a while for a rank to write its stacks.
             if any(process.exitcode == EXIT_CODE for process in ranks):
-                time.sleep(2)
+                patience = time.monotonic() + 30
+                while any(map(_moves, ranks)) and time.monotonic() < patience:
+                    time.sleep(0.02)
             if any(process.exitcode in (-signal.SIGKILL, EXIT_CODE) for process in ranks):
                 for process in ranks:
                     process.kill()

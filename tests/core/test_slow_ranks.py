@@ -45,5 +45,6 @@ def test_the_loop_names_a_rank_whose_data_come_late(tmp_path: Any) -> None:
     options = Options(run_dir=str(tmp_path), steps=6, save_every=6, late_s=0.5)
     assert run(2, options) == [0, 0]
     lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    said = [event for event in lines if event["event"] == "slow_rank"]
-    assert [(event["rank"], event["of"]) for event in said] == [(1, "data")]
+    # Of computing on a busy machine nothing is promised.
+    said = [event["rank"] for event in lines if event["event"] == "slow_rank" and event["of"] == "data"]
+    assert said == [1]
