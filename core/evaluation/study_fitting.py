@@ -45,7 +45,9 @@ class Heads(nn.Module):
             if target.kind == "label":
                 losses.append(F.binary_cross_entropy_with_logits(score, wanted))
             elif target.kind == "grade":
-                losses.append(ordinal_loss(score, ascending(self.bounds[place]), wanted.long()).mean())
+                bounds = ascending(self.bounds[place])
+                grade = wanted.long().clamp(max=len(bounds))  # a validation study may have one that nobody taught
+                losses.append(ordinal_loss(score, bounds, grade).mean())
             else:
                 losses.append(F.smooth_l1_loss(score, (wanted - self.mean[place]) / self.deviation[place]))
         return torch.stack(losses).mean() if losses else scores.sum() * 0.0

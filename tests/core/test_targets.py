@@ -156,6 +156,16 @@ def test_learned_pooling_is_of_a_studys_own_views() -> None:
     np.testing.assert_allclose(alone, whole[[7, 3]], atol=1e-5)
 
 
+def test_a_grade_that_nobody_taught_may_be_among_those_that_choose() -> None:
+    grade = SPLITS["train"].measurements["grade"]
+    train = replace(SPLITS["train"], measurements={"grade": np.minimum(grade, 2)})
+    target = target_named("grade", train)
+    assert target.grades == 3 and SPLITS["validation"].measurements["grade"].max() == 3
+    config = FitConfig(steps=2, batch_size=8)
+    found = fine_tune_targets([target], encoder(), None, {**SPLITS, "train": train}, ROWS, config)
+    assert found["grade"]["value"].max() <= 2
+
+
 def test_targets_are_learned_together_from_scratch() -> None:
     targets = [target_named("high", SPLITS["train"]), GRADE, Target(name="length", kind="number")]
     config = FitConfig(steps=60, batch_size=24, lr=1e-2, encoder_lr=2e-3)
