@@ -111,14 +111,21 @@ def _fracatlas(folder: Path) -> Iterator[Row]:
 def _fracatlas_boxes(folder: Path) -> Iterator[Row]:
     place = files_by_stem(folder, ".jpg", ".jpeg")
     for path in sorted(folder.rglob("*.json")):
-        body = json.loads(path.read_text("utf-8"))
-        if not isinstance(body, dict) or not {"images", "annotations"} <= set(body):
-            continue  # the same boxes in VGG's form
-        names = {image["id"]: PurePosixPath(str(image["file_name"])).stem for image in body["images"]}
-        for one in body["annotations"]:
-            sides = [str(float(side)) for side in one["bbox"]]
-            stem = names.get(one["image_id"], "")
-            yield dict(zip(_BOX, (place.get(stem, stem), "fracture", *sides), strict=True))
+        try:
+            body = json.loads(path.read_text("utf-8"))
+            if not isinstance(body, dict) or not {"images", "annotations"} <= set(body):
+                continue  # the same boxes in VGG's form
+            names = {image["id"]: PurePosixPath(str(image["file_name"])).stem for image in body["images"]}
+            rows = []
+            for one in body["annotations"]:
+                sides = [str(float(side)) for side in one["bbox"]]
+                stem = names.get(one["image_id"], "")
+                rows.append(dict(zip(_BOX, (place.get(stem, stem), "fracture", *sides), strict=True)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path.relative_to(folder)}: not boxes in COCO's form ({type(error).__name__}); download it again"
+            ) from None
+        yield from rows
 
 
 # ---- GRAZPEDWRI-DX ----
@@ -141,13 +148,16 @@ def _grazpedwri_boxes(folder: Path) -> Iterator[Row]:
     """Of YOLO's lines `class x y width height`, the middle and sides as shares of the image."""
     place = files_by_stem(folder, ".png")
     for path in sorted(folder.rglob("labels/**/*.txt")):
-        for line in path.read_text("utf-8").splitlines():
+        for line in path.read_text("utf-8", "replace").splitlines():
             cells = line.split()
-            if len(cells) != 5 or not cells[0].isdigit() or int(cells[0]) >= len(_GRAZ_CLASSES):
-                raise ConfigError(f"{path.relative_to(folder)}: {line!r} is no box of YOLO; download it again")
-            x, y, width, height = map(float, cells[1:])
+            try:
+                x, y, width, height = map(float, cells[1:])
+                label = _GRAZ_CLASSES[int(cells[0]) if cells[0].isdecimal() else len(_GRAZ_CLASSES)]
+            except (ValueError, IndexError):
+                raise ConfigError(
+                    f"{path.relative_to(folder)}: {line!r} is no box of YOLO; download it again"
+                ) from None
             sides = (x - width / 2, y - height / 2, width, height)
-            label = _GRAZ_CLASSES[int(cells[0])]
             yield dict(zip(_BOX, (place.get(path.stem, path.stem), label, *map(str, sides)), strict=True))
 
 

@@ -187,11 +187,28 @@ def test_a_folder_of_something_else_is_one_line(name: str, tmp_path: Path, capsy
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_a_damaged_table_stops(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line", ["3 0.5 0.5", "9 0.5 0.5 0.1 0.1", "3 a b c d", "-1 0.5 0.5 0.1 0.1", "² 1 1 1 1", " "]
+)
+def test_damaged_boxes_of_yolo_stop(tmp_path: Path, line: str) -> None:
     folder = grazpedwri(tmp_path)
-    (folder / "folder_structure/yolov5/labels/0001_1_01_WRI-L1_M014.txt").write_text("3 0.5 0.5\n")
+    (folder / "folder_structure/yolov5/labels/0001_1_01_WRI-L1_M014.txt").write_text(f"{line}\n")
     with pytest.raises(ConfigError, match="is no box of YOLO"):
         bone_set("grazpedwri", folder, ImageLimits(), None).plan()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{cut o", '{"images": [{"id": 7}], "annotations": []}',
+        '{"images": [], "annotations": [{"image_id": 7, "bbox": [1, 2, 3]}]}',
+        '{"images": [], "annotations": [{"image_id": 7, "bbox": [1, 2, 3, "x"]}]}',
+    ],
+)  # fmt: skip
+def test_damaged_boxes_of_coco_stop(tmp_path: Path, body: str) -> None:
+    folder = place(fracatlas(tmp_path), {"Annotations/COCO JSON/COCO_fracture_masks.json": body})
+    with pytest.raises(ConfigError, match="not boxes in COCO's form"):
+        bone_set("fracatlas", folder, ImageLimits(), None).plan()
 
 
 def test_a_set_packs_with_its_measurements(tmp_path: Path) -> None:
