@@ -237,11 +237,12 @@ def _fractions(text: str) -> dict[str, float]:
 
 def _pack(arguments: argparse.Namespace, console: Console) -> Manifest:
     kind = SOURCES[arguments.source]
+    alone = bool(arguments.segment or kind.one_process)  # a model that splits its own work
     config = writer.WriterConfig(
         shard_bytes=arguments.shard_bytes,
         shard_samples=arguments.shard_samples,
         chunk_bytes=arguments.chunk_bytes,
-        workers=1 if arguments.segment or kind.one_process else arguments.workers,
+        workers=1 if alone else arguments.workers,
         fractions=_fractions(arguments.fractions),
         overwrite=arguments.overwrite,
     )
@@ -250,7 +251,7 @@ def _pack(arguments: argparse.Namespace, console: Console) -> Manifest:
     audit = None if kind.audit is None else partial(kind.audit, source)
     run: writer.Run = in_order
     if arguments.ray:
-        if config.workers == 1 and arguments.workers != 1:
+        if alone:
             raise ConfigError(f"--ray: the model of --source {arguments.source} works in one process; leave --ray out")
         from launchers import ray_data
 
