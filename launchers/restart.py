@@ -54,7 +54,14 @@ class Group:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.processes = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        try:
+            self._start(command, ranks, port)
+        except OSError:  # such as no room for one more process: those that came before must not stay alone
+            self.kill()
+            raise
+
+    def _start(self, command: Sequence[str], ranks: int | None, port: int) -> None:
         for rank in range(ranks or 1):
             environment = dict(os.environ)
             if ranks is not None:
@@ -92,6 +99,10 @@ class Group:
         """Whatever still runs is given time where it says goodbye by itself, then killed."""
         code = self.code
         self.wait(LAST_WORDS_S if code in FINAL_CODES else OTHERS_S.get(code, 0.0))
+        self.kill()
+
+    def kill(self) -> None:
+        """All of it, at once."""
         self.signal(signal.SIGKILL)
         for process in self.processes:
             process.wait()
@@ -109,11 +120,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def forward(number: int, _frame: object) -> None:
         nonlocal stopped
-        stopped = number
+        # A terminal that closes reaches this process only: what it started has sessions of its own and would go on.
+        stopped = signal.SIGTERM if number == signal.SIGHUP else number
         if group is not None:
-            group.signal(number)
+            group.signal(stopped)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        heard.append(signal.SIGHUP)
+    before = {number: signal.signal(number, forward) for number in heard}
 
     def note(**event: Any) -> None:
         if options.log is not None:
@@ -135,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             group.wait()
             note(event="ended", code=group.code)
             if stopped and not group.wait(LAST_WORDS_S):
-                print(f"restart.py: did not end within {LAST_WORDS_S:.0f} s of a signal; killed", file=sys.stderr)
+                print(f"restart.py: not all ended within {LAST_WORDS_S:.0f} s of the first; killed", file=sys.stderr)
             group.end()
             code = group.code
             if code in FINAL_CODES or stopped:
@@ -150,8 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-            if soon:
-                time.sleep(pause_s)
+            until = time.monotonic() + (pause_s if soon else 0.0)
+            while not stopped and time.monotonic() < until:
+                time.sleep(POLL_S)
+            if stopped:
+                return 128 + stopped
         print(f"error: gave up after {options.restarts} restarts, code {code}", file=sys.stderr)
         return code
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -92,8 +95,9 @@ sys.exit(3)
 """
 
 
-def test_a_rank_that_lost_another_does_not_hide_why(tmp_path: Path) -> None:
+def test_a_rank_that_lost_another_does_not_hide_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log"
+    monkeypatch.setitem(restart.OTHERS_S, 1, 120.0)  # a busy machine may be slow to start a process
     assert restart.main(["--ranks", "2", "--log", str(log), "--", sys.executable, "-c", LOST]) == 3
     assert len(log.read_text().splitlines()) == 2
 
@@ -106,16 +110,53 @@ time.sleep(600)
 """
 
 
-def test_a_signal_is_passed_on_and_ends_all_after_saving(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_passed_on_and_ends_all_after_saving(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "launchers/restart.py", "--", sys.executable, "-c", PATIENT, str(tmp_path / "saved")]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which children inherit; nohup would have it ignored
+    try:
+        running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env=environment)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert running.stdout is not None
     assert running.stdout.readline() == b"ready\n"
     time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
+    running.send_signal(number)
     assert running.wait(timeout=60) == 143
     assert (tmp_path / "saved").read_text() == "saved"
     running.stdout.close()
+
+
+def test_a_signal_between_two_starts_ends_the_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+
+    def sleep(seconds: float) -> None:
+        if log.is_file() and "ended" in log.read_text():
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(seconds)
+
+    monkeypatch.setattr(restart, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic, time=time.time))
+    monkeypatch.setattr(restart, "PAUSE_S", 3600.0)
+    monkeypatch.setattr(restart, "MOST_PAUSE_S", 3600.0)
+    monkeypatch.setattr(restart, "SOON_S", 3600.0)
+    assert restart.main(["--log", str(log), "--", sys.executable, "-c", "raise SystemExit(7)"]) == 143
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_group_that_cannot_be_started_whole_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def one_only(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        if started:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(start(*arguments, **options))
+        return started[0]
+
+    monkeypatch.setattr(restart.subprocess, "Popen", one_only)
+    assert restart.main(["--ranks", "2", "--", "sleep", "600"]) == 2
+    assert started[0].returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("arguments", [[], ["--restarts", "-1", "--", "true"], ["--ranks", "0", "--", "true"]])
