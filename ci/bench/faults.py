@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
 from ci.bench import faults_report
@@ -52,7 +53,7 @@ def run(quick: bool) -> list[Figure]:
     def attempt(fault: str, scene: Callable[[], Outcome]) -> None:
         try:
             tell(scene())
-        except (RoentgenError, OSError) as error:
+        except (RoentgenError, OSError, psutil.Error, IndexError) as error:  # it stood, or had ended before it was hurt
             tell(Outcome(fault=fault, survived=False, text=f"could not be brought about: {error}"))
 
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
@@ -107,7 +108,7 @@ def _hang(broken: Broken, unbroken: str) -> Outcome:
         at = time.time()
         ranks_of(process)[-1].send_signal(signal.SIGSTOP)
         code = int(process.wait(1200))
-    (hang,) = broken.events("hang") or [{"missing": "no event"}]
+    hang, *_ = broken.events("hang") or [{"missing": "no event"}]
     same = broken.weights() == unbroken
     return Outcome(
         fault=f"a rank that is stopped (limit {limit_s:g} s)",

@@ -12,7 +12,7 @@ import pytest
 from core.checkpoint_files import steps_in
 from tests.distributed import free_port
 from tests.launchers.past_runs import pack
-from tests.launchers.ray_cluster import environment
+from tests.launchers.ray_cluster import end_all, environment, family
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 280
@@ -41,7 +41,7 @@ def test_each_node_is_started_without_ssh(tmp_path: Path) -> None:
         shown = [node.communicate(timeout=TIMEOUT_S)[0] for node in nodes]
     finally:
         for node in nodes:
-            node.kill()
+            end_all(family(node.pid))
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(shown)[-3000:]
     assert "step 2/2" in shown[0] and "step 2/2" not in shown[1]
     assert steps_in(run_dir)[-1] == 2
