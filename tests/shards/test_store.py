@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -541,15 +542,15 @@ class TestFaults:
             "futures = store.get_ranges([('none-yet-' + str(n), 0, 10) for n in range(50)])\n"
         )
         fault_proxy.plan(Plan(rate=1, kinds=["throttle"], match="none-yet"))
-        began = time.monotonic()
-        subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2], timeout=60)
-        assert time.monotonic() - began < 30
+        # Below the 120 s of `retry_limit_s`, for which it would wait.
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2], timeout=100)
 
 
 class TestFaultProxy:
     def test_the_same_requests_fail_again(self, faulty_bucket: str, fault_proxy: FaultProxy) -> None:
         counts = []
-        with open_store(faulty_bucket, QUICK) as store:
+        # A machine that is slow for a moment must not add attempts of its own.
+        with open_store(faulty_bucket, replace(QUICK, stall_timeout_s=60.0, read_timeout_s=60.0)) as store:
             store.put("shard", b"x" * 1000)
             for seed in (1, 1, 2):
                 fault_proxy.plan(Plan(rate=0.3, kinds=["error", "throttle", "reset"], seed=seed))
@@ -574,7 +575,7 @@ class TestFaultProxy:
             check=False,
         )
         for process in done.stdout.split():
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while alive(int(process)):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
