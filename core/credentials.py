@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
@@ -28,6 +29,7 @@ def hidden(text: str) -> str:
     secrets = {value for name, value in os.environ.items() if len(value) >= _LEAST_LENGTH and _SECRET_NAME.search(name)}
     for secret in sorted(secrets | _added, key=len, reverse=True):
         # Paths are no secrets: AWS_WEB_IDENTITY_TOKEN_FILE names one.
-        if secret in text and not secret.startswith("/"):
-            text = text.replace(secret, HIDDEN)
+        if not secret.startswith("/"):
+            for written in (secret, json.dumps(secret)[1:-1]):  # `text` may be JSON
+                text = text.replace(written, HIDDEN)
     return _SIGNED.sub(rf"\1{HIDDEN}", _USER_OF_URL.sub(f"{HIDDEN}@", text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from pathlib import Path
@@ -89,5 +90,7 @@ def test_credentials_are_taken_out_of_text(monkeypatch: pytest.MonkeyPatch, tmp_
     text = "at http://user:pass@host/b?X-Amz-Signature=abc&x=1 planted-secret /var/run/token-file short"
     expected = "at http://(hidden)@host/b?X-Amz-Signature=(hidden)&x=1 (hidden) /var/run/token-file short"
     assert credentials.hidden(text) == expected
+    monkeypatch.setenv("SITE_PASSWORD", 'pl\u00e4nted"and\\quoted')
+    text, expected = f"{text} {os.environ['SITE_PASSWORD']}", f"{expected} (hidden)"
     Events(tmp_path, World()).write({"event": "error", "message": text})
     assert json.loads((tmp_path / "events.jsonl").read_text())["message"] == expected
