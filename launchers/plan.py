@@ -276,6 +276,11 @@ def _parameters(of: cost.Cost) -> list[Line]:
     return [Line("parameters", sum(of.parameters.values()) / 1e6, "million", parts)]
 
 
+def _optimizer_bytes(config: TrainConfig) -> int:
+    """Of each trained weight: two moments, and the flat fp32 copy that ZeRO steps whatever the weights' precision."""
+    return 12 if config.engine.zero_stage >= 1 else 8
+
+
 def _memory(config: TrainConfig, site: Site, of: cost.Cost) -> list[Line]:
     """Of one GPU, GB. P parameters, W ranks."""
     engine, ranks = config.engine, site.ranks
@@ -288,8 +293,7 @@ def _memory(config: TrainConfig, site: Site, of: cost.Cost) -> list[Line]:
     def divided(by: int) -> str:
         return f" / {by} ranks" if by > 1 else ""
 
-    # ZeRO steps a flat fp32 copy of its share, whatever the precision of the weights.
-    states = 12 if engine.zero_stage >= 1 else 8
+    states = _optimizer_bytes(config)
     own = config.global_batch_size // ranks
     together = min(engine.micro_batch or own, own)
     lines = [
@@ -433,8 +437,8 @@ def _costs(config: TrainConfig, site: Site, steps: float, hours: float, of: cost
         )
     read = steps * config.global_batch_size * site.study_bytes
     if site.price_gb_month is not None:
-        # A checkpoint holds weights and two moments in fp32; the newest two and the best are kept.
-        checkpoint = 4 * (sum(of.parameters.values()) + 3 * of.trained)
+        # A checkpoint holds the weights twice, alone and in DeepSpeed's state; the newest two and the best are kept.
+        checkpoint = 2 * 4 * sum(of.parameters.values()) + _optimizer_bytes(config) * of.trained
         stored = (site.studies * site.study_bytes + 3 * checkpoint) / GB
         months = hours / HOURS_A_MONTH
         lines.append(
