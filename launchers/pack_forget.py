@@ -22,8 +22,8 @@ Forget patients of a packed set: their studies become void slots at once, and tr
     python launchers/pack.py forget --rewrite --manifest shards/site/manifest.json
 
 Ids stand in the file as the source had them, one a line. The order of training stays, and a run goes on with the same
-command. Not reached are models that were trained before, pictures in their TensorBoard files, copies of the set, and
-old versions that a bucket keeps."""
+command. Not reached are models that were trained before, pictures in their TensorBoard files, prepared reports, copies
+of the set, old versions that a bucket keeps, and the source: a set that is packed anew has what its source has."""
 
 LINES_SHOWN = 20
 
