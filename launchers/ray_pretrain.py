@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--cpus-per-worker {arguments.cpus_per_worker} must be at least 1")
         if arguments.max_restarts < 0:
             raise ConfigError(f"--max-restarts {arguments.max_restarts} must be at least 0")
+        # Asked now: nodes that share a machine each unpack a job's folder under one path, and end the one that is here.
+        arguments.started_in = os.getcwd()
         workers = Workers.parse(arguments.workers)
         counts = fitting(workers, config.data.lanes)
         with _connected(arguments, workers, stop):
@@ -214,7 +216,7 @@ class Driver:
         settings = {
             "board": self._board_name,
             "attempt": number,
-            "folder": os.getcwd(),
+            "folder": self._arguments.started_in,
             "arguments": {
                 name: getattr(self._arguments, name) for name in ("recipe", "run_dir", "overrides", "allow_changed")
             },

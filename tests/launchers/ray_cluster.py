@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -50,20 +52,24 @@ def end_all(processes: list[psutil.Process]) -> None:
 
 
 class RayCluster:
-    """A head without CPUs and, later, nodes of one CPU each. `dashboard`: with the server that takes jobs."""
+    """A head and, later, nodes of one CPU each. `dashboard`: with the server that takes jobs. `cpus`: of the head.
 
-    def __init__(self, folder: Path, *, dashboard: bool = False) -> None:
+    Its files lie in a folder of a short name: the path of a socket has at most 107 bytes.
+    """
+
+    def __init__(self, *, dashboard: bool = False, cpus: int = 0) -> None:
         self.token = secrets.token_hex(32)
         self.port, self.dashboard_port = free_port(), free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.dashboard = f"http://127.0.0.1:{self.dashboard_port}"
-        self._folder, self._with_dashboard = folder, dashboard
+        self._folder, self._with_dashboard = Path(tempfile.mkdtemp(prefix="ray")), dashboard
+        self._cpus = cpus
         self._nodes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> RayCluster:
         shown = ["--include-dashboard", str(self._with_dashboard).lower(), "--dashboard-host", "127.0.0.1"]
         self._start(
-            "--head", "--port", str(self.port), "--num-cpus", "0", *shown,
+            "--head", "--port", str(self.port), "--num-cpus", str(self._cpus), *shown,
             "--dashboard-port", str(self.dashboard_port), "--ray-client-server-port", str(free_port()),
             "--temp-dir", str(self._folder),
         )  # fmt: skip
@@ -75,6 +81,7 @@ class RayCluster:
         for node in reversed(self._nodes):
             end_all(family(node.pid))
             node.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def environment(self) -> dict[str, str]:
         return environment(self.token)
