@@ -111,8 +111,8 @@ class Webhook:
 
     def _work(self) -> None:
         while (body := self._queue.get()) is not None:
-            request = urllib.request.Request(self._url, body, {"Content-Type": "application/json"}, method="POST")
             try:
+                request = urllib.request.Request(self._url, body, {"Content-Type": "application/json"}, method="POST")
                 with self._opener.open(request, timeout=self._config.timeout_s):
                     pass
             except urllib.error.HTTPError as error:

@@ -50,6 +50,7 @@ from core.models.initialise import load_weights, read_weights
 from core.models.text import TextEncoder
 from core.models.vision import VisionEncoder
 from core.models.volume import VolumeEncoder
+from core.settings import differences
 from core.tasks import Task
 from core.world import World
 from shards.errors import ConfigError, DataError, RoentgenError, StoreFullError, StoreUnreachableError
@@ -124,28 +125,6 @@ class Source:
     state: TrainState | None = None
     universal: bool = False
     description: str = "scratch"
-
-
-# ---- what two recipes differ in ----
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ: key -> (then, now)."""
-    a, b = flatten(then), flatten(now)
-    missing = object()
-    keys = [key for key in {**a, **b} if a.get(key, missing) != b.get(key, missing)]
-    return {key: (a.get(key, "(absent)"), b.get(key, "(absent)")) for key in keys}
 
 
 # ---- the run's checkpoints ----

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.credentials import hidden
+from core.settings import flatten
 
 # Patterns of names, which are regular expressions, by the question that they answer.
 LAYOUT: dict[str, dict[str, list[Any]]] = {
@@ -41,17 +42,15 @@ EVENTS_SHOWN = 60
 _TAIL_BYTES = 1 << 18  # of events.jsonl; every step has a line
 
 
-def settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
-    """The settings of a run by dotted name, for the comparison of runs."""
-    flat: dict[str, bool | float | str] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= settings(value, f"{prefix}{name}.")
-        elif isinstance(value, bool | int | float | str):
-            flat[f"{prefix}{name}"] = value if isinstance(value, bool | str) else float(value)
-        elif value is not None:
-            flat[f"{prefix}{name}"] = json.dumps(value)[:200]
-    return flat
+def settings(tree: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """The settings of a run by dotted name, for the comparison of runs; those that are not set are left out."""
+    return {name: _shown(value) for name, value in flatten(tree).items() if value is not None}
+
+
+def _shown(value: Any) -> bool | float | str:
+    if isinstance(value, bool | str):
+        return value
+    return float(value) if isinstance(value, int | float) else json.dumps(value)[:200]
 
 
 def table(rows: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers import command
-from shards.dataset import open_manifest
+from shards.dataset import read_manifest
 from shards.errors import ConfigError, DataError
 from shards.ingest import Source
 from shards.ingest.image_file import ImageLimits
@@ -251,7 +251,7 @@ def _grids(arguments: argparse.Namespace) -> Source:
     url = _one_input(arguments)
     if arguments.run_dir is None:
         raise ConfigError("--run-dir is missing: the run of ECAMP that looks at the images")
-    _, read = open_manifest(url)
+    read = read_manifest(url)
     with open_store(arguments.output, create=True) as output, suppress(DataError):  # what is broken is not what is read
         if output.exists(MANIFEST) and Manifest.from_bytes(output.get(MANIFEST)).sha256 == read.sha256:
             raise ConfigError(f"--output {arguments.output}: holds the set that is read; name another folder")

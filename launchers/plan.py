@@ -31,7 +31,7 @@ from core.metrics import PEAK_FLOPS
 from core.models import attention
 from launchers.command import errors_in_one_line
 from shards.batch import Batch
-from shards.dataset import DataSet
+from shards.dataset import read_manifest
 from shards.decode_volume import VolumeDecoder
 from shards.errors import ConfigError
 from shards.order import lanes_of_rank
@@ -137,7 +137,7 @@ def _site(arguments: argparse.Namespace, config: TrainConfig) -> Site:
     url = arguments.data or (config.data.train if isinstance(config.data.train, str) else "")
     studies, study_bytes = arguments.studies, arguments.study_bytes
     if url:
-        manifest = DataSet(url, config.data.train_split, store=config.data.store).manifest
+        manifest = read_manifest(url, config.data.store).of_split(config.data.train_split)
         studies = studies or manifest.samples
         study_bytes = study_bytes or sum(shard.bytes for shard in manifest.shards) / manifest.samples
     return Site(

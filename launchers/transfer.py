@@ -34,7 +34,7 @@ from launchers.evaluation_progress import shown_progress
 from launchers.evaluation_tables import interval
 from launchers.transfer_data import TransferEncoder, open_encoder, random_like, read_images
 from launchers.transfer_studies import STUDY_TASKS, StudyOptions, study_reports
-from shards.dataset import DataSet
+from shards.dataset import read_manifest
 from shards.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
@@ -127,7 +127,7 @@ def transfer(
         raise ConfigError("segmentation needs --structures, names of the manifest's label maps")
     results: dict[tuple[str, float], dict[str, list[Outputs]]] = {}
     splits: Splits | None = None
-    manifest = DataSet(options.data, options.split).whole.sha256
+    manifest = read_manifest(options.data).sha256
     of_images = [task for task in options.tasks if task not in STUDY_TASKS]
     digests = [digest_of(encoder) for encoder in encoders]
     for encoder, weights in zip(encoders, digests, strict=True):
@@ -206,7 +206,7 @@ def read_splits(encoder: TransferEncoder, options: Options, progress: Progress) 
             options.data, split, encoder.decode, structures=structures, limit=options.limit, progress=progress
         )
 
-    there = DataSet(options.data, options.split).whole.splits
+    there = read_manifest(options.data).splits
     held_out = read("validation") if "validation" in there and options.split != "validation" else None
     train, validation = with_validation(read("train"), held_out, seed=0)
     splits = Splits(train=train, validation=validation, test=read(options.split))

@@ -16,7 +16,7 @@ from core.evaluation.targets import Outputs, Target, probe_target, scored_by, ta
 from launchers.transfer_data import TransferEncoder
 from launchers.transfer_study_data import read_studies
 from shards import keyed
-from shards.dataset import DataSet
+from shards.dataset import read_manifest
 from shards.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
@@ -72,7 +72,7 @@ def study_reports(
     if not options.targets:
         raise ConfigError("study tasks need --targets, names of the manifest's labels or of studies' measurements")
     learned: dict[tuple[str, Target, float], dict[str, list[Outputs]]] = {}
-    manifest = DataSet(options.data, options.split).whole.sha256
+    manifest = read_manifest(options.data).sha256
     for encoder, weights in zip(encoders, digests, strict=True):
         studies = open_studies(encoder, options, progress)
         for task in options.tasks:
@@ -104,7 +104,7 @@ def open_studies(encoder: TransferEncoder, options: StudyOptions, progress: Prog
     def read(split: str) -> StudySplit:
         return read_studies(options.data, split, encoder.decode, limit=options.limit, progress=progress)
 
-    there = DataSet(options.data, options.split).whole.splits
+    there = read_manifest(options.data).splits
     splits = {"train": read("train"), "test": read(options.split)}
     if "validation" in there and options.split != "validation":
         splits["validation"] = read("validation")

@@ -57,6 +57,13 @@ def open_manifest(
         ) from None
 
 
+def read_manifest(url: str, config: StoreConfig | None = None) -> Manifest:
+    """The manifest alone; its store is closed again. Raises as `open_manifest` does."""
+    store, manifest = open_manifest(url, config)
+    store.close()
+    return manifest
+
+
 class DataSet:
     """One manifest's split: its store, its unit table, and the side files of the shards as they are needed."""
 

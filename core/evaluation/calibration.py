@@ -8,7 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import expit
+
+
+def sigmoid(scores: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)) at any size of x. SciPy's would cost every start of a training 0.4 s of imports."""
+    found: np.ndarray = 0.5 * (1.0 + np.tanh(0.5 * scores))
+    return found
 
 
 class Calibration:
@@ -87,5 +92,5 @@ class Decisions:
 
     def probability(self, scores: np.ndarray) -> np.ndarray:
         """[n, K], of being present."""
-        probability: np.ndarray = expit(scores * self.slope + self.intercept)
+        probability: np.ndarray = sigmoid(scores * self.slope + self.intercept)
         return probability

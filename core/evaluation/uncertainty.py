@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import expit
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from core.evaluation.abstention import Selective, oracle, picture
-from core.evaluation.calibration import Calibration, Decisions
+from core.evaluation.calibration import Calibration, Decisions, sigmoid
 from core.evaluation.corruption import KINDS, Words, corrupt_images, mask_words
 from core.evaluation.embed import EmbeddedSplit, Encoders, GaussianTask
 from core.evaluation.statistics import (
@@ -143,7 +142,7 @@ class Uncertainty:
         scale = logit_scale(task)
         if scale is None:
             notes.append(f"task {type(task).__name__} has no logit scale: the fitted one takes its place")
-        own = chosen.probability if scale is None else expit(scale * scores)
+        own = chosen.probability if scale is None else sigmoid(scale * scores)
 
         calibrated = self._calibrate({"": own, "_fitted": chosen.probability}, truth, split, names, chosen.known, notes)
         confidences = _confidences(scale, chosen, split)
@@ -446,7 +445,7 @@ def _confidences(scale: float | None, chosen: _Decided, split: EmbeddedSplit) ->
     if chosen.known.any():
         odds = np.abs((chosen.slope if scale is None else scale) * chosen.margin)[:, chosen.known]
         right = np.where(chosen.present, chosen.probability, 1.0 - chosen.probability)[:, chosen.known]
-        found = {"max_probability": expit(odds).mean(axis=1), "fitted_probability": right.mean(axis=1)}
+        found = {"max_probability": sigmoid(odds).mean(axis=1), "fitted_probability": right.mean(axis=1)}
     if split.image_logvar is not None:
         found["logvar"] = -of_study(split.image_logvar)
     norm = split.image_norm
