@@ -15,7 +15,7 @@ import numpy as np
 
 from shards.batch import StudyRecord
 from shards.chunk_cache import ChunkCache
-from shards.errors import BadSampleError, DataError, MissingObjectError
+from shards.errors import BadSampleError, DataError, MissingObjectError, StoreUnreachableError
 from shards.folder import room_for
 from shards.manifest import MANIFEST, Manifest, Shard
 from shards.members import MembersTable, part_number
@@ -26,6 +26,7 @@ from shards.store import Store, StoreConfig, StoreRetry, Stores, open_store, spl
 # Members that follow each other are read as one range: between them lie padding and tar headers, nothing else unless a
 # foreign tar holds a member that its index left out.
 _MERGE_GAP_BYTES = 4096
+READ_AGAIN = 2  # times that a member is read once more when its bytes are not what the index says
 
 Event = dict[str, Any]
 Reads = Literal["everything", "report", "labels"]  # what is seen of a study beside its images
@@ -116,6 +117,23 @@ class DataSet:
                 cache.discard(identity, offset, length)
         for chunk in self._forgotten:
             cache.discard(*_cached_range(self, chunk))
+
+    def read_again(self, chunk: int, offset: int, size: int, cache: ChunkCache | None) -> bytes:
+        """A member whose bytes were not what the index says, from its store: they may have changed on the way here.
+
+        The cache forgets the chunk that it came in. What the store does not have is empty.
+        """
+        if cache is not None:
+            cache.discard(*_cached_range(self, chunk))
+        shard = self.shard(chunk)
+        store, name = self.tar(shard)
+        self._on_event({"event": "read_again", "shard": shard.name, "offset": offset, "bytes": size})
+        try:
+            return store.get_range(name, offset, size)
+        except StoreUnreachableError:
+            raise
+        except DataError:  # the tar is shorter than its index says
+            return b""
 
     @property
     def bytes_read(self) -> int:
@@ -286,16 +304,34 @@ def read_units(
         present = result[unit]
         if isinstance(present, BadSampleError):
             continue
-        try:
-            crc32c = None if table.crc32c is None else int(table.crc32c[row])
-            key = log_key(data.manifest, present.key)
-            adopted = data.manifest.adopted
-            check_member(body, shard=shard.name, key=key, member=member, size=size, crc32c=crc32c, adopted=adopted)
-        except BadSampleError as error:
-            result[unit] = error
+        check = partial(
+            check_member,
+            shard=shard.name,
+            key=log_key(data.manifest, present.key),
+            member=member,
+            size=size,
+            crc32c=None if table.crc32c is None else int(table.crc32c[row]),
+            adopted=data.manifest.adopted,
+        )
+        fault = _fault(check, body)
+        for _ in range(READ_AGAIN):
+            if fault is None:
+                break
+            body = memoryview(data.read_again(chunk, offset, size, cache))
+            fault = _fault(check, body) and fault
+        if fault is not None:
+            result[unit] = fault
             continue
         put(body)
     return result
+
+
+def _fault(check: Callable[[memoryview], None], body: memoryview) -> BadSampleError | None:
+    try:
+        check(body)
+    except BadSampleError as error:
+        return error
+    return None
 
 
 _Rows = list[tuple[int, Callable[[memoryview], None]]]  # (row of the members table, where its content goes)

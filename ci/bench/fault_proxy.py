@@ -1,4 +1,5 @@
-"""An HTTP proxy between an S3 client and its server that fails on purpose: server errors, resets, stalls, cut bodies.
+"""An HTTP proxy between an S3 client and its server that fails on purpose: server errors, resets, stalls, cut and
+changed bodies.
 
 Whether an attempt fails depends on (seed, request, how often this request was tried), never on timing or on the order
 of threads, so a run can be repeated. The plan is changed while it runs (`FaultProxy.plan`); every request is counted.
@@ -31,6 +32,7 @@ KINDS = (
     "stall",  # half of the body, then silence for `stall_s`
     "silence",  # no answer for `stall_s`
     "drip",  # the body one byte at a time, ten a second
+    "flip",  # a whole answer, one byte of its body changed
     "lost_answer",  # the server did it, its answer is lost
 )
 _LOGGED_REQUESTS = 100_000
@@ -215,7 +217,10 @@ class _Proxy:
         if fault == "short" and "content-range" in answer.by_name:
             return await _send_short(writer, answer, content)
         writer.write(answer.encode())
-        if fault is None:
+        if fault == "flip" and content:
+            place = len(content) // 2
+            content = content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+        if fault in (None, "flip"):
             writer.write(content)
             await writer.drain()
             return "close" not in answer.by_name.get("connection", "")
