@@ -15,6 +15,7 @@ import faulthandler
 import logging
 import os
 import platform
+import shlex
 import signal
 import socket
 import sys
@@ -213,6 +214,8 @@ def _run(
             events.write({"event": "end", "code": code})
         return code
     except RoentgenError as error:
+        if isinstance(error, NonFiniteError):  # ends with the command that shows the batch, of which this is the rest
+            error.args = (f"{error} --run-dir {shlex.quote(run_dir)}",)
         event: dict[str, Any] = {"event": "error", "kind": type(error).__name__, "message": str(error)}
         if isinstance(error, NonFiniteError):
             event["samples"] = list(error.sample_ids)

@@ -26,7 +26,7 @@ from shards.store import Store, StoreConfig, StoreRetry, Stores, open_store, spl
 # Members that follow each other are read as one range: between them lie padding and tar headers, nothing else unless a
 # foreign tar holds a member that its index left out.
 _MERGE_GAP_BYTES = 4096
-READ_AGAIN = 2  # times that a member is read once more when its bytes are not what the index says
+READ_AGAIN = 3  # times that a member is read once more when its bytes are not what the index says
 
 Event = dict[str, Any]
 Reads = Literal["everything", "report", "labels"]  # what is seen of a study beside its images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+
+from ci.bench.ray_cluster import free_port
 
 TIMEOUT_S = 120.0
 # What the server of forked ranks imports once. There is one such server a test process, so all tests share the list.
@@ -30,13 +31,6 @@ def _enter(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def run_distributed(func: Callable[..., Any], world_size: int, backend: str = "gloo", args: tuple = ()) -> list[Any]:

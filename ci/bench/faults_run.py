@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from typing import Any
 import psutil
 
 from ci.bench.figure import REPOSITORY
+from ci.bench.ray_cluster import free_port
 from shards.errors import RoentgenError
 
 LIMIT_S = 1200.0
@@ -50,9 +49,14 @@ class Broken:
     steps: int
     save_every: int
     ranks: int = 2
-    ray: bool = False
+    by: str = "restart.py"  # who starts the ranks: restart.py, the `deepspeed` runner, or the driver of `ray`
     overrides: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()  # variables of the environment that it must not have
+    run_dir: str = ""  # where it is not `folder`, which then holds what is written before it is mirrored
+    address: str = "local"  # of Ray's cluster
+    workers: str = ""  # of Ray's driver, where it is not `ranks`
+    options: tuple[str, ...] = ()  # more of Ray's driver
     file_bytes: int | None = None  # largest file that its processes may write
 
     @property
@@ -65,26 +69,34 @@ class Broken:
             f"trainer.steps={self.steps}",
             f"trainer.save_every={self.save_every}",
         ]
-        program = "launchers/ray_pretrain.py" if self.ray else "launchers/pretrain.py"
-        where = ["--workers", str(self.ranks)] if self.ray else []
-        ranks = [] if self.ray else ["--ranks", str(self.ranks)]
-        return [
-            sys.executable, "launchers/restart.py", "--restarts", str(restarts), *ranks, "--log", str(self.log), "--",
-            sys.executable, program, "--recipe", "tiny:clip", "--run-dir", str(self.folder), *where, "--set", *settings,
-            *self.overrides,
-        ]  # fmt: skip
+        run_dir = self.run_dir or str(self.folder)
+        recipe = ["--recipe", "tiny:clip", "--run-dir", run_dir, "--set", *settings, *self.overrides]
+        if self.by == "deepspeed":
+            runner = ["--num_accelerators", str(self.ranks), "--master_port", str(free_port())]
+            return [str(Path(sys.executable).with_name("deepspeed")), *runner, "launchers/pretrain.py", *recipe]
+        again = [sys.executable, "launchers/restart.py", "--restarts", str(restarts), "--log", str(self.log)]
+        if self.by == "ray":
+            where = ["--address", self.address, "--workers", self.workers or str(self.ranks), *self.options]
+            return [*again, "--", sys.executable, "launchers/ray_pretrain.py", *where, *recipe]
+        return [*again, "--ranks", str(self.ranks), "--", sys.executable, "launchers/pretrain.py", *recipe]
+
+    def variables(self) -> dict[str, str]:
+        """The environment of its processes."""
+        found = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **self.environment}
+        path = [str(Path(sys.executable).parent), found.get("PATH", "")]
+        found |= {"PYTHONPATH": str(REPOSITORY), "PATH": os.pathsep.join(path)}
+        return {name: value for name, value in found.items() if name not in self.without}
 
     @contextmanager
     def running(self, restarts: int = 3) -> Iterator[psutil.Process]:
-        """The process of restart.py; whatever of it still runs at the end is killed."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **self.environment}
-        path = [str(Path(sys.executable).parent), environment.get("PATH", "")]
-        environment |= {"PYTHONPATH": str(REPOSITORY), "PATH": os.pathsep.join(path)}
+        """The process that was started, the first of its session; whatever of it still runs at the end is killed."""
         with open(self.folder.with_suffix(".log"), "ab") as log:
             command = self.command(restarts)
             if self.file_bytes is not None:
                 command = ["prlimit", f"--fsize={self.file_bytes}", *command]
-            process = psutil.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+            process = psutil.Popen(
+                command, cwd=REPOSITORY, env=self.variables(), stdout=log, stderr=log, start_new_session=True
+            )
         try:
             yield process
         finally:
@@ -162,6 +174,14 @@ class Broken:
         total = events[-1]["time"] - began
         return sum(seconds for _, seconds, kind in spans if kind == "step") / max(total, 1e-9), spans
 
+    def losses(self) -> dict[int, float]:
+        """step -> loss, from its curves."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        curves = EventAccumulator(str(self.folder / "tb"), size_guidance={"scalars": 0})
+        curves.Reload()
+        return {event.step: event.value for event in curves.Scalars("loss/total")}
+
     def step_s(self) -> float:
         """Median seconds of a step."""
         found = [seconds for _, seconds, kind in self.goodput()[1] if kind == "step"]
@@ -192,43 +212,18 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def ranks_of(process: psutil.Process) -> list[psutil.Process]:
-    """Below restart.py: its ranks, or Ray's workers that hold one."""
+    """Below a process that starts runs, or a node of Ray: ranks, or Ray's workers that hold one."""
     found = []
     for each in family(process)[1:]:
         try:
             command = " ".join(each.cmdline())
-            is_rank = "launchers/pretrain.py" in command or ("ray::" in command and "TrainWorker" in command)
+            is_ray = "ray::" in command and "TrainWorker" in command
+            is_rank = is_ray or ("launchers/pretrain.py" in command and "deepspeed" not in command)
         except psutil.Error:
             continue
         if is_rank:
             found.append(each)
     return found
-
-
-def kill(run: Broken, who: str, dice: random.Random, *, unbroken: str) -> Outcome:
-    """SIGKILL in the middle of a random step; the run must end by itself with the weights of the `unbroken` one.
-
-    `who`: one rank, all ranks, or `head`: the driver with its whole cluster, which is then submitted again.
-    """
-    with run.running() as process:
-        run.wait_for_step(dice.randrange(1, run.steps - 1), process)
-        time.sleep(dice.random() * 0.2)
-        at = time.time()
-        ranks = ranks_of(process)
-        victims = [dice.choice(ranks)] if who == "one" else ranks if who == "all" else family(process)[1:]
-        for victim in victims:
-            with_suppressed(lambda victim=victim: victim.send_signal(signal.SIGKILL))  # type: ignore[misc]
-        code = int(process.wait(LIMIT_S))
-    identical = bool(run.weights()) and run.weights() == unbroken
-    victim_name = {"one": "one rank", "all": "all ranks", "head": "the head, submitted again"}[who]
-    return Outcome(
-        fault=f"SIGKILL of {victim_name}" + (" (Ray)" if run.ray else ""),
-        survived=code == 0,
-        identical=identical,
-        lost_steps=run.lost_steps(),
-        text=f"ended with {code}, weights {'identical' if identical else 'DIFFER'}, {run.lost_steps()} steps again",
-        **run.seconds_after(at),  # type: ignore[arg-type]
-    )
 
 
 def alone(command: list[str]) -> None:

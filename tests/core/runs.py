@@ -18,6 +18,7 @@ import psutil
 import torch
 import torch.multiprocessing as multiprocessing
 
+from ci.bench.ray_cluster import free_port
 from configs import tiny
 from configs.schema import TrainConfig, apply_overrides
 from core.checkpoint import Checkpoints, InitConfig
@@ -29,7 +30,7 @@ from core.trainer import StopRequest, train, validation_loss
 from core.world import World
 from shards.batch import Batch
 from shards.errors import RoentgenError, StoreUnreachableError
-from tests.distributed import PRELOAD, free_port
+from tests.distributed import PRELOAD
 
 VOCABULARY = 60
 GLOBAL_BATCH = 12

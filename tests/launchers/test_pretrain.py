@@ -20,6 +20,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ci.bench.ray_cluster import free_port
 from configs import ct, schema
 from configs.schema import TrainConfig
 from core import self_proof
@@ -35,7 +36,6 @@ from shards.ingest.phantom_ct import CtPhantom
 from shards.loader import Loader
 from shards.tokenizer import train_wordpiece
 from shards.writer import write_shards
-from tests.distributed import free_port
 from tests.launchers.past_runs import pack
 
 ROOT = Path(__file__).parents[2]

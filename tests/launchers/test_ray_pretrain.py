@@ -16,12 +16,13 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ci.bench.figure import REPOSITORY
+from ci.bench.ray_cluster import RayCluster, end_all, environment, family, terminate
 from core.checkpoint_files import find_weights, steps_in
 from core.trainer import StopRequest
 from launchers import ray_pretrain, submit
 from launchers.elastic import Ended, Restarts
 from tests.launchers.past_runs import pack
-from tests.launchers.ray_cluster import ROOT, RayCluster, end_all, environment, family, terminate
 
 TIMEOUT_S = 240
 DONE, SAVED = (0, "", True), (143, "", True)
@@ -127,7 +128,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
             started.append(
                 subprocess.Popen(
                     [sys.executable, "launchers/ray_pretrain.py", *words],
-                    cwd=ROOT, env=env or environment(), stdout=log, stderr=log, start_new_session=True,
+                    cwd=REPOSITORY, env=env or environment(), stdout=log, stderr=log, start_new_session=True,
                 )
             )  # fmt: skip
         return started[-1]

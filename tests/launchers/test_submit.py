@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from ci.bench.ray_cluster import free_port
 from launchers import submit
 from shards.errors import ConfigError
-from tests.distributed import free_port
 
 TOKEN = "0123456789abcdef" * 4
 RUN = ["--recipe", "tiny:clip", "--workers", "2", "--run-dir", "/shared/runs/a", "--set", "data.train=/shared/m.json"]

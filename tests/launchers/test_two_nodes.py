@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ci.bench.ray_cluster import end_all, environment, family, free_port
 from core.checkpoint_files import steps_in
-from tests.distributed import free_port
 from tests.launchers.past_runs import pack
-from tests.launchers.ray_cluster import end_all, environment, family
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 280

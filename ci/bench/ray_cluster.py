@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, with a token, all of which ends with its block."""
+"""A Ray cluster of several nodes on this machine, with a token, that ends with its block: for benches and tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,11 +16,18 @@ from types import TracebackType
 
 import psutil
 
-from tests.distributed import free_port
+from ci.bench.figure import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
 OBJECT_STORE_BYTES = 100 << 20
 START_S = 120.0
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def environment(token: str | None = None) -> dict[str, str]:
@@ -28,7 +36,7 @@ def environment(token: str | None = None) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     auth = {} if token is None else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    here = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
+    here = {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
     return {**own, **here, **quiet, **auth}
 
 
@@ -52,7 +60,7 @@ def end_all(processes: list[psutil.Process]) -> None:
 
 
 class RayCluster:
-    """A head and, later, nodes of one CPU each. `dashboard`: with the server that takes jobs. `cpus`: of the head.
+    """A head and, later, nodes. `dashboard`: with the server that takes jobs. `cpus`: of the head.
 
     Its files lie in a folder of a short name: the path of a socket has at most 107 bytes.
     """
@@ -86,9 +94,9 @@ class RayCluster:
     def environment(self) -> dict[str, str]:
         return environment(self.token)
 
-    def add_node(self) -> subprocess.Popen[bytes]:
-        """One more node with one CPU; `end_node` ends it."""
-        return self._start("--address", self.address, "--num-cpus", "1")
+    def add_node(self, cpus: int = 1) -> subprocess.Popen[bytes]:
+        """One more node; `end_node` ends it."""
+        return self._start("--address", self.address, "--num-cpus", str(cpus))
 
     def end_node(self, node: subprocess.Popen[bytes]) -> None:
         """As if its machine lost its power."""
@@ -103,7 +111,7 @@ class RayCluster:
         ]  # fmt: skip
         with open(log, "wb") as file:
             node = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment(), stdout=file, stderr=file, start_new_session=True
+                command, cwd=REPOSITORY, env=self.environment(), stdout=file, stderr=file, start_new_session=True
             )
         self._nodes.append(node)
         deadline = time.monotonic() + START_S
