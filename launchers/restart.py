@@ -11,6 +11,7 @@ killed (137, 247), lost another (1) or saw no progress (5). Pretraining goes on 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -55,6 +56,7 @@ class Group:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.processes: list[subprocess.Popen[bytes]] = []
+        self._is_ray = any(Path(word).name == "ray_pretrain.py" for word in command)
         try:
             self._start(command, ranks, port)
         except OSError:  # such as no room for one more process: those that came before must not stay alone
@@ -69,13 +71,12 @@ class Group:
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             self.processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
 
-    def signal(self, number: int) -> None:
-        """To all processes of the group and what they started."""
+    def stop(self, number: int) -> None:
+        """Pass a signal on to all processes of the group and what they started, since the `deepspeed` runner and shells
+        hand none on. Ray's driver does, and needs the cluster that it started until its ranks have saved."""
         for process in self.processes:
-            try:
-                os.killpg(process.pid, number)
-            except ProcessLookupError:
-                continue
+            with contextlib.suppress(ProcessLookupError):
+                (os.kill if self._is_ray else os.killpg)(process.pid, number)
 
     def wait(self, limit_s: float | None = None) -> bool:
         """Until all have ended, or the first has ended badly; False at the limit."""
@@ -103,7 +104,9 @@ class Group:
 
     def kill(self) -> None:
         """All of it, at once."""
-        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.wait()
 
@@ -123,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A terminal that closes reaches this process only: what it started has sessions of its own and would go on.
         stopped = signal.SIGTERM if number == signal.SIGHUP else number
         if group is not None:
-            group.signal(stopped)
+            group.stop(stopped)
 
     heard = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
@@ -146,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 2
             note(event="start", number=start)
             if stopped:  # it came in between
-                group.signal(stopped)
+                group.stop(stopped)
             group.wait()
             note(event="ended", code=group.code)
             if stopped and not group.wait(LAST_WORDS_S):

@@ -35,7 +35,7 @@ LONGER_STEPS = 240  # of runs whose store goes away, so that they still read whe
 KILLS = {"quick": ("one", "all"), "full": ("one", "all") * 5}
 RAY_KILLS = {"quick": (), "full": ("one", "all", "node", "head") * 2 + ("one", "node")}
 OUTAGE_S = {"quick": 20.0, "full": 600.0}
-GOODPUT_S, FAULT_EVERY_S = 1800.0, 180.0
+GOODPUT_S, FAULT_EVERY_S, SAVED_EVERY_S = 1800.0, 180.0, 15.0
 RAY_TURNS, RAY_STEPS = 3, 200  # of the comparison of steps under Ray
 BROKEN_BODIES = ("truncate", "short", "reset_midway", "flip")
 SEED = 0
@@ -71,7 +71,8 @@ def run(quick: bool) -> list[Figure]:
         long, ray_overhead = base, None
         if not quick:
             dice = random.Random(SEED + 1000)
-            long = scenes.long_run(replace(base, folder=root / "goodput"), GOODPUT_S, FAULT_EVERY_S, dice)
+            endless = replace(base, folder=root / "goodput", steps=10**6, save_every=int(SAVED_EVERY_S / base.step_s()))
+            long = scenes.long_run(endless, GOODPUT_S, FAULT_EVERY_S, dice)
             seconds = scenes.step_seconds(base, root, ("restart.py", "ray"), RAY_TURNS, RAY_STEPS)
             ray_overhead = statistics.median(seconds["ray"]) / statistics.median(seconds["restart.py"]) - 1.0
         figures = _figures(outcomes[: len(kills)], outcomes, long, ray_overhead, quick, time.perf_counter() - began)

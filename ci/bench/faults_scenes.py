@@ -361,8 +361,7 @@ def outage(run: Broken, base: Broken, seconds: float, *, limit_s: float) -> Outc
 
 
 def long_run(run: Broken, seconds: float, every_s: float, dice: random.Random) -> Broken:
-    """A run of `seconds`, a rank killed every `every_s` on average, then stopped; saved about every 15 s."""
-    run = replace(run, steps=10**6, save_every=max(1, int(15 / run.step_s())))
+    """A run of `seconds`, a rank killed every `every_s` on average, then stopped."""
     with run.running(restarts=1000) as process:
         run.wait_for_step(1, process)
         until = time.monotonic() + seconds

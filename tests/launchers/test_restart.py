@@ -128,6 +128,34 @@ def test_a_signal_is_passed_on_and_ends_all_after_saving(tmp_path: Path, number:
     running.stdout.close()
 
 
+# A driver that saves, and below it what must live until then; it says whether it did.
+DRIVER = """
+import signal, subprocess, sys, time
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+def end(*_):
+    time.sleep(0.5)
+    sys.exit(143 if helper.poll() is None else 1)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("ray_pretrain.py", 143), ("pretrain.py", 1)])
+def test_rays_driver_keeps_its_cluster_while_it_stops(tmp_path: Path, name: str, code: int) -> None:
+    program = tmp_path / name
+    program.write_text(DRIVER)
+    command = [sys.executable, "launchers/restart.py", "--restarts", "0", "--", sys.executable, str(program)]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert running.stdout is not None
+    assert running.stdout.readline() == b"ready\n"
+    below = psutil.Process(running.pid).children(recursive=True)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=60) == code
+    assert not psutil.wait_procs(below, timeout=30)[1]
+    running.stdout.close()
+
+
 def test_a_signal_between_two_starts_ends_the_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log"
 
