@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,34 @@ def test_time_is_told_apart_by_what_it_was_spent_on(tmp_path: Path) -> None:
 
 def test_samples_that_changed_after_a_restart_show(tmp_path: Path) -> None:
     assert broken(tmp_path, [*KILLED, batch(121.0, 3, batch_hash=77)]).samples()[3] == {3, 77}
+
+
+def test_the_full_form_kills_twenty_times(tmp_path: Path) -> None:
+    kills = faults._kills("full", broken(tmp_path, KILLED))
+    assert len(kills) == 20
+    assert {(scene.run.by, scene.fault.split(" of ")[1].split(" (")[0]) for scene in kills} == {
+        ("restart.py", "one rank"),
+        ("restart.py", "all ranks"),
+        ("ray", "one rank"),
+        ("ray", "all ranks"),
+        ("ray", "a node with its ranks"),
+        ("ray", "the head, submitted again"),
+    }
+
+
+def test_a_run_is_started_by_whom_it_says(tmp_path: Path) -> None:
+    run = Broken(folder=tmp_path / "a", manifest="m", steps=4, save_every=2, overrides=("seed=3",))
+    plain, runner, ray = (replace(run, by=by).command(7) for by in ("restart.py", "deepspeed", "ray"))
+    assert plain[1:6] == ["launchers/restart.py", "--restarts", "7", "--log", str(run.log)]
+    assert plain[plain.index("--ranks") + 1] == "2" and "launchers/pretrain.py" in plain
+    assert Path(runner[0]).name == "deepspeed" and "launchers/restart.py" not in runner
+    assert ray[ray.index("--workers") + 1] == "2" and "launchers/ray_pretrain.py" in ray
+    mirrored = replace(run, by="ray", workers="2:4", address="h:1", run_dir="s3://b/a", without=("HOME",))
+    words = mirrored.command(0)
+    assert words[words.index("--workers") + 1] == "2:4" and words[words.index("--address") + 1] == "h:1"
+    assert all(command[-1] == "seed=3" for command in (plain, runner, ray, words))
+    assert words[words.index("--run-dir") + 1] == "s3://b/a"
+    assert "HOME" not in mirrored.variables() and run.variables()["DS_ACCELERATOR"] == "cpu"
 
 
 def test_figures_count_what_survived_and_what_lost_more_than_a_save(tmp_path: Path) -> None:
