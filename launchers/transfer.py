@@ -127,7 +127,9 @@ def transfer(
         raise ConfigError("segmentation needs --structures, names of the manifest's label maps")
     results: dict[tuple[str, float], dict[str, list[Outputs]]] = {}
     splits: Splits | None = None
-    manifest = read_manifest(options.data).sha256
+    whole = read_manifest(options.data)
+    whole.of_split(options.split)  # refused here where there is none
+    manifest = whole.sha256
     of_images = [task for task in options.tasks if task not in STUDY_TASKS]
     digests = [digest_of(encoder) for encoder in encoders]
     for encoder, weights in zip(encoders, digests, strict=True):

@@ -72,7 +72,9 @@ def study_reports(
     if not options.targets:
         raise ConfigError("study tasks need --targets, names of the manifest's labels or of studies' measurements")
     learned: dict[tuple[str, Target, float], dict[str, list[Outputs]]] = {}
-    manifest = read_manifest(options.data).sha256
+    whole = read_manifest(options.data)
+    whole.of_split(options.split)  # refused here where there is none
+    manifest = whole.sha256
     for encoder, weights in zip(encoders, digests, strict=True):
         studies = open_studies(encoder, options, progress)
         for task in options.tasks:
