@@ -29,6 +29,7 @@ from core.engine import EngineConfig
 from core.evaluation.embed import protocols_in_training
 from core.models.volume import VolumeEncoder
 from core.optim import OptimConfig
+from core.settings import flatten
 from core.tasks import Task
 from core.trainer import TrainerConfig
 from shards.errors import ConfigError
@@ -295,7 +296,7 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
         ConfigError: unknown key, with the nearest known ones; value of the wrong type or out of range.
     """
     tree = to_json(config)
-    known = list(_leaves(tree))
+    known = list(flatten(tree))
     types_of: dict[str, Any] = _types(config)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -304,16 +305,6 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
             raise ConfigError(f"--set {override}: write key=value")
         _set(tree, key, text, types_of, known)
     return from_json(tree)
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_leaves(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _types(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -513,7 +504,7 @@ def to_text(config: TrainConfig, *, base: TrainConfig | None = None) -> str:
     """The whole run, one setting a line, groups indented; `*` marks what differs from `base`, the recipe itself."""
     changed = set()
     if base is not None:
-        before, now = _leaves(to_json(base)), _leaves(to_json(config))
+        before, now = flatten(to_json(base)), flatten(to_json(config))
         changed = {name for name in now if before.get(name, ...) != now[name]}
     lines: list[str] = []
 

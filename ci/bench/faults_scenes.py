@@ -331,7 +331,7 @@ def outage(run: Broken, base: Broken, seconds: float, *, limit_s: float) -> Outc
     run = replace(run, overrides=(*run.overrides, f"data.store.retry_limit_s={limit_s}"))
     within = seconds < limit_s
     with _store(run) as (run, proxy, buckets):
-        with run.running() as process:
+        with run.running(restarts=0) as process:  # it waits, or stops: nobody starts it again
             run.wait_for_step(run.steps // 8, process)
             proxy.plan(Plan(outage=True))
             if within:
