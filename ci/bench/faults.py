@@ -36,7 +36,7 @@ KILLS = {"quick": ("one", "all"), "full": ("one", "all") * 5}
 RAY_KILLS = {"quick": (), "full": ("one", "all", "node", "head") * 2 + ("one", "node")}
 OUTAGE_S = {"quick": 20.0, "full": 600.0}
 GOODPUT_S, FAULT_EVERY_S, SAVED_EVERY_S = 1800.0, 180.0, 15.0
-RAY_TURNS, RAY_STEPS = 3, 200  # of the comparison of steps under Ray
+RAY_TURNS, RAY_STEPS = 5, 400  # of the comparison of steps under Ray
 BROKEN_BODIES = ("truncate", "short", "reset_midway", "flip")
 SEED = 0
 
@@ -167,5 +167,5 @@ def _figures(
     if not quick:
         found.append(figure("faults.goodput", share, note=f"{long.lost_steps()} steps done again"))
     if ray_overhead is not None:
-        found.append(figure("faults.ray_overhead", ray_overhead, repeats=3, threads=2))
+        found.append(figure("faults.ray_overhead", ray_overhead, repeats=RAY_TURNS, threads=2))
     return found
