@@ -53,6 +53,7 @@ class Plan:
     outage: bool = False  # reset everything
     # Answer everything with this S3 error: [status, code, message, headers].
     answer: Sequence[object] | None = None
+    expired_token: str = ""  # refuse what is signed with this session token
 
     def __post_init__(self) -> None:
         unknown = set(self.kinds) - set(KINDS)
@@ -200,6 +201,9 @@ class _Proxy:
         fault = self._fault(method, path, head)
         if fault is not None:
             self._faults[fault] += 1
+        if plan.expired_token and head.by_name.get("x-amz-security-token") == plan.expired_token:
+            self._faults["expired"] += 1
+            return await self._refuse(writer, method, 400, "ExpiredToken", "The provided token has expired.")
         if plan.answer is not None and not plan.outage:
             return await self._refuse(writer, method, *plan.answer)
         if fault == "error":

@@ -129,6 +129,7 @@ def _others(size: str, base: Broken, longer: Broken) -> list[Scene]:
         Scene("loss not finite", base, scenes.not_finite),
         Scene("S3: a fifth of requests fails", base, fifth),
         Scene("S3: bodies cut and changed", base, bodies),
+        Scene("S3: credentials end and are renewed", longer, partial(scenes.renewed_credentials, base=longer)),
         Scene(f"S3: away for {away_s:g} s", longer, wait),
         Scene("S3: away for longer than the limit", longer, give_up),
     ]

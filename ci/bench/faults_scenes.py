@@ -25,7 +25,7 @@ from ci.bench.fault_proxy import FaultProxy, Plan
 from ci.bench.faults_run import LIMIT_S, Broken, Outcome, family, ranks_of, with_suppressed
 from ci.bench.figure import REPOSITORY
 from ci.bench.ray_cluster import RayCluster
-from ci.bench.s3_server import S3Server
+from ci.bench.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 from core.checkpoint_files import defect, steps_in
 from shards.errors import RoentgenError
 
@@ -319,6 +319,36 @@ def bad_store(run: Broken, base: Broken, plan: Plan, fault: str) -> Outcome:
         fault=fault,
         survived=code == 0 and same and faults > 0 and arrived and not skipped,
         text=f"code {code}, {faults} requests failed, samples of all steps {'the same' if same else 'DIFFER'}, "
+        f"{skipped} skipped, last checkpoint {'in the store' if arrived else 'NOT in the store'}",
+    )
+
+
+def renewed_credentials(run: Broken, base: Broken) -> Outcome:
+    """The session token ends in the middle of the run, after its file was given another, as roles' agents do."""
+    file = run.folder.with_name(run.folder.name + "-credentials")
+
+    def renew(token: str) -> None:
+        rows = (f"aws_access_key_id={ACCESS_KEY}", f"aws_secret_access_key={SECRET_KEY}", f"aws_session_token={token}")
+        file.write_text("\n".join(["[default]", *rows, ""]))
+
+    renew("first")
+    with _store(run) as (run, proxy, buckets):
+        from_file = {"AWS_SHARED_CREDENTIALS_FILE": str(file)}
+        run = replace(
+            run, environment={**run.environment, **from_file}, without=("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        )
+        with run.running(restarts=0) as process:
+            run.wait_for_step(run.steps // 8, process)
+            renew("second")
+            proxy.plan(Plan(expired_token="first"))
+            code = int(process.wait(LIMIT_S))
+        refused = proxy.report()["faults"].get("expired", 0)
+        arrived = (buckets / "runs" / "a" / "latest").read_text().strip() == f"step-{run.steps}"
+    same, skipped = run.samples() == base.samples(), len(run.events("skip"))
+    return Outcome(
+        fault="S3: credentials end and are renewed",
+        survived=code == 0 and same and refused > 0 and arrived and not skipped,
+        text=f"code {code}, {refused} requests refused, samples of all steps {'the same' if same else 'DIFFER'}, "
         f"{skipped} skipped, last checkpoint {'in the store' if arrived else 'NOT in the store'}",
     )
 
