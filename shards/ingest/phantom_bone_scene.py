@@ -40,12 +40,13 @@ HEDGED_FROM, HEDGED_TO = 0.2, 0.8  # between these chances of being called, a re
 KL_DEFINITE = 2  # osteoarthritis from this Kellgren-Lawrence grade on
 AXIS_NORMAL_DEGREES = 3.0
 BONE_AGE_NORMAL_MONTHS = 24.0
-_PLACES: dict[Part, tuple[str, ...]] = {
+PLACES: dict[Part, tuple[str, ...]] = {
     "WRIST": ("radius",), "HAND": ("metacarpal 5", "metacarpal 2", "phalanx 3", "phalanx 4"),
     "KNEE": ("tibial plateau",), "LEG": (), "FOREARM": ("radius", "ulna"), "TIBIA": ("tibia", "fibula"),
 }  # fmt: skip
+CAST_PARTS: tuple[Part, ...] = ("FOREARM", "TIBIA", "HAND")  # wrists have theirs from the published set
 _FRACTURE_SHARE: dict[Part, float] = {"HAND": 0.12, "KNEE": 0.08, "LEG": 0.0, "FOREARM": 0.55, "TIBIA": 0.50}
-_IMPLANTS: dict[Part, tuple[Implant, ...]] = {
+IMPLANTS: dict[Part, tuple[Implant, ...]] = {
     "WRIST": ("wires", "plate"), "HAND": ("wires",), "KNEE": ("prosthesis",), "LEG": ("prosthesis",),
     "FOREARM": ("plate",), "TIBIA": ("nail", "plate"),
 }  # fmt: skip
@@ -294,7 +295,7 @@ def _draw_fracture(
     place = draws.between(0.0, 1.0)
     along, slant, shift = draws.between(0.0, 1.0), draws.between(-1.0, 1.0), draws.between(-1.0, 1.0)
     hides, seen_in = draws.chance(difficulty.one_view), int(views * draws.between(0.0, 1.0))
-    places = _PLACES[part]
+    places = PLACES[part]
     if not places or (not present and (chosen is None or not doubtful)):
         return None
     strength = 0.9 if chosen is None else chosen
@@ -332,7 +333,7 @@ def draw_scene(seed: int, index: int, difficulty: Difficulty) -> Scene:
     arthritis = _draw_arthritis(body, spread)
     angle = round(body.bell(0.0, 3.2) if body.chance(0.6) else body.bell(4.0, 3.0), 1)
     metal = wrist.metal if part == "WRIST" else body.chance(_IMPLANT_SHARE[part])
-    implants = _IMPLANTS[part]
+    implants = IMPLANTS[part]
     implant: Implant = implants[int(body.between(0.0, 1.0) * len(implants))] if metal else ""
     lesion = body.between(0.4, 1.0) if body.chance(_LESION_SHARE[part]) else 0.0
 
@@ -344,7 +345,7 @@ def draw_scene(seed: int, index: int, difficulty: Difficulty) -> Scene:
     if part == "WRIST" and wrist.fracture != "none":
         kind = wrist.fracture
     fracture = _draw_fracture(part, kind, has_fracture, len(views), study, difficulty)
-    casts = has_fracture and part in ("FOREARM", "TIBIA", "HAND")
+    casts = has_fracture and part in CAST_PARTS
     cast = wrist.cast if part == "WRIST" else study.chance(0.35) and casts
     clutter = tuple(name for name in ("canal", "fold") if study.chance(difficulty.clutter))
     poses = tuple(_draw_pose(study, mineral, tissue, spread) for _ in views)

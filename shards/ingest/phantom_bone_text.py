@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Literal
 
 from shards.ingest.phantom_bone_scene import (
     AXIS_NORMAL_DEGREES,
+    CAST_PARTS,
+    IMPLANTS,
     KL_DEFINITE,
     LABELS,
+    PLACES,
     Arthritis,
     Fracture,
     Habit,
@@ -297,7 +301,8 @@ def _say_fracture(writer: _Writer) -> None:
     named = writer.names("fracture", fracture is not None and (fracture.present or fracture.hedged))
     if fracture is None or not named:
         return
-    bone, gender = _bone_of(scene.part, fracture)[int(writer.number() * len(_bone_of(scene.part, fracture)))]
+    bones = _bone_of(scene.part, fracture.place)
+    bone, gender = bones[int(writer.number() * len(bones))]
     words = {
         "bone": bone, "side": side_word(scene.side, gender), "shift": _shift_word(fracture),
         "slant": "oblique" if abs(fracture.slant) > 0.4 else "transversal",
@@ -311,8 +316,8 @@ def _say_fracture(writer: _Writer) -> None:
     writer.say("fracture", "yes", writer.pick(_FRACTURES[fracture.kind]), conclusion, **words)
 
 
-def _bone_of(part: Part, fracture: Fracture) -> tuple[tuple[str, str], ...]:
-    return _BONES["wrist radius" if part == "WRIST" else fracture.place]
+def _bone_of(part: Part, place: str) -> tuple[tuple[str, str], ...]:
+    return _BONES["wrist radius" if part == "WRIST" else place]
 
 
 def _say_arthritis(writer: _Writer, arthritis: Arthritis) -> None:
@@ -364,35 +369,55 @@ def _mentionable(fracture: Fracture) -> bool:
 
 
 def _prompts(name: str) -> dict[str, list[str]]:
-    """Whole small reports that state one thing of each limb and side, or deny it."""
+    """Whole small reports, of each limb and side as many that state one thing as ordinary ones.
+
+    So that the two sides tell apart what is stated and not the limb.
+    """
     positive: list[str] = []
-    for side in ("R", "L"):
-        man, woman = side_word(side, "m"), side_word(side, "f")  # type: ignore[arg-type]
-        both = {"m": man, "f": woman, "at": woman}
-        if name in ("fracture", "anomaly"):
-            for number, bones in enumerate(_BONES.values()):
-                bone, gender = bones[number % len(bones)]
-                words = {"bone": bone, "side": both[gender], "shift": "peu déplacée", "slant": "oblique"}
-                template = _FRACTURES["complete"][number % 4].format(**words)
-                positive.append(f"{template} {_CONCLUDED_FRACTURES[0].format(**words)}")
-        if name in ("osteoarthritis", "anomaly"):
-            for grade in (2, 3, 4):
-                for template in _ARTHRITIS:
-                    words = {"compartment": "interne", "side": woman, "stage": _STAGES[grade], "m": man,
-                             "signs": _SIGNS[grade][0], "signs_start": _start(_SIGNS[grade][0])}  # fmt: skip
-                    positive.append(f"{template.format(**words)} {_CONCLUDED_ARTHRITIS[1].format(**words)}")
-        if name in ("implant", "anomaly"):
-            for limb, gender in _LIMBS.values():
-                template = _IMPLANTS["plate"][len(positive) % 2].format(limb=limb, side=both[gender])
-                positive.append(f"{template} {template}")
-            positive += [template.format(**both) for template in _IMPLANTS["prosthesis"]]
-    if name == "cast":
-        for habit, texts in _CASTS.items():
-            positive += [f"{text} {denial}" for text, denial in zip(texts, _DENIED_FRACTURES[habit], strict=True)]
-    negative = [" ".join(pair) for pairs in _NORMAL.values() for pair in pairs]
-    if name == "osteoarthritis":
-        negative += [f"{denial} Examen sans particularité." for denial in _DENIED_ARTHRITIS]
+    negative: list[str] = []
+    normal = [" ".join(pair) for pairs in _NORMAL.values() for pair in pairs]
+    for part, (limb, gender) in _LIMBS.items():
+        for side in ("R", "L"):
+            words = {"limb": limb, "side": side_word(side, gender)}  # type: ignore[arg-type]
+            form = _LONG_LEG if part == "LEG" else _TECHNIQUE
+            technique = form["FR"][0].format(**words, long=_VIEWS["AP", "LATERAL"][0])
+            stated = _stated(name, part, side)  # type: ignore[arg-type]
+            count = min(len(stated), len(normal))
+            positive += [f"{technique} {stated[number * len(stated) // count]}" for number in range(count)]
+            negative += [f"{technique} {text}" for text in normal[:count]]
     return {"positive": positive, "negative": negative}
+
+
+def _stated(name: str, part: Part, side: Side) -> list[str]:
+    """Findings and conclusions that state a label of a limb; none where the limb cannot have it."""
+    both = {"m": side_word(side, "m"), "f": side_word(side, "f")}
+    found: list[str] = []
+    if name in ("fracture", "anomaly"):
+        kinds = tuple(_FRACTURES) if part == "WRIST" else ("complete",)
+        for place in PLACES[part]:
+            for kind in kinds:
+                for template, (bone, gender) in zip(_FRACTURES[kind], cycle(_bone_of(part, place)), strict=False):
+                    words = {"bone": bone, "side": both[gender], "shift": "peu déplacée", "slant": "oblique"}
+                    found.append(f"{template.format(**words)} {_CONCLUDED_FRACTURES[0].format(**words)}")
+    if name in ("osteoarthritis", "anomaly") and part == "KNEE":
+        for grade in (2, 3, 4):
+            for template in _ARTHRITIS:
+                words = {"compartment": "interne", "side": both["f"], "stage": _STAGES[grade], "m": both["m"],
+                         "signs": _SIGNS[grade][0], "signs_start": _start(_SIGNS[grade][0])}  # fmt: skip
+                found.append(f"{template.format(**words)} {_CONCLUDED_ARTHRITIS[1].format(**words)}")
+    if name in ("implant", "anomaly"):
+        limb, gender = _LIMBS[part]
+        for implant in IMPLANTS[part]:
+            texts = (template.format(limb=limb, side=both[gender], **both) for template in _IMPLANTS[implant])
+            found += [f"{text} {text}" for text in texts]
+    if name == "anomaly" and part == "LEG":
+        words = {"angle": "7,5", "side": both["m"], "at": both["f"]}
+        texts = (template.format(**words) for sign in (1, -1) for template in _AXES[sign])
+        found += [f"{text} {text}" for text in texts]
+    if name == "cast" and part in ("WRIST", *CAST_PARTS):
+        for habit, casts in _CASTS.items():
+            found += [f"{text} {denial}" for text, denial in zip(casts, _DENIED_FRACTURES[habit], strict=True)]
+    return found
 
 
 PROMPTS: dict[str, dict[str, list[str]]] = {name: _prompts(name) for name in LABELS}

@@ -308,6 +308,9 @@ def test_prompts_look_like_reports() -> None:
         assert len(prompts["positive"]) >= 5 and len(prompts["negative"]) >= 5
         assert not any("{" in text for texts in prompts.values() for text in texts)
         assert not set(prompts["positive"]) & set(prompts["negative"])
+        # The mean of either side names each limb as often, so that their difference is of the finding alone.
+        techniques = [[text.split(". ")[0] for text in prompts[side]] for side in ("positive", "negative")]
+        assert techniques[0] == techniques[1]
 
 
 def test_an_old_record_has_no_measurements_and_a_new_one_no_nan() -> None:
