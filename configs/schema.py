@@ -23,10 +23,11 @@ import pydantic
 
 import core.tasks
 from core.alerts import AlertsConfig
-from core.checkpoint import CheckpointConfig, InitConfig
+from core.checkpoint import CheckpointConfig
 from core.credentials import HIDDEN
 from core.engine import EngineConfig
 from core.evaluation.embed import protocols_in_training
+from core.first_weights import InitConfig
 from core.models.volume import VolumeEncoder
 from core.optim import OptimConfig
 from core.settings import flatten

@@ -15,10 +15,10 @@ import torch
 
 from configs import schema
 from configs.schema import TrainConfig
-from core.checkpoint import load_checkpoint_weights
 from core.checkpoint_files import BEST, LATEST, SUMS, WEIGHTS, find_weights
 from core.engine import take_paths
 from core.evaluation.embed import Encoders
+from core.first_weights import load_checkpoint_weights
 from core.tasks import Task
 from shards.dataset import DataSet
 from shards.decode import Decoder

@@ -21,8 +21,9 @@ import torch.multiprocessing as multiprocessing
 from ci.bench.ray_cluster import free_port
 from configs import tiny
 from configs.schema import TrainConfig, apply_overrides
-from core.checkpoint import Checkpoints, InitConfig
+from core.checkpoint import Checkpoints
 from core.engine import Engine, _import_deepspeed, join_world, leave_world
+from core.first_weights import InitConfig
 from core.hang_watch import EXIT_CODE, HangWatch
 from core.metrics import Events, Metrics, Uploader
 from core.tasks import Exchange, Task
