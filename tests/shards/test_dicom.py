@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -301,6 +302,29 @@ def test_files_that_are_no_dicom(tmp_path: Path) -> None:
     assert "file has 0 bytes" in found
     assert "not a DICOM file" in found
     assert "truncated: fewer pixels than rows x columns" in found
+
+
+def test_what_nobody_can_look_into_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("in/closed/a", "in/open/a", "out/a"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        write(tmp_path / name)
+    (tmp_path / "in" / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "out")
+    os.mkfifo(tmp_path / "in" / "pipe")
+    scandir = os.scandir
+
+    def guarded(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    plan = source(tmp_path / "in", secret=None).plan()
+    assert len(plan.items) == 1
+    unread = "folder that is a link, or may not be read"
+    assert {(one.name, one.reason) for one in plan.refusals} == {
+        ("closed", unread), ("linked", unread), ("gone", "file cannot be read"),
+    }  # fmt: skip
 
 
 def test_corrupt_compressed_pixels_are_refused(tmp_path: Path) -> None:
