@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # only --reports structured needs them
     from shards.reports.identity.burned_in import BurnedInText
     from shards.reports.packing import Structured
 
-DEIDENTIFIER = "dicom headers dropped 1"
+DEIDENTIFIER = "dicom headers dropped 2"
 # Radiography by its DICOM terms; DR is no standard term but common. Others come by the `modalities` option.
 RADIOGRAPHY = ("CR", "DX", "DR")
 _PLAN_THREADS = 8

@@ -30,6 +30,11 @@ _TERMS = {
     "CSPINE": "neck", "NECK": "neck", "SKULL": "head", "HEAD": "head", "JAW": "head",
 }  # fmt: skip
 _PAIRED_NAMES = frozenset((*_CHAINS[0][:-1], *_CHAINS[1][:-1]))
+_TERM_OF = {
+    "hand": "HAND", "wrist": "WRIST", "forearm": "FOREARM", "elbow": "ELBOW", "upper arm": "HUMERUS",
+    "shoulder": "SHOULDER", "foot": "FOOT", "ankle": "ANKLE", "lower leg": "LEG", "knee": "KNEE", "thigh": "FEMUR",
+    "hip": "HIP",
+}  # fmt: skip
 # Of which each image is of one side; "EXTREMITY" stands for any limb.
 PAIRED_PARTS = frozenset(
     term for term, part in _TERMS.items() if part in _PAIRED_NAMES
@@ -72,6 +77,16 @@ def named_parts(text: str, language: Language) -> set[str]:
     """The parts of the body that words of the text name."""
     pattern = _PATTERNS["en" if language == "en" else "fr"]
     return {str(match.lastgroup).replace("_", " ") for match in pattern.finditer(plain(text))}
+
+
+def term_of(body_part: str) -> str | None:
+    """The DICOM term of what a header calls a part of the body, upper case: of such a term, or of words that name one
+    part of a limb in French or English, "GENOU DT"; None of all else.
+    """
+    if body_part in BODY_PARTS:
+        return body_part
+    named = named_parts(body_part, "fr") | named_parts(body_part, "en")
+    return _TERM_OF.get(named.pop()) if len(named) == 1 else None
 
 
 def is_paired(body_part: str) -> bool | None:

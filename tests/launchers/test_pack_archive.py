@@ -18,7 +18,7 @@ from shards.ingest.archive_reports import day_of
 from shards.ingest.dicom_file import RefusedError
 from shards.manifest import Manifest
 from shards.reports import pipeline
-from shards.reports.exam import is_of_other_part, is_paired
+from shards.reports.exam import is_of_other_part, is_paired, term_of
 from shards.reports.identity import Deidentified
 
 SECRET = b"0123456789abcdef0123456789abcdef"
@@ -199,12 +199,14 @@ def test_reports_of_other_parts(text: str, parts: list[str], told: str, other: b
 
 
 @pytest.mark.parametrize(
-    ("body_part", "paired"),
-    [("KNEE", True), ("CHEST", False), ("PELVIS", False), ("EXTREMITY", True), ("GENOU DT", True), ("ÉPAULE", True),
-     ("MAINS", True), ("BASSIN", False), ("RACHIS LOMBAIRE", False), ("", None), ("RACHIS", None), ("OS", None)],
+    ("body_part", "paired", "term"),
+    [("KNEE", True, "KNEE"), ("CHEST", False, "CHEST"), ("PELVIS", False, "PELVIS"), ("EXTREMITY", True, "EXTREMITY"),
+     ("GENOU DT", True, "KNEE"), ("ÉPAULE", True, "SHOULDER"), ("MAINS", True, "HAND"), ("MAIN/POIGNET", True, None),
+     ("BASSIN", False, None), ("RACHIS LOMBAIRE", False, None), ("", None, None), ("RACHIS", None, None),
+     ("OS", None, None)],
 )  # fmt: skip
-def test_parts_that_there_are_two_of(body_part: str, paired: bool | None) -> None:
-    assert is_paired(body_part) is paired
+def test_what_headers_call_parts_of_the_body(body_part: str, paired: bool | None, term: str | None) -> None:
+    assert is_paired(body_part) is paired and term_of(body_part) == term
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,12 @@ def test_study_of_two_patients_is_refused(tmp_path: Path) -> None:
     assert reasons(tmp_path) == ["study of two patients"] * 2
 
 
+def test_a_limb_in_words_passes_as_its_term(tmp_path: Path) -> None:
+    write(tmp_path / "a", BodyPartExamined="GENOU DT KLEE", ImageLaterality="R")
+    record = only_sample(tmp_path).record
+    assert record.views[0].body_part == "KNEE" and "GENOU" not in record.model_dump_json()
+
+
 def test_no_header_text_leaves(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -414,7 +420,7 @@ def test_reports_from_a_table(tmp_path: Path) -> None:
         source(tmp_path / "in", reports=table)
     sample = only_sample(tmp_path / "in", reports=table, deidentified="by hand")
     assert sample.record.report == {"findings": "Clear lungs."}
-    assert sample.record.deidentifier == "dicom headers dropped 1; text: by hand"
+    assert sample.record.deidentifier == "dicom headers dropped 2; text: by hand"
     table.write_text("uid,text\n1,2\n")
     with pytest.raises(ConfigError, match="needs a column study"):
         source(tmp_path / "in", reports=table, deidentified="by hand").plan()
