@@ -144,7 +144,7 @@ class Checkpoints:
         # A folder is shared by all ranks; what lies behind s3:// is written node by node.
         self._shared = not run_dir.startswith("s3://")
         self._leads_node = world.is_first if self._shared else world.local_rank == 0
-        nodes = int(sum_over_ranks(torch.tensor(int(self._leads_node), device=world.device)))
+        self._nodes = nodes = int(sum_over_ranks(torch.tensor(int(self._leads_node), device=world.device)))
         problem: RoentgenError | None = None
         if self._leads_node:
             try:
@@ -234,10 +234,15 @@ class Checkpoints:
         names = {f"step-{step}" for step in steps_in(self.folder)}
         pointer = self.folder / LATEST
         first = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+        remote: set[str] = set()
+        there = ""
         if self._mirror is not None:
-            remote = self._mirror.names()
-            first = self._mirror.latest() or first
-            names = remote if self.world.world_size > 1 else names | remote
+            remote, there = self._mirror.names(), self._mirror.latest()
+            # Of several nodes' checkpoints each holds a part: they are whole in the store only.
+            names = remote if self._nodes > 1 else names | remote
+            # Otherwise another node, or a person, has moved the store's pointer since: that counts.
+            if self._nodes > 1 or not self._mirror.follows(there):
+                first = there or first
         if first and first not in names:
             known = ", ".join(sorted(names)) or "none"
             self._on_event({"event": "latest_points_nowhere", "checkpoint": first[:100], "at_hand": known})
@@ -256,6 +261,10 @@ class Checkpoints:
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"{folder / STATE}: not written by this version ({error})") from None
             self._refuse_other_recipe(folder, kept["recipe"])
+            if self._mirror is not None:
+                self._mirror.follow(there, here=name)
+                if name not in remote:  # saved here while the store was away, or just before a kill
+                    self._mirror.push(name)
             return {
                 "name": name,
                 "state": asdict(state),

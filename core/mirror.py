@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import shutil
 import threading
@@ -10,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.checkpoint_files import LATEST, STEP_NAME, SUMS
+from core.checkpoint_files import LATEST, STEP_NAME, SUMS, write_atomically
 from core.world import World
 from shards.errors import DataError, RoentgenError
 from shards.store import Store
 
 Event = dict[str, Any]
+FOLLOWED = ".follows"  # the store's `latest` that the checkpoints here go on from
 
 
 class Mirror:
@@ -59,6 +61,19 @@ class Mirror:
 
     def latest(self) -> str:
         return self._store.get(LATEST).decode(errors="replace").strip() if self._store.exists(LATEST) else ""
+
+    def follows(self, latest: str) -> bool:
+        """Whether what was saved here goes on from what the store's `latest` names now, and nobody moved that since."""
+        path = self._folder / FOLLOWED
+        return latest == (path.read_text(errors="replace").strip() if path.is_file() else "")
+
+    def follow(self, latest: str, here: str | None = None) -> None:
+        """What is saved here from now on goes on from `latest` of the store. `here`: the checkpoint that the run starts
+        from; newer ones that lie here were left behind. On a full disk the store's `latest` will count."""
+        with contextlib.suppress(OSError):
+            if here is not None:
+                write_atomically(self._folder / LATEST, f"{here}\n".encode())
+            write_atomically(self._folder / FOLLOWED, f"{latest}\n".encode())
 
     def fetch(self, name: str) -> None:
         """Bring a checkpoint here; what goes wrong shows when it is verified."""
@@ -176,6 +191,7 @@ class Mirror:
             time.sleep(1)
         self._store.put(f"{prefix}/{SUMS}", folder / SUMS)
         self._store.put(LATEST, f"{name}\n".encode())
+        self.follow(name)
         self._on_settled()
         self._on_event({"event": "mirrored", "checkpoint": name})
 

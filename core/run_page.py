@@ -26,6 +26,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "share of the peak": ["Multiline", [r"throughput/mfu", r"device/utilisation"]],
         "seconds a step": ["Multiline", [r"time/step_s.*"]],
         "wait for data": ["Multiline", [r"time/data_wait_fraction.*"]],
+        "seconds of the slowest rank": ["Multiline", [r"ranks/(compute|data)_(slowest|median)_s"]],
     },
     "is it fed": {
         "batches that wait": ["Multiline", [r"data/queue_depth"]],

@@ -1,5 +1,5 @@
 """What the programs share: one-line errors, exit codes, a stop on request, the secret of a key file, a
-folder that is there whole or not at all."""
+folder that is there whole or not at all, a look whether a cluster is there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 import logging
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from shards.errors import ConfigError, NonFiniteError, RoentgenError
 from shards.ingest import read_key_file
 
 P = ParamSpec("P")
+KNOCK_S = 10.0
 
 
 @contextmanager
@@ -45,6 +47,15 @@ def new_folder(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def knock(address: str) -> None:
+    """Raises OSError where nothing listens at HOST:PORT: Ray would go on asking for many minutes. Its other addresses,
+    such as `auto`, are left to it."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S):
+            pass
 
 
 class _Interrupted(BaseException):

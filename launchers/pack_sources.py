@@ -104,6 +104,9 @@ def _archive(arguments: argparse.Namespace) -> HospitalArchive:
         raise ConfigError("--source archive --public: an export of a hospital is no public set; give --key-file")
     if clinic.reports is not None or arguments.deidentified or (clinic.structured and clinic.structured.prepared):
         raise ConfigError("--source archive: its reports are those that the mapping names; leave --reports out")
+    output = arguments.output
+    if "://" not in output and Path(output).resolve().is_relative_to(clinic.folder.resolve()):
+        raise ConfigError(f"--output {output}: lies in --input, of which every file is read; name a folder beside it")
     images = DicomRadiographs(
         folder=clinic.folder, secret=clinic.secret, modalities=tuple(arguments.modalities or RADIOGRAPHY),
         limits=_limits(arguments), burned_in=_burned_in(arguments), name="archive",

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+from launchers.command import knock
 from shards.errors import ConfigError, DataError
 
 WINDOW = 32  # inputs for each actor; at 256 reports of 2 kB these are 16 MB
@@ -47,6 +48,7 @@ def _cluster(address: str) -> Iterator[Any]:
             "--ray: Ray is not installed here; pip install 'ray[data]', on every machine of the cluster"
         ) from None
     try:
+        knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
     except Exception as error:  # Ray raises many kinds, the plainest among them
         raise ConfigError(

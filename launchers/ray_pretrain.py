@@ -28,6 +28,7 @@ from core.metrics import Events
 from core.trainer import StopRequest
 from core.world import World
 from launchers import pretrain
+from launchers.command import knock
 from launchers.elastic import Board, Ended, Restarts, Workers, fitting, shortage, verdict
 from shards.errors import ConfigError, RoentgenError
 
@@ -81,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.run_dir = str(Path(arguments.run_dir).absolute())
         if arguments.cpus_per_worker < 1:
             raise ConfigError(f"--cpus-per-worker {arguments.cpus_per_worker} must be at least 1")
+        if not arguments.wait_s >= 0 or not arguments.grow_every_s > 0:
+            raise ConfigError(
+                f"--wait-s {arguments.wait_s:g} must be at least 0, --grow-every-s {arguments.grow_every_s:g} above 0"
+            )
         if arguments.max_restarts < 0:
             raise ConfigError(f"--max-restarts {arguments.max_restarts} must be at least 0")
         # Asked now: nodes that share a machine each unpack a job's folder under one path, and end the one that is here.
@@ -135,6 +140,7 @@ def _connected(arguments: argparse.Namespace, workers: Workers, stop: StopReques
     except ImportError:
         raise ConfigError("Ray is not installed here; pip install 'ray[default,train]'") from None
     try:
+        knock(arguments.address)
         ray.init(**options)
     except Exception as error:  # Ray raises many kinds, the plainest among them
         raise ConfigError(_why_not_joined(arguments.address, error)) from None

@@ -27,6 +27,7 @@ from typing import Any
 FINAL_CODES = (0, 2, 3, 4, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 LAST_WORDS_S = 45.0  # for ranks to end that agreed to, and to save after a signal
 POLL_S = 0.05
+RAY_DRIVERS = ("ray_pretrain.py", "launchers.ray_pretrain")  # as a file, and after python -m
 # A command that fails as soon as it starts is left alone for longer and longer.
 SOON_S, PAUSE_S, MOST_PAUSE_S = 10.0, 1.0, 60.0
 # By the code of the first rank that ended, for the others to end: 1, it lost one that may be about to say why; 5, it
@@ -56,7 +57,7 @@ class Group:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._is_ray = any(Path(word).name == "ray_pretrain.py" for word in command)
+        self._is_ray = any(Path(word).name in RAY_DRIVERS for word in command)
         try:
             self._start(command, ranks, port)
         except OSError:  # such as no room for one more process: those that came before must not stay alone

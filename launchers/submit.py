@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import json
 import os
 import re
@@ -121,6 +122,10 @@ def check_run(of_run: Sequence[str]) -> None:
                 )
     arguments = ray_pretrain.parser().parse_args(list(of_run))
     _, config = pretrain.recipe_of(arguments)
+    if (config.alerts.webhook_url or "").startswith("http"):
+        raise ConfigError(
+            "alerts.webhook_url would be kept in the job's record; write env:NAME and set that variable on the nodes"
+        )
     if arguments.print:
         raise ConfigError("--print starts nothing; run ray_pretrain.py --print here")
     if arguments.run_dir is None:
@@ -147,7 +152,7 @@ def find_token() -> str:
     path = Path(named) if named else Path.home() / ".ray" / "auth_token"
     if not token and (named or path.is_file()):
         try:
-            token = path.read_text().strip()
+            token = path.read_text(errors="replace").strip()
         except OSError as error:
             raise ConfigError(f"{path}: the token cannot be read ({error.strerror})") from None
     if not token:
@@ -155,46 +160,67 @@ def find_token() -> str:
             "no token: copy the head's (there: `ray get-auth-token`) to a file of mode 0600 and name it in "
             "RAY_AUTH_TOKEN_PATH; nothing is sent without one"
         )
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError(
+            "the token is not one word of plain characters; copy the head's (there: `ray get-auth-token`)"
+        )
     return token
 
 
 def check_head(address: str, token: str) -> None:
     """The cluster answers, refuses strangers, takes our token and runs our version of Ray. Raises ConfigError."""
-    if not address.startswith(("http://", "https://")):
+    try:
+        parts = urllib.parse.urlsplit(address)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # such as a port that is no number
+        usable = False
+    if not usable:
         raise ConfigError(f"--address {address}: name the dashboard of the head, such as {DEFAULT_ADDRESS}")
-    status, _ = _ask(address, None)
-    if status == 200:
+    status, answer = _ask(address, None)
+    if status == 200 and "ray_version" in answer:
         raise ConfigError(
             f"--address {address}: this cluster obeys anyone who reaches it; start it with RAY_AUTH_MODE=token "
             "(and `ray get-auth-token --generate` once)"
         )
-    status, answer = _ask(address, token)
     if status in (401, 403):
-        raise ConfigError(f"--address {address}: wrong token ({status}); copy the head's (there: `ray get-auth-token`)")
+        status, answer = _ask(address, token)
+        if status in (401, 403):
+            raise ConfigError(
+                f"--address {address}: wrong token ({status}); copy the head's (there: `ray get-auth-token`)"
+            )
     theirs = answer.get("ray_version")
     if status != 200 or theirs is None:
-        raise ConfigError(f"--address {address}: answers {status} where Ray's dashboard would tell its version")
+        raise ConfigError(
+            f"--address {address}: what answers there is no dashboard of Ray ({status or 'not HTTP'}); the head's "
+            "listens on port 8265 unless it was given another"
+        )
     ours = metadata.version("ray")
     if theirs != ours:
         raise ConfigError(f"--address {address}: Ray {theirs} runs there, {ours} here; install the cluster's here")
 
 
 def _ask(address: str, token: str | None) -> tuple[int, dict[str, Any]]:
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    request = urllib.request.Request(f"{address.rstrip('/')}/api/version", headers=headers)
+    request = urllib.request.Request(f"{address.rstrip('/')}/api/version")
+    if token is not None:  # meant for this host: a redirect does not take it along
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
-            return response.status, json.loads(response.read(65536))
+            status, body = response.status, response.read(65536)
     except urllib.error.HTTPError as error:
         return error.code, {}
-    except ValueError:
-        return 200 if token is None else 0, {}
+    except (http.client.HTTPException, ValueError):  # such as Ray's own port, or a token that is no header
+        return 0, {}
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise ConfigError(
             f"--address {address}: the head cannot be reached ({reason}); its dashboard listens on loopback by "
             "default: run this there, or through ssh -L 8265:127.0.0.1:8265 HEAD"
         ) from None
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = None
+    return status, answer if isinstance(answer, dict) else {}
 
 
 def _connect(address: str, token: str) -> Any:
@@ -295,6 +321,9 @@ def _stop(client: Any, arguments: argparse.Namespace) -> int:
 
 def _follow(client: Any, job: str) -> int:
     """Print the logs until the job has ended; its exit code. Ctrl-C leaves the job running."""
+    from aiohttp import ClientError
+
+    _answered(lambda: client.get_job_info(job), job)  # or there is nothing to follow
     shown = 0
 
     async def tail() -> None:
@@ -311,7 +340,7 @@ def _follow(client: Any, job: str) -> int:
         while True:
             try:
                 asyncio.run(tail())
-            except (OSError, RuntimeError):
+            except (OSError, RuntimeError, ClientError):
                 time.sleep(1.0)  # the connection broke; what the head answers next says why
             info = _answered(lambda: client.get_job_info(job), job)
             if _state(info) not in ("PENDING", "RUNNING"):

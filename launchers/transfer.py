@@ -329,6 +329,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is below 1")
     if not all(0 < percent <= 100 for percent in arguments.percents):
         raise ConfigError(f"--percents {' '.join(map(str, arguments.percents))}: shares lie above 0 and up to 100")
+    if arguments.with_sex and "study_probe" not in arguments.task:
+        raise ConfigError(f"--with-sex: of --task study_probe alone, not of {' '.join(arguments.task)}; leave it out")
     fit = FitConfig(
         steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr, encoder_lr=arguments.encoder_lr
     )

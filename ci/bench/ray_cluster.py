@@ -76,11 +76,15 @@ class RayCluster:
 
     def __enter__(self) -> RayCluster:
         shown = ["--include-dashboard", str(self._with_dashboard).lower(), "--dashboard-host", "127.0.0.1"]
-        self._start(
-            "--head", "--port", str(self.port), "--num-cpus", str(self._cpus), *shown,
-            "--dashboard-port", str(self.dashboard_port), "--ray-client-server-port", str(free_port()),
-            "--temp-dir", str(self._folder),
-        )  # fmt: skip
+        try:
+            self._start(
+                "--head", "--port", str(self.port), "--num-cpus", str(self._cpus), *shown,
+                "--dashboard-port", str(self.dashboard_port), "--ray-client-server-port", str(free_port()),
+                "--temp-dir", str(self._folder),
+            )  # fmt: skip
+        except BaseException:  # a head that is too slow, say: nothing of it stays
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

@@ -23,7 +23,7 @@ from shards.ingest.archive_pairs import By, Dated, paired
 from shards.ingest.archive_reports import MAPPING, ArchiveMapping, ArchiveReport, ArchiveReports, BadReport, day_of
 from shards.ingest.dicom import DicomRadiographs, Header, files_below, read_headers
 from shards.ingest.dicom_file import FileDataset, RefusedError, read_file, sop_class, text_of
-from shards.reports.exam import PAIRED_PARTS, has_two_languages, is_of_other_part
+from shards.reports.exam import has_two_languages, is_of_other_part, is_paired
 from shards.reports.identity import KnownPatient
 from shards.reports.identity.header import BODY_PARTS
 from shards.reports.intake import known_patient
@@ -32,9 +32,10 @@ from shards.reports.packing import Structured
 from shards.reports.pipeline import WHOLE, Cell
 from shards.reports.text import clean
 
-VERSION = 1  # raised with every change that gives other pairs or refusals
+VERSION = 2  # raised with every change that gives other pairs or refusals
 
 NO_LATERALITY = "no laterality of a part that there are two of"
+NO_SIDE_NO_PART = "neither laterality nor a known body part"
 NO_BODY_PART = "views without a body part in the header, so that the report's was not compared"
 TWO_IN_FOLDER = "study with views in a folder of two patients"
 REPORT = "report: "  # before the reasons of reports, so that files and reports are counted apart
@@ -269,8 +270,9 @@ def _check(dataset: FileDataset, options: ArchiveOptions) -> None:
         raise RefusedError("no PatientID")
     side = (text_of(dataset, "ImageLaterality") or text_of(dataset, "Laterality")).upper()
     part = text_of(dataset, "BodyPartExamined").upper()
-    if part in PAIRED_PARTS and side not in ("L", "R", "B") and not options.keep_without_laterality:
-        raise RefusedError(NO_LATERALITY)
+    paired_part = is_paired(part)
+    if paired_part is not False and side not in ("L", "R", "B") and not options.keep_without_laterality:
+        raise RefusedError(NO_LATERALITY if paired_part else NO_SIDE_NO_PART)
 
 
 def _fault(raw: Cell | None, record: StudyRecord, told: str) -> str | None:

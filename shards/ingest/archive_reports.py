@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import re
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -127,11 +128,12 @@ class ArchiveReport:
     place: Cell | Path = field(repr=False)
 
     def text(self) -> Cell | None:
-        """The report as it came; None where its file cannot be read, or is larger than any report."""
+        """The report as it came, cut behind what is too large for one; None where its file cannot be read."""
         if not isinstance(self.place, Path):
             return self.place
         try:
-            return self.place.read_bytes() if self.place.stat().st_size <= MAX_SIZE else None
+            with self.place.open("rb") as file:
+                return file.read(MAX_SIZE + 1)
         except OSError:
             return None
 
@@ -171,7 +173,7 @@ class ArchiveReports:
         files = [path for path in paths if self.is_report(path) and path != self.mapping.table]
         if self.mapping.table is None:
             return [self._of_file(path) for path in files]
-        found = list(self._of_table(self.folder / self.mapping.table))
+        found = _of_one_patient(list(self._of_table(self.folder / self.mapping.table)))
         root = self.folder.resolve()
         named = {one.file if isinstance(one, BadReport) else one.place for one in found}
         bad = [BadReport(name=path, reason="file that no row names") for path in files if root / path not in named]
@@ -236,10 +238,28 @@ class ArchiveReports:
     def _named_file(self, cell: str) -> tuple[Path | None, str | None]:
         """(the file that a row names, why it gives no report)."""
         try:
-            file = path_within(self.folder, str(Path(self.mapping.table or "").parent / cell))
+            # Exports of Windows write backslashes.
+            file = path_within(self.folder, str(Path(self.mapping.table or "").parent / cell.replace("\\", "/")))
+            return file, None if file.is_file() else "file is missing"
         except ImageRefusedError:
             return None, "file outside of the input folder"
-        return file, None if file.is_file() else "file is missing"
+        except (OSError, ValueError):  # no name of a file, such as a text; the message would quote it
+            return None, "file is missing"
+
+
+def _of_one_patient(rows: Sequence[ArchiveReport | BadReport]) -> list[ArchiveReport | BadReport]:
+    """The rows, those refused whose file another patient's row names, too: nothing tells whose report it is."""
+    patients: dict[Path, set[str]] = defaultdict(set)
+    for one in rows:
+        if isinstance(one, ArchiveReport) and isinstance(one.place, Path):
+            patients[one.place].add(one.patient)
+    shared = {file for file, of in patients.items() if len(of) > 1}
+    return [
+        BadReport(name=one.name, reason="file that rows of two patients name", file=one.place)
+        if isinstance(one, ArchiveReport) and isinstance(one.place, Path) and one.place in shared
+        else one
+        for one in rows
+    ]
 
 
 def _pattern(written: str) -> re.Pattern[str]:

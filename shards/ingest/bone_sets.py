@@ -137,9 +137,10 @@ def _grazpedwri(folder: Path) -> Iterator[Row]:
     for row in _cells(_table(folder, "dataset.csv"), asked):
         yield {
             "file": place.get(row["filestem"], f"{row['filestem']}.png"), "patient": row["patient_id"],
-            "study": f"{row['patient_id']} {row['study_number']}", "sex": row["gender"], "age": row["age"],
-            "laterality": row["laterality"], "body_part": "WRIST", "cast": row["cast"], "implant": row["metal"],
-            "view": {"1": "AP", "2": "LATERAL", "3": "OBLIQUE"}.get(row["projection"], ""),
+            # Now and then both wrists were taken at one visit: what is known is known of one of them.
+            "study": f"{row['patient_id']} {row['study_number']} {row['laterality']}", "sex": row["gender"],
+            "age": row["age"], "laterality": row["laterality"], "body_part": "WRIST", "cast": row["cast"],
+            "implant": row["metal"], "view": {"1": "AP", "2": "LATERAL", "3": "OBLIQUE"}.get(row["projection"], ""),
             "osteopenia": row["osteopenia"], "fracture": row["fracture_visible"],
         }  # fmt: skip
 

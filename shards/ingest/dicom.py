@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # only --reports structured needs them
     from shards.reports.identity.burned_in import BurnedInText
     from shards.reports.packing import Structured
 
-DEIDENTIFIER = "dicom headers dropped 1"
+DEIDENTIFIER = "dicom headers dropped 2"
 # Radiography by its DICOM terms; DR is no standard term but common. Others come by the `modalities` option.
 RADIOGRAPHY = ("CR", "DX", "DR")
 _PLAN_THREADS = 8
@@ -369,13 +369,20 @@ def read_headers(read: Callable[[str], Read], paths: Sequence[str]) -> list[Read
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """Paths of all files, relative to the folder."""
-    for parent, folders, names in os.walk(folder):
+    """Paths of all files, relative to the folder, and of what nobody can look into, so that it is refused by name.
+
+    That is links that lead nowhere, links to folders, which are not followed, and folders that may not be read.
+    """
+    closed: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=closed.append):
         folders.sort()
-        for name in names:
-            path = Path(parent) / name
-            if path.is_file():
-                yield path.relative_to(folder).as_posix()
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in (*names, *links):
+            path = os.path.join(parent, name)
+            if os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path):  # no pipe: it would hang
+                yield Path(path).relative_to(folder).as_posix()
+    for error in closed:
+        yield Path(error.filename).relative_to(folder).as_posix()
 
 
 # --- the few facts kept ---

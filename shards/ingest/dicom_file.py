@@ -68,6 +68,8 @@ def read_file(path: Path, pixels: bool = True) -> FileDataset:
     try:
         with open(path, "rb") as file:
             start = file.read(132)
+    except IsADirectoryError:
+        raise RefusedError("folder that is a link, or may not be read") from None
     except OSError:
         raise RefusedError("file cannot be read") from None
     if not start:

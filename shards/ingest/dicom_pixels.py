@@ -23,7 +23,8 @@ from shards.ingest.dicom_file import (
 from shards.ingest.image_file import ImageLimits
 from shards.ingest.png import encode_grey
 from shards.ingest.view_files import OpenedView
-from shards.reports.identity.header import BODY_PARTS, VIEWS
+from shards.reports.exam import term_of
+from shards.reports.identity.header import VIEWS
 
 if TYPE_CHECKING:  # only --refuse-burned-in-text needs it
     from shards.reports.identity.burned_in import BurnedInText
@@ -46,12 +47,11 @@ def load_view(dataset: FileDataset, view_id: str, limits: ImageLimits, burned_in
     if burned_in is not None and (reason := burned_in.refusal(pixels)):
         raise RefusedError(reason)
     laterality = (text_of(dataset, "ImageLaterality") or text_of(dataset, "Laterality")).upper()
-    body_part = text_of(dataset, "BodyPartExamined").upper()
     spacing = _spacing_mm(dataset)
     record = ViewRecord(
         id=view_id, height=pixels.shape[0], width=pixels.shape[1], bits=16 if pixels.dtype == np.uint16 else 8,
         view=view, laterality=_one_of(laterality, ("L", "R", "B")),
-        body_part=body_part if body_part in BODY_PARTS else None,
+        body_part=term_of(text_of(dataset, "BodyPartExamined").upper()),
         spacing_mm=(spacing[1], spacing[0]) if spacing and turned else spacing, window=stored.window,
     )  # fmt: skip
     return OpenedView(image=EncodedImage(data=encode_grey(pixels), extension="png"), record=record)

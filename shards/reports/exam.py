@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from shards.reports import french
 from shards.reports.identity.gazetteers import plain
+from shards.reports.identity.header import BODY_PARTS
 from shards.reports.language import Language, clear_language
 from shards.reports.sections import sections
 
@@ -28,9 +29,15 @@ _TERMS = {
     "ABDOMEN": "lumbar", "CHEST": "chest", "TSPINE": "chest", "RIB": "chest", "STERNUM": "chest", "BREAST": "chest",
     "CSPINE": "neck", "NECK": "neck", "SKULL": "head", "HEAD": "head", "JAW": "head",
 }  # fmt: skip
+_PAIRED_NAMES = frozenset((*_CHAINS[0][:-1], *_CHAINS[1][:-1]))
+_TERM_OF = {
+    "hand": "HAND", "wrist": "WRIST", "forearm": "FOREARM", "elbow": "ELBOW", "upper arm": "HUMERUS",
+    "shoulder": "SHOULDER", "foot": "FOOT", "ankle": "ANKLE", "lower leg": "LEG", "knee": "KNEE", "thigh": "FEMUR",
+    "hip": "HIP",
+}  # fmt: skip
 # Of which each image is of one side; "EXTREMITY" stands for any limb.
 PAIRED_PARTS = frozenset(
-    term for term, part in _TERMS.items() if part in (*_CHAINS[0][:-1], *_CHAINS[1][:-1])
+    term for term, part in _TERMS.items() if part in _PAIRED_NAMES
 ) | {"EXTREMITY", "BREAST"}  # fmt: skip
 _WORDS = {
     "hand": r"doigts?|pouces?|metacarp\w*|hands?|fingers?|thumbs?",
@@ -70,6 +77,27 @@ def named_parts(text: str, language: Language) -> set[str]:
     """The parts of the body that words of the text name."""
     pattern = _PATTERNS["en" if language == "en" else "fr"]
     return {str(match.lastgroup).replace("_", " ") for match in pattern.finditer(plain(text))}
+
+
+def term_of(body_part: str) -> str | None:
+    """The DICOM term of what a header calls a part of the body, upper case: of such a term, or of words that name one
+    part of a limb in French or English, "GENOU DT"; None of all else.
+    """
+    if body_part in BODY_PARTS:
+        return body_part
+    named = named_parts(body_part, "fr") | named_parts(body_part, "en")
+    return _TERM_OF.get(named.pop()) if len(named) == 1 else None
+
+
+def is_paired(body_part: str) -> bool | None:
+    """Whether there are two of a part, so that an image of it is of one side; None where nobody can tell.
+
+    `body_part`: upper case, a term of DICOM or the word that a clinic writes instead: "GENOU", "BASSIN".
+    """
+    if body_part in BODY_PARTS:
+        return body_part in PAIRED_PARTS
+    named = named_parts(body_part, "fr") | named_parts(body_part, "en")
+    return bool(named & _PAIRED_NAMES) if named else None
 
 
 def is_of_other_part(text: str, language: Language, body_parts: Iterable[str], told: str = "") -> bool:

@@ -17,6 +17,7 @@ from ci.bench.s3_server import S3Server
 from core.checkpoint import CheckpointConfig, Checkpoints, Source, TrainState, differences
 from core.checkpoint_files import checksums, defect, find_weights, steps_in
 from core.metrics import Events, Uploader
+from core.mirror import FOLLOWED
 from core.world import World
 from shards.errors import ConfigError, DataError
 from shards.store import open_store
@@ -193,8 +194,13 @@ def test_run_in_a_bucket_survives_the_loss_of_its_node(tmp_path: Path, bucket: s
         sums = [name for name in store.list("checkpoints/") if name.endswith("SHA256SUMS")]
         assert {name.split("/")[1] for name in sums} == {"step-4", "step-6"}  # pruned there too
         assert any(name.startswith("events-000002-") for name in store.list("events-"))
-    # With its disk intact, a node fetches nothing that it has.
+        # As if the last had been saved while the store was away: it is on the node's disk alone.
+        for name in store.list("checkpoints/step-6/"):
+            store.delete(name)
+        store.put("latest", b"step-4\n")
+    (node / FOLLOWED).write_text("step-4\n")
     assert run(2, replace(there, steps=7, allow_changed=("trainer.steps",))) == [0, 0]
+    assert [event["step"] for event in events(node) if event["event"] == "batch"] == [3, 4, 5, 6]
 
 
 @pytest.mark.slow

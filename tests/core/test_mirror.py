@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 
 from ci.bench.fault_proxy import FaultProxy, Plan
-from core.checkpoint import CheckpointConfig, Checkpoints
-from core.checkpoint_files import SUMS
+from core.checkpoint import CheckpointConfig, Checkpoints, TrainState
+from core.checkpoint_files import LATEST, STATE, SUMS, checksums
 from core.mirror import Mirror
 from core.world import World
 from shards.errors import StoreUnreachableError
@@ -96,6 +99,46 @@ class BackTooLate:
 
     def close(self) -> None:
         return
+
+
+def test_what_did_not_arrive_is_gone_on_from_and_sent_unless_another_node_went_on(tmp_path: Path, bucket: str) -> None:
+    def opened(node: str) -> Checkpoints:
+        return Checkpoints(
+            f"{bucket}/run", CheckpointConfig(local_dir=str(tmp_path / node)), World(), recipe={}, seed=0
+        )
+
+    def write(node: str, step: int) -> str:
+        """A whole checkpoint on the disk of `node` alone."""
+        name = f"step-{step}"
+        folder = tmp_path / node / "checkpoints" / name
+        folder.mkdir(parents=True)
+        state = asdict(TrainState(step=step, samples_seen=0, seed=0, recipe_hash=""))
+        content = {"state": state, "recipe": {}, "world_size": 1, "zero_stage": 1}
+        (folder / STATE).write_text(json.dumps(content))
+        (folder / SUMS).write_text(checksums(folder))
+        (tmp_path / node / LATEST).write_text(f"{name}\n")
+        return name
+
+    def goes_on_from(checkpoints: Checkpoints) -> str:
+        description = checkpoints.prepare(MagicMock()).description
+        checkpoints.close()
+        return description.split(" of ")[0]
+
+    def there() -> bytes:
+        with open_store(f"{bucket}/run") as store:
+            return store.get(LATEST).strip()
+
+    write("a", 2)  # before anything ever arrived
+    assert goes_on_from(opened("a")) == "step 2" and there() == b"step-2"
+    write("a", 4)
+    assert goes_on_from(opened("a")) == "step 4" and there() == b"step-4"
+    write("a", 8)
+    b = opened("b")
+    assert b._mirror is not None and b.prepare(MagicMock()).description.startswith("step 4 ")
+    b._mirror.push(write("b", 6))
+    b.close()
+    for _ in range(2):  # also after a kill before anything was saved there
+        assert goes_on_from(opened("a")) == "step 6" and there() == b"step-6"
 
 
 def test_an_older_checkpoint_that_arrives_last_does_not_stand_for_the_newest(tmp_path: Path) -> None:

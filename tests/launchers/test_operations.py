@@ -111,7 +111,15 @@ def test_every_interface_name_is_in_the_layout() -> None:
     import re
 
     patterns = [pattern for group in run_page.LAYOUT.values() for _, names in group.values() for pattern in names]
-    names = (*NAMES, "loss/image_to_text", "uncertainty/image_logvar", "eval/zero_shot/macro", "eval/validation/loss")
+    names = (
+        *NAMES,
+        "ranks/compute_slowest_s",
+        "ranks/data_median_s",
+        "loss/image_to_text",
+        "uncertainty/image_logvar",
+        "eval/zero_shot/macro",
+        "eval/validation/loss",
+    )
     assert not [name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns)]
 
 

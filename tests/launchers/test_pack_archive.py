@@ -8,14 +8,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from pydicom.dataset import Dataset
 
 from ci.data import archive_check, identity_search
 from ci.data.hospital_export import FAULTS, LAYOUTS, Layout, make_export
 from launchers import pack
+from shards.ingest.archive import NO_LATERALITY, NO_SIDE_NO_PART, ArchiveOptions, _check
 from shards.ingest.archive_reports import day_of
+from shards.ingest.dicom_file import RefusedError
 from shards.manifest import Manifest
 from shards.reports import pipeline
-from shards.reports.exam import is_of_other_part
+from shards.reports.exam import is_of_other_part, is_paired, term_of
 from shards.reports.identity import Deidentified
 
 SECRET = b"0123456789abcdef0123456789abcdef"
@@ -150,6 +153,14 @@ def test_bad_options(
     assert message in capsys.readouterr().err
 
 
+def test_a_set_does_not_lie_in_what_it_is_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "export").mkdir()
+    with pytest.raises(AssertionError):
+        packed(tmp_path, "export/set")
+    assert "lies in --input" in capsys.readouterr().err
+    assert not any(path.is_dir() for path in (tmp_path / "export").iterdir())
+
+
 def test_an_archive_is_no_public_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--source", "archive", "--input", str(tmp_path), "--public", "--output", str(tmp_path / "set")]
     assert pack.main(words) == 2
@@ -185,6 +196,34 @@ def test_days(written: str, day: str | None) -> None:
 )
 def test_reports_of_other_parts(text: str, parts: list[str], told: str, other: bool) -> None:
     assert is_of_other_part(text, "fr", parts, told) == other
+
+
+@pytest.mark.parametrize(
+    ("body_part", "paired", "term"),
+    [("KNEE", True, "KNEE"), ("CHEST", False, "CHEST"), ("PELVIS", False, "PELVIS"), ("EXTREMITY", True, "EXTREMITY"),
+     ("GENOU DT", True, "KNEE"), ("ÉPAULE", True, "SHOULDER"), ("MAINS", True, "HAND"), ("MAIN/POIGNET", True, None),
+     ("BASSIN", False, None), ("RACHIS LOMBAIRE", False, None), ("", None, None), ("RACHIS", None, None),
+     ("OS", None, None)],
+)  # fmt: skip
+def test_what_headers_call_parts_of_the_body(body_part: str, paired: bool | None, term: str | None) -> None:
+    assert is_paired(body_part) is paired and term_of(body_part) == term
+
+
+@pytest.mark.parametrize(
+    ("body_part", "side", "reason"),
+    [("KNEE", "", NO_LATERALITY), ("KNEE", "R", None), ("GENOU", "U", NO_LATERALITY), ("GENOU", "L", None),
+     ("", "", NO_SIDE_NO_PART), ("", "B", None), ("RACHIS", "", NO_SIDE_NO_PART), ("BASSIN", "", None),
+     ("CHEST", "", None)],
+)  # fmt: skip
+def test_an_image_tells_its_side_or_needs_none(body_part: str, side: str, reason: str | None) -> None:
+    dataset = Dataset()
+    dataset.PatientID, dataset.BodyPartExamined, dataset.ImageLaterality = "P", body_part, side
+    _check(dataset, ArchiveOptions(keep_without_laterality=True))
+    if reason is None:
+        _check(dataset, ArchiveOptions())
+    else:
+        with pytest.raises(RefusedError, match=reason):
+            _check(dataset, ArchiveOptions())
 
 
 def test_audit_of_refusals_names_only_hashes(tmp_path: Path) -> None:

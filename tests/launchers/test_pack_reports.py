@@ -217,7 +217,7 @@ class TestDicom:
         (record,) = records(tmp_path / "out").values()
         assert record["report"]["findings"] == "Small left pleural effusion."
         assert record["labels"]["Pleural Effusion"] == 1
-        assert record["deidentifier"] == f"dicom headers dropped 1; text: {pipeline.DEIDENTIFIER}"
+        assert record["deidentifier"] == f"dicom headers dropped 2; text: {pipeline.DEIDENTIFIER}"
         manifest = Manifest.from_bytes((tmp_path / "out" / "manifest.json").read_bytes())
         assert "Pleural Effusion" in manifest.labels
 

@@ -40,6 +40,12 @@ DONE, SAVED = (0, "", True), (143, "", True)
         (["--recipe", "tiny:clip", "--run-dir", "x", "--workers", "many"], "such as 4 or 2:8"),
         (["--recipe", "tiny:clip", "--run-dir", "x", "--cpus-per-worker", "0"], "--cpus-per-worker 0"),
         (["--recipe", "tiny:clip", "--run-dir", "x", "--max-restarts", "-1"], "--max-restarts -1"),
+        (["--recipe", "tiny:clip", "--run-dir", "x", "--wait-s", "-1"], "--wait-s -1"),
+        (["--recipe", "tiny:clip", "--run-dir", "x", "--grow-every-s", "0"], "--grow-every-s 0"),
+        (
+            ["--recipe", "tiny:clip", "--run-dir", "x", "--address", "127.0.0.1:1"],
+            "no cluster there (Connection",
+        ),
     ],
 )
 def test_bad_arguments_end_with_one_line_and_code_2(

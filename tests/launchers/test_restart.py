@@ -141,7 +141,9 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize(("name", "code"), [("ray_pretrain.py", 143), ("pretrain.py", 1)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("ray_pretrain.py", 143), ("launchers.ray_pretrain", 143), ("pretrain.py", 1)]
+)
 def test_rays_driver_keeps_its_cluster_while_it_stops(tmp_path: Path, name: str, code: int) -> None:
     program = tmp_path / name
     program.write_text(DRIVER)

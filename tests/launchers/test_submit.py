@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import ClientPayloadError
 
 from ci.bench.ray_cluster import free_port
 from launchers import submit
@@ -31,6 +33,9 @@ class Head:
     token: str | None = TOKEN
     version: str = field(default_factory=lambda: metadata.version("ray"))
     address: str = ""
+    body: bytes | None = None  # in its place
+    sent_on: str | None = None  # where its answers send those who ask
+    asked: list[str | None] = field(default_factory=list)  # with which Authorization
 
 
 @pytest.fixture
@@ -41,12 +46,18 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             sent = self.headers.get("Authorization")
-            code = 200 if state.token is None else 401 if sent is None else 200
+            code = 200 if state.token is None or state.body is not None else 401 if sent is None else 200
             if state.token is not None and sent is not None and sent != f"Bearer {state.token}":
                 code = 403
+            state.asked.append(sent)
+            if state.sent_on is not None and code == 200:
+                code = 302
             self.send_response(code)
+            if code == 302:
+                self.send_header("Location", str(state.sent_on))
             self.end_headers()
-            self.wfile.write(json.dumps({"ray_version": state.version}).encode() if code == 200 else b"no")
+            answer = json.dumps({"ray_version": state.version}).encode() if state.body is None else state.body
+            self.wfile.write(answer if code == 200 else b"no")
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
@@ -68,6 +79,7 @@ class Client:
     code: int | None = 0
     lines: tuple[str, ...] = ("step 1\n", "step 2\n")
     breaks: bool = False
+    error: Exception = field(default_factory=RuntimeError)
     submitted: dict[str, Any] = field(default_factory=dict)
     shipped: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
@@ -105,7 +117,7 @@ class Client:
                 self.breaks = False
                 self.status, after = "RUNNING", self.status
                 self._after = after
-                raise RuntimeError("WebSocket connection closed unexpectedly")
+                raise self.error
         self.status = getattr(self, "_after", self.status)
 
 
@@ -164,14 +176,21 @@ def test_following_ends_with_the_jobs_code(
     assert capsys.readouterr().out == "raysubmit_1\nstep 1\nstep 2\n"
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(head: Head, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(Client(breaks=True), head, "logs", "raysubmit_1", "--follow") == 0
+@pytest.mark.parametrize("error", [RuntimeError("closed"), ClientPayloadError("cut"), ConnectionResetError()])
+def test_a_broken_connection_is_taken_up_where_it_broke(
+    head: Head, error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(Client(breaks=True, error=error), head, "logs", "raysubmit_1", "--follow") == 0
     assert capsys.readouterr().out == "step 1\nstep 2\n"
 
 
 def test_a_job_that_never_started_says_why(head: Head, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(Client(status="FAILED", code=None), head, "logs", "raysubmit_1", "--follow") == 1
     assert "did not start: because" in capsys.readouterr().err
+
+
+def test_a_job_that_is_not_there_cannot_be_followed(head: Head, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such job" in refused(Client(), head, capsys, "logs", "raysubmit_2", "--follow")
 
 
 def test_status_list_logs_and_stop(head: Head, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +222,9 @@ def refused(client: Client, head: Head, capsys: pytest.CaptureFixture[str], *wor
         (lambda head: setattr(head, "version", "2.1.0"), "Ray 2.1.0 runs there"),
         (lambda head: setattr(head, "address", f"http://127.0.0.1:{free_port()}"), "cannot be reached"),
         (lambda head: setattr(head, "address", "head:8265"), "name the dashboard"),
+        (lambda head: setattr(head, "address", "http://head:port"), "name the dashboard"),
+        (lambda head: setattr(head, "address", "http://[head"), "name the dashboard"),
+        (lambda head: setattr(head, "body", b"<html>"), "is no dashboard of Ray"),
     ],
 )
 def test_a_head_that_will_not_do_is_named_before_anything_is_sent(
@@ -210,6 +232,29 @@ def test_a_head_that_will_not_do_is_named_before_anything_is_sent(
 ) -> None:
     change(head)
     assert message in refused(Client(), head, capsys, "submit", *RUN)
+
+
+def test_the_token_goes_to_no_other_server(head: Head, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as other:  # answers as Ray's own port does, which speaks no HTTP
+        address = f"http://127.0.0.1:{other.getsockname()[1]}"
+
+        def answer() -> None:
+            for _ in range(2):
+                connection, _ = other.accept()
+                with connection:
+                    asked.append(connection.recv(65536).decode())
+                    connection.sendall(b"\0\0\x18\x04\0\0\0\0\0\r\n\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        head.sent_on = address
+        assert "is no dashboard of Ray (not HTTP)" in refused(Client(), head, capsys, "submit", *RUN)
+        head.address = address
+        assert "is no dashboard of Ray (not HTTP)" in refused(Client(), head, capsys, "submit", *RUN)
+        thread.join(60)
+    assert head.asked == [None, f"Bearer {TOKEN}"]
+    assert len(asked) == 2 and TOKEN not in "".join(asked)
 
 
 def test_without_a_token_nothing_is_sent(
@@ -221,6 +266,8 @@ def test_without_a_token_nothing_is_sent(
     assert "no token" in refused(Client(), head, capsys, "submit", *RUN)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "missing"))
     assert "cannot be read" in refused(Client(), head, capsys, "list")
+    (tmp_path / "missing").write_bytes(b"\xff\xfe no token")
+    assert "not one word" in refused(Client(), head, capsys, "list")
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text(f"{TOKEN}\n")
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
@@ -236,6 +283,7 @@ def test_without_a_token_nothing_is_sent(
         (["--recipe", "tiny:clip", "--run-dir", "/a", "--set", "data.train=m.json"], "data.train m.json: a job works"),
         (["--recipe", "tiny:clip", "--run-dir", "/a", "--workers", "5", "--set", "data.train=/m"], "use 4 or 6"),
         (["--recipe", "tiny:clip", "--run-dir", "s3://me:pass@bucket/a", "--set", "data.train=/m"], "credentials"),
+        ([*RUN, "alerts.webhook_url=https://hooks.example/password"], "write env:NAME"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_here(

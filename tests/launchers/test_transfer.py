@@ -87,6 +87,7 @@ def test_every_task_is_scored_kept_and_resumed(
         (["--task", "segmentation"], 2, "segmentation needs --structures"),
         (["--percents", "0"], 2, "shares lie above 0"),
         (["--steps", "0"], 2, "--steps 0 is below 1"),
+        (["--task", "study_fine_tune", "--with-sex"], 2, "of --task study_probe alone"),
         (["--structures", "spleen", "--task", "segmentation"], 2, "do not know spleen"),
         (["--split", "exam"], 3, "split 'exam' has no shard"),
         (["--heads", "7"], 2, "says nothing of its heads"),

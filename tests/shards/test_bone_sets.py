@@ -62,10 +62,12 @@ def grazpedwri(folder: Path) -> Path:
     return place(folder, {
         "dataset.csv": "\ufeff" + header + "0001_1_01_WRI-L1_M014,1,1,12,M,14.1,L,1,1,23r-M/2.1,,,,1,,0.144,Siemens\n"
         "0001_1_01_WRI-L2_M014,1,1,12,M,14.1,L,2,1,23r-M/2.1,1,,,,,0.144,Siemens\n"
-        "0002_1_01_WRI-R1_F005,2,1,12,F,5.0,R,1,1,,,,,,,0.144,Siemens\n",
+        "0002_1_01_WRI-R1_F005,2,1,12,F,5.0,R,1,1,,,,,,,0.144,Siemens\n"
+        "0002_1_01_WRI-L1_F005,2,1,12,F,5.0,L,1,1,,,,,1,,0.144,Siemens\n",
         "images_part1/0001_1_01_WRI-L1_M014.png": encoded(1, extension="png"),
         "images_part2/0001_1_01_WRI-L2_M014.png": encoded(2, extension="png"),
         "images_part2/0002_1_01_WRI-R1_F005.png": encoded(3, extension="png"),
+        "images_part2/0002_1_01_WRI-L1_F005.png": encoded(4, extension="png"),
         "folder_structure/yolov5/labels/0001_1_01_WRI-L1_M014.txt": "3 0.5 0.5 0.25 0.5\n8 0.9 0.1 0.1 0.1\n",
     })  # fmt: skip
 
@@ -125,7 +127,7 @@ def test_fracatlas(tmp_path: Path) -> None:
 
 def test_grazpedwri(tmp_path: Path) -> None:
     found, refusals = read("grazpedwri", grazpedwri(tmp_path))
-    assert refusals == [] and len(found) == 2
+    assert refusals == [] and len(found) == 3
     record = found["images_part1/0001_1_01_WRI-L1_M014.png"][0].record
     assert record.labels == {"fracture": 1, "cast": 1, "implant": 0, "osteopenia": 0}  # of either view
     assert [(view.view, view.laterality, view.body_part) for view in record.views] == [
@@ -137,7 +139,9 @@ def test_grazpedwri(tmp_path: Path) -> None:
     assert (fracture.label, text.label, fracture.view) == ("fracture", "text", "0")
     assert (fracture.left, fracture.top) == pytest.approx((0.375 * width, 0.25 * height))
     assert (fracture.width, fracture.height) == pytest.approx((0.25 * width, 0.5 * height))
-    assert found["images_part2/0002_1_01_WRI-R1_F005.png"][0].record.labels["fracture"] == 0
+    right, left = (found[f"images_part2/0002_1_01_WRI-{side}1_F005.png"][0].record for side in "RL")
+    assert (right.labels["fracture"], left.labels["fracture"]) == (0, 1)  # two wrists at one visit
+    assert right.patient == left.patient
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -303,6 +304,29 @@ def test_files_that_are_no_dicom(tmp_path: Path) -> None:
     assert "truncated: fewer pixels than rows x columns" in found
 
 
+def test_what_nobody_can_look_into_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("in/closed/a", "in/open/a", "out/a"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        write(tmp_path / name)
+    (tmp_path / "in" / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "out")
+    os.mkfifo(tmp_path / "in" / "pipe")
+    scandir = os.scandir
+
+    def guarded(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    plan = source(tmp_path / "in", secret=None).plan()
+    assert len(plan.items) == 1
+    unread = "folder that is a link, or may not be read"
+    assert {(one.name, one.reason) for one in plan.refusals} == {
+        ("closed", unread), ("linked", unread), ("gone", "file cannot be read"),
+    }  # fmt: skip
+
+
 def test_corrupt_compressed_pixels_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a", syntax=JPEG2000Lossless)
     data = bytearray(path.read_bytes())
@@ -343,6 +367,12 @@ def test_study_of_two_patients_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a", SOPInstanceUID="1.2.1", PatientID="one")
     write(tmp_path / "b", SOPInstanceUID="1.2.2", PatientID="two")
     assert reasons(tmp_path) == ["study of two patients"] * 2
+
+
+def test_a_limb_in_words_passes_as_its_term(tmp_path: Path) -> None:
+    write(tmp_path / "a", BodyPartExamined="GENOU DT KLEE", ImageLaterality="R")
+    record = only_sample(tmp_path).record
+    assert record.views[0].body_part == "KNEE" and "GENOU" not in record.model_dump_json()
 
 
 def test_no_header_text_leaves(
@@ -390,7 +420,7 @@ def test_reports_from_a_table(tmp_path: Path) -> None:
         source(tmp_path / "in", reports=table)
     sample = only_sample(tmp_path / "in", reports=table, deidentified="by hand")
     assert sample.record.report == {"findings": "Clear lungs."}
-    assert sample.record.deidentifier == "dicom headers dropped 1; text: by hand"
+    assert sample.record.deidentifier == "dicom headers dropped 2; text: by hand"
     table.write_text("uid,text\n1,2\n")
     with pytest.raises(ConfigError, match="needs a column study"):
         source(tmp_path / "in", reports=table, deidentified="by hand").plan()
