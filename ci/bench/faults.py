@@ -38,6 +38,7 @@ OUTAGE_S = {"quick": 20.0, "full": 600.0}
 GOODPUT_S, FAULT_EVERY_S, SAVED_EVERY_S = 1800.0, 180.0, 15.0
 RAY_TURNS, RAY_STEPS = 5, 400  # of the comparison of steps under Ray
 BROKEN_BODIES = ("truncate", "short", "reset_midway", "flip")
+MANY = "many"  # folder of the set of 20 small shards
 SEED = 0
 
 
@@ -55,6 +56,7 @@ def run(quick: bool) -> list[Figure]:
         root = Path(folder)
         pack = ["launchers/pack.py", "--source", "phantom", "--samples", "96,12,12", "--size", "48"]
         alone([*pack, "--output", str(root / "set")])
+        alone([*pack, "--shard-samples", "5", "--output", str(root / MANY)])
         base = Broken(
             folder=root / "unbroken", manifest=str(root / "set" / "manifest.json"), steps=STEPS, save_every=SAVE_EVERY
         )
@@ -124,14 +126,26 @@ def _others(size: str, base: Broken, longer: Broken) -> list[Scene]:
         *([Scene("4, 2, 3, 4 workers (Ray)", base, partial(scenes.resize, fixed=base))] if size == "full" else []),
         Scene("newest checkpoint cut short", base, partial(scenes.bad_checkpoint, base=base, unbroken=unbroken)),
         Scene("disk full at every save", base, partial(scenes.full_disk, base=base, unbroken=unbroken)),
-        Scene("poison samples above the limit", base, partial(scenes.poison, limit=0.0)),
-        Scene("poison samples below the limit", base, partial(scenes.poison, limit=0.5)),
+        *_poisons(base),
         Scene("loss not finite", base, scenes.not_finite),
         Scene("S3: a fifth of requests fails", base, fifth),
         Scene("S3: bodies cut and changed", base, bodies),
         Scene("S3: credentials end and are renewed", longer, partial(scenes.renewed_credentials, base=longer)),
         Scene(f"S3: away for {away_s:g} s", longer, wait),
         Scene("S3: away for longer than the limit", longer, give_up),
+    ]
+
+
+def _poisons(base: Broken) -> list[Scene]:
+    """A quarter of the only shard, and all of one of 20, each with a limit above and one below what it comes to."""
+    twenty = replace(base, manifest=str(Path(base.manifest).parent.with_name(MANY) / "manifest.json"))
+    whole = partial(scenes.poison, what="poison shard, 1 of 20", part=(0.0, 1.0))
+    some = partial(scenes.poison, what="poison samples", part=(0.25, 0.5))
+    return [
+        Scene("poison samples above the limit", base, partial(some, limit=0.0, code=3)),
+        Scene("poison samples below the limit", base, partial(some, limit=0.5, code=0)),
+        Scene("poison shard, 1 of 20, above the limit", twenty, partial(whole, limit=0.001, code=3)),
+        Scene("poison shard, 1 of 20, below the limit", twenty, partial(whole, limit=0.2, code=0)),
     ]
 
 

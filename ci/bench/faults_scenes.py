@@ -240,24 +240,23 @@ def full_disk(run: Broken, base: Broken, unbroken: str) -> Outcome:
     )
 
 
-def poison(run: Broken, *, limit: float) -> Outcome:
-    """Members of one shard changed behind the manifest's back."""
+def poison(run: Broken, *, what: str, part: tuple[float, float], limit: float, code: int) -> Outcome:
+    """A part of one shard changed behind the manifest's back: counted below the limit, code 3 above it."""
     clean = Path(run.manifest).parent
     poisoned = run.folder.with_name(run.folder.name + "-set")
     shutil.copytree(clean, poisoned)
-    tar = sorted(poisoned.glob("train*.tar"))[0]
-    body = bytearray(tar.read_bytes())
-    for place in range(len(body) // 4, len(body) // 2, 512):
+    tars = sorted(poisoned.glob("train*.tar"))
+    body = bytearray(tars[0].read_bytes())
+    for place in range(int(len(body) * part[0]), int(len(body) * part[1]), 512):
         body[place] ^= 0xFF
-    tar.write_bytes(body)
+    tars[0].write_bytes(body)
     run = replace(run, manifest=str(poisoned / "manifest.json"), overrides=(f"data.max_skip_rate={limit}",))
-    code = run.finish()
+    seen = run.finish()
     skipped = len(run.events("skip"))
-    wanted = 3 if limit == 0.0 else 0
     return Outcome(
-        fault=f"poison samples {'above' if limit == 0.0 else 'below'} the limit",
-        survived=code == wanted and skipped > 0,
-        text=f"code {code}, {skipped} skips counted",
+        fault=f"{what} {'above' if code else 'below'} the limit",
+        survived=seen == code and skipped > 0,
+        text=f"code {seen}, {skipped} skips counted, one shard of {len(tars)}, limit {limit:g}",
     )
 
 
