@@ -316,9 +316,9 @@ class TestRay:
         calls = install_fake_ray(monkeypatch)
         path = table(tmp_path, 13)
         assert prepare_reports.main(arguments(path, tmp_path / "a.jsonl", "--key-file", key)) == 0
-        assert prepare_reports.main(arguments(path, tmp_path / "b.jsonl", "--key-file", key, "--ray", "h:1")) == 0
+        assert prepare_reports.main(arguments(path, tmp_path / "b.jsonl", "--key-file", key, "--ray", "auto")) == 0
         assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-        assert calls == ["init h:1", "map 2", "map 2", "map 2", "map 1", "shutdown"]
+        assert calls == ["init auto", "map 2", "map 2", "map 2", "map 1", "shutdown"]
 
     @pytest.mark.slow
     def test_a_real_cluster_gives_the_same_bytes_and_leaves_nothing(
