@@ -306,19 +306,27 @@ def _store(run: Broken) -> Iterator[tuple[Broken, FaultProxy, Path]]:
         )  # fmt: skip
 
 
+def _nothing_lost(run: Broken, base: Broken, buckets: Path) -> tuple[bool, str]:
+    """Whether every step had the samples it has from the folder, none was skipped and the last checkpoint arrived."""
+    same, skipped = run.samples() == base.samples(), len(run.events("skip"))
+    arrived = (buckets / "runs" / "a" / "latest").read_text().strip() == f"step-{run.steps}"
+    return same and not skipped and arrived, (
+        f"samples of all steps {'the same' if same else 'DIFFER'}, {skipped} skipped, "
+        f"last checkpoint {'in the store' if arrived else 'NOT in the store'}"
+    )
+
+
 def bad_store(run: Broken, base: Broken, plan: Plan, fault: str) -> Outcome:
     """Requests fail as `plan` says from the first to the last; every step's samples must be those of the folder."""
     with _store(run) as (run, proxy, buckets):
         proxy.plan(plan)
         code = run.finish()
         faults = sum(proxy.report()["faults"].values())
-        arrived = (buckets / "runs" / "a" / "latest").read_text().strip() == f"step-{run.steps}"
-    same, skipped = run.samples() == base.samples(), len(run.events("skip"))
+        whole, text = _nothing_lost(run, base, buckets)
     return Outcome(
         fault=fault,
-        survived=code == 0 and same and faults > 0 and arrived and not skipped,
-        text=f"code {code}, {faults} requests failed, samples of all steps {'the same' if same else 'DIFFER'}, "
-        f"{skipped} skipped, last checkpoint {'in the store' if arrived else 'NOT in the store'}",
+        survived=code == 0 and faults > 0 and whole,
+        text=f"code {code}, {faults} requests failed, {text}",
     )
 
 
@@ -342,13 +350,11 @@ def renewed_credentials(run: Broken, base: Broken) -> Outcome:
             proxy.plan(Plan(expired_token="first"))
             code = int(process.wait(LIMIT_S))
         refused = proxy.report()["faults"].get("expired", 0)
-        arrived = (buckets / "runs" / "a" / "latest").read_text().strip() == f"step-{run.steps}"
-    same, skipped = run.samples() == base.samples(), len(run.events("skip"))
+        whole, text = _nothing_lost(run, base, buckets)
     return Outcome(
         fault="S3: credentials end and are renewed",
-        survived=code == 0 and same and refused > 0 and arrived and not skipped,
-        text=f"code {code}, {refused} requests refused, samples of all steps {'the same' if same else 'DIFFER'}, "
-        f"{skipped} skipped, last checkpoint {'in the store' if arrived else 'NOT in the store'}",
+        survived=code == 0 and refused > 0 and whole,
+        text=f"code {code}, {refused} requests refused, {text}",
     )
 
 
@@ -374,15 +380,13 @@ def outage(run: Broken, base: Broken, seconds: float, *, limit_s: float) -> Outc
                 failed = sum(proxy.report()["faults"].values())
                 proxy.plan(Plan())
         resumed = code if within else run.finish()
-        arrived = (buckets / "runs" / "a" / "latest").read_text().strip() == f"step-{run.steps}"
-    same, skipped = run.samples() == base.samples(), len(run.events("skip"))
-    good = code == (0 if within else 3) and resumed == 0 and same and not skipped and arrived and waited
+        whole, text = _nothing_lost(run, base, buckets)
+    good = code == (0 if within else 3) and resumed == 0 and whole and waited
     return Outcome(
         fault=f"S3: away for {seconds:g} s" if within else f"S3: away for longer than the limit of {limit_s:g} s",
         survived=good and failed > 0,
         lost_steps=run.lost_steps(),
-        text=f"code {code}, then {resumed}; {failed} requests failed, samples {'the same' if same else 'DIFFER'}, "
-        f"{skipped} skipped, last checkpoint {'in the store' if arrived else 'NOT in the store'}",
+        text=f"code {code}, then {resumed}; {failed} requests failed, {text}",
     )
 
 

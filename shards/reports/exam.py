@@ -85,8 +85,13 @@ def term_of(body_part: str) -> str | None:
     """
     if body_part in BODY_PARTS:
         return body_part
-    named = named_parts(body_part, "fr") | named_parts(body_part, "en")
+    named = _named_by_header(body_part)
     return _TERM_OF.get(named.pop()) if len(named) == 1 else None
+
+
+def _named_by_header(body_part: str) -> set[str]:
+    """Parts that a header names in words, whose language it does not tell."""
+    return named_parts(body_part, "fr") | named_parts(body_part, "en")
 
 
 def is_paired(body_part: str) -> bool | None:
@@ -96,7 +101,7 @@ def is_paired(body_part: str) -> bool | None:
     """
     if body_part in BODY_PARTS:
         return body_part in PAIRED_PARTS
-    named = named_parts(body_part, "fr") | named_parts(body_part, "en")
+    named = _named_by_header(body_part)
     return bool(named & _PAIRED_NAMES) if named else None
 
 
