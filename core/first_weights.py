@@ -20,8 +20,9 @@ from shards.errors import ConfigError
 class InitConfig:
     """Weights to start from when the run directory holds no checkpoint.
 
-    `checkpoint`: a run directory, or a weights file of the same task; every weight must match. `vision`, `text`: local
-    weights of one tower (ours, timm, Hugging Face, open_clip); what matched is reported.
+    `checkpoint`: a run directory, or a weights file of the same task; every weight must match. `vision`, `text`: one
+    tower, from another run's directory, whatever its task (an MAE's encoder), or from local weights (ours, timm,
+    Hugging Face, open_clip); what matched is reported.
     """
 
     checkpoint: str | None = None
@@ -65,5 +66,30 @@ def load_towers(task: Task, init: InitConfig) -> str:
         towers = sides[side]
         if len(towers) != 1:
             raise ConfigError(f"{path}: this task has {len(towers)} {side} towers, not one")
-        reports.append(load_weights(towers[0], path).summary())
+        weights, prefix = Path(path), ""
+        if (weights / LATEST).is_file():
+            weights = find_weights(weights)
+            prefix = tower_prefix(towers[0], weights)
+        reports.append(load_weights(towers[0], weights, prefix=prefix).summary())
     return "; ".join(reports)
+
+
+def tower_prefix(tower: VisionEncoder | VolumeEncoder | TextEncoder, weights: Path) -> str:
+    """What the names of such a tower begin with in the weights of another task.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    names = set(read_weights(weights))
+    own = [name for name, _ in tower.named_parameters()]
+    found = [
+        name.removesuffix(own[0])
+        for name in names
+        if name.endswith(own[0]) and all(name.removesuffix(own[0]) + other in names for other in own)
+    ]
+    if len(found) != 1:
+        raise ConfigError(
+            f"{weights}: {len(found)} towers in it have the parts of this task's {type(tower).__name__}, not one; take a "
+            "run whose tower has the same depth, tokens and positions, or export.py's file of the one that is meant"
+        )
+    return found[0]
