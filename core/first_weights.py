@@ -89,7 +89,7 @@ def tower_prefix(tower: VisionEncoder | VolumeEncoder | TextEncoder, weights: Pa
     ]
     if len(found) != 1:
         raise ConfigError(
-            f"{weights}: {len(found)} towers in it have the parts of this task's {type(tower).__name__}, not one; take a "
-            "run whose tower has the same depth, tokens and positions, or export.py's file of the one that is meant"
+            f"{weights}: {len(found)} towers in it have the parts of this task's {type(tower).__name__}, not one; take "
+            "a run whose tower has the same depth, tokens and positions, or export.py's file of the one that is meant"
         )
     return found[0]
