@@ -106,7 +106,7 @@ def run(quick: bool) -> list[Figure]:
         print_rows(rows)
         rows += [made(EQUAL_TIME, seed, equal_time_steps(rows, seed, size.steps)) for seed in seeds]
         print(equal_time_line(rows))
-        rows += [made(name, seed) for seed in seeds for name in VARIANTS]
+        rows += [made(name, seed) for name in VARIANTS for seed in seeds]
     print_rows(rows)
     return figures
 

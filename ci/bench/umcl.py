@@ -115,7 +115,7 @@ def run(quick: bool) -> list[Figure]:
     figures = summary(rows, time.perf_counter() - started)
     if not quick:
         print_rows(rows)
-        rows += [made(name, seed) for seed in seeds for name in VARIANTS]
+        rows += [made(name, seed) for name in VARIANTS for seed in seeds]
     print_rows(rows)
     return figures
 
