@@ -5,6 +5,7 @@ Only numbers leave a header: descriptions, file names and extensions, which may 
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import array_from_file
 
 from shards.ingest.hounsfield import Rescale
 from shards.ingest.volume import VOXELS_MAX, Array, Grid, VolumeRefusedError, turned
@@ -58,7 +60,7 @@ def read_nifti(path: Path) -> NiftiFile:
             raise VolumeRefusedError("voxels are not plain numbers")
         proxy = image.dataobj
         assert isinstance(proxy, ArrayProxy)  # of a file; only images made in memory hold arrays
-        stored = np.asanyarray(proxy.get_unscaled())
+        stored = _voxels(proxy, path)
     except VolumeRefusedError:
         raise
     except FileNotFoundError:
@@ -72,6 +74,17 @@ def read_nifti(path: Path) -> NiftiFile:
     if not (np.isfinite(slope) and np.isfinite(intercept)) or slope == 0:
         slope, intercept = 1.0, 0.0
     return NiftiFile(stored=stored, grid=grid, rescale=(float(slope), float(intercept)))
+
+
+def _voxels(proxy: ArrayProxy, path: Path) -> Array:
+    """As stored. A gzip stream is read to its end, where its checksum stands: nibabel stops at the last voxel."""
+    if not path.name.lower().endswith(".gz"):
+        return np.asanyarray(proxy.get_unscaled())
+    with gzip.open(path) as file:
+        stored = array_from_file(proxy.shape, proxy.dtype, file, proxy.offset)
+        while file.read(1 << 20):
+            pass
+    return np.asanyarray(stored)
 
 
 def as_nifti(voxels: Array, grid: Grid) -> nibabel.Nifti1Image:

@@ -108,7 +108,7 @@ class VolumeReader:
     ) -> ReadVolume:
         """HU that lie on the grid of their file, to the one form. `spacing_mm` and errors as in `read`."""
         grid = as_stored if spacing_mm is None else _with_spacing(as_stored, spacing_mm)
-        notes: list[str] = []
+        notes = [] if values.hu.min() < 0 else ["no value below 0 HU: no CT, or never rescaled"]
         segmented = masks is None and self.segmenter is not None
         if masks is None and self.segmenter is not None:
             if not grid.aligned:  # models know upright volumes only

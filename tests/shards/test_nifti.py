@@ -122,6 +122,12 @@ def test_few_and_many_slices(tmp_path: Path, shape: tuple[int, ...], depth: int)
     assert spaced.hu.shape[0] == max(1, round(depth * 2.5 / 3)) and spaced.spacing_mm == (3.0, 1.0, 1.0)
 
 
+def test_values_that_no_ct_in_hu_has_are_told(tmp_path: Path) -> None:
+    magnetic = np.random.default_rng(0).integers(0, 800, (6, 5, 3)).astype(np.int16)
+    read = VolumeReader(options=OWN).read(save(tmp_path / "a.nii.gz", magnetic))
+    assert read.notes == ("no value below 0 HU: no CT, or never rescaled",)
+
+
 # --- refused by name ---
 
 BAD = {
@@ -146,12 +152,23 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     for share in (0.1, 0.5, 0.98):
         cut.write_bytes(whole[: int(len(whole) * share)])
         assert refusal(cut) == "truncated or damaged file"
+    cut.write_bytes(whole[:-3])  # all voxels are there, the checksum is not
+    assert refusal(cut) == "truncated or damaged file"
     cut.write_bytes(gzip.compress(gzip.decompress(whole)[:-200]))
     assert refusal(cut) == "truncated or damaged file"
     assert refusal(empty) == "file has 0 bytes"
     assert refusal(text) in ("not a NIfTI file", "NIfTI header does not parse")
     assert refusal(other).startswith("not a NIfTI file")
     assert refusal(tmp_path / "none.nii.gz") == "file missing"
+
+
+def test_voxels_that_fail_their_checksum_are_refused(tmp_path: Path) -> None:
+    voxels = gzip.decompress(save(tmp_path / "whole.nii.gz", body()).read_bytes())
+    stored = bytearray(gzip.compress(voxels, compresslevel=0))  # any changed bit is a changed voxel
+    stored[len(stored) // 2] ^= 1
+    path = tmp_path / "flipped.nii.gz"
+    path.write_bytes(stored)
+    assert refusal(path) == "truncated or damaged file"
 
 
 def test_an_unknown_orientation_is_refused(tmp_path: Path) -> None:
