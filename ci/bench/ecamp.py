@@ -48,7 +48,7 @@ FULL = Size(samples=(3000, 600, 600), steps=750, warmup_steps=40)
 START_STEPS = 750
 QUICK = Size(samples=(96, 24, 24), steps=3, warmup_steps=1, log_every=1)
 FOLDER = REPOSITORY / "runs" / "bench_ecamp"
-SHARE, PROBE_DRAWS = 0.01, 20
+SHARE, PROBE_DRAWS = 0.01, 100
 SHARED = ("trainer.evaluate_every=None", "engine.precision=fp32")  # bf16 is slower on a CPU without AMX
 STRUCTURES = ("right lung", "left lung", "heart", "consolidation", "effusion")
 OURS, MAE, UNIFORM = "ecamp", "mae", "uniform"
