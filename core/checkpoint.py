@@ -223,6 +223,8 @@ class Checkpoints:
                 answer = {"found": question()}
             except RoentgenError as error:
                 answer = {"error": str(error), "of_config": isinstance(error, ConfigError)}
+            except OSError as error:  # said by all ranks, or the others would wait for an answer
+                answer = {"error": f"{self.folder}: cannot be read ({error}); mend its rights", "of_config": True}
         answer = broadcast_json(answer, self.world.device)
         if "error" in answer:
             raise (ConfigError if answer["of_config"] else DataError)(answer["error"])

@@ -518,9 +518,6 @@ def _write_manifest(
     for span in spans:
         lost.setdefault(span.split, set()).update(span.lost)
     shards = tuple(receipt.shard for receipt in receipts)
-    if not shards:
-        common = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-        raise DataError(f"no input of source {source.name} gave a sample: {common or 'the input is empty'}")
     patients = {
         split: len({item.patient for i, item in enumerate(items) if i not in lost.get(split, ())})
         for split, items in splits.items()
@@ -541,9 +538,15 @@ def _write_manifest(
     )
     if refusals:
         store.put(REFUSED, "".join(map(_refused_line, refusals)).encode())
+    elif store.exists(REFUSED):  # of a run that gave no sample
+        store.delete(REFUSED)
     if audit is not None:
         counts = sum((Counter(span.counts) for span in spans), Counter(plan.counts))
         store.put(AUDIT, audit(manifest, counts).encode())
+    if not shards:
+        common = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+        where = f"; each is named in {store.url.rstrip('/')}/{REFUSED}" if refusals else ""
+        raise DataError(f"no input of source {source.name} gave a sample: {common or 'the input is empty'}{where}")
     store.put(MANIFEST, manifest.to_bytes())
     for shard in shards:
         store.delete(f"{RECEIPTS}{shard.name}.json")

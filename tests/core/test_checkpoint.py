@@ -271,6 +271,18 @@ def test_a_run_that_goes_back_forgets_the_later_evaluation(tmp_path: Path, bucke
     checkpoints.close()
 
 
+def test_a_run_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "latest").write_text("step-1\n")
+    checkpoints = Checkpoints(str(tmp_path), CheckpointConfig(), World(), recipe={}, seed=0)
+
+    def closed(path: Path, **_: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", closed)
+    with pytest.raises(ConfigError, match=r"cannot be read .*Permission denied.*latest.*; mend its rights"):
+        checkpoints.prepare(MagicMock())
+
+
 def test_defects_are_named(tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "part.pt").write_bytes(b"one")

@@ -329,9 +329,16 @@ class Nothing(TinySource):
 
 
 def test_nothing_left_is_an_error_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no input of source tiny gave a sample: image missing \(5\)"):
-        write_shards(Nothing(count=5), str(tmp_path), SMALL)
+    message = r"no input of source tiny gave a sample: image missing \(5\); each is named in .*refused.jsonl"
+    with pytest.raises(DataError, match=message):
+        write_shards(
+            Nothing(count=5), str(tmp_path), SMALL, audit=lambda manifest, _: f"{manifest.samples} {manifest.refused}"
+        )
     assert not (tmp_path / "manifest.json").exists()
+    assert len((tmp_path / "refused.jsonl").read_text().splitlines()) == 5
+    assert (tmp_path / "audit.md").read_text() == "0 {'image missing': 5}"
+    write_shards(TinySource(), str(tmp_path), SMALL)  # the cause was mended
+    assert not (tmp_path / "refused.jsonl").exists()
 
 
 class Empty(TinySource):
