@@ -486,6 +486,8 @@ def _evaluators(
         parts |= {"image_embeds"} | ({"text_embeds"} if "input_ids" in task.fields else set())
     if AnatomyZeroShot.protocol in protocols:
         parts |= set(ANATOMY_PARTS)
+        if chosen:  # labels of which none has an anatomy show now, not after the steps before the first evaluation
+            AnatomyZeroShot(chosen, config.evaluation.anatomy_of).asked(loader.labels, config.task.anatomies)
     if Uncertainty.protocol in protocols:
         parts |= parts_of_uncertainty(task) | ({"text_logvar"} if isinstance(task, GaussianTask) else set())
     common: dict[str, Any] = {"text_length": config.data.text_length, "replicates": 1}  # curves need no intervals

@@ -183,6 +183,9 @@ def test_a_task_of_anatomies_is_asked_by_every_protocol_that_it_allows_while_it_
     _, held_out = pretrain._evaluators(config, engine, loader, World(), StopRequest())
     found = {name for name, _ in held_out(TrainState(step=0, samples_seen=0, seed=0, recipe_hash=""))}
     assert {name.partition("/")[0] for name in found} == asked, found
+    elsewhere = replace(config, evaluation=replace(config.evaluation, anatomy_of={"cardiomegaly": "brain"}))
+    with pytest.raises(ConfigError, match=r"no label of this data .* set evaluation\.anatomy_of"):
+        pretrain._evaluators(elsewhere, engine, loader, World(), StopRequest())  # before any step
 
 
 def small_volumes(manifest: str) -> TrainConfig:
