@@ -173,10 +173,11 @@ def parser() -> argparse.ArgumentParser:
     volumes.add_argument(
         "--mask-grid", choices=("refuse", "resample"), default="refuse", help="masks of another grid (%(default)s)"
     )
-    volumes.add_argument(
+    spacing = volumes.add_mutually_exclusive_group()
+    spacing.add_argument(
         "--spacing", type=float, nargs=3, default=(3.0, 1.0, 1.0), metavar=("Z", "Y", "X"), help="mm (3 1 1)"
     )
-    volumes.add_argument(
+    spacing.add_argument(
         "--own-spacing", action="store_true", help="keep each volume's spacing: no upright one changes"
     )
     volumes.add_argument("--no-crop", action="store_true", help="keep what lies far from any labelled anatomy")

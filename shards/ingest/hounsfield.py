@@ -71,7 +71,7 @@ def _rescale(stored: Array, header: Rescale, stated: Rescale | None) -> tuple[Re
     meant = header if stated in (None, plain) or header != plain else stated
     if meant == plain or meant is None:
         return plain, "as stored"
-    sample = stored.ravel()[:: max(1, stored.size // _SAMPLE_VOXELS)].astype(np.float64)
+    sample = _sample(stored).astype(np.float64)
     if looks_like_hu(sample * meant[0] + meant[1]):
         return meant, "rescaled"
     if looks_like_hu(sample):
@@ -81,7 +81,25 @@ def _rescale(stored: Array, header: Rescale, stated: Rescale | None) -> tuple[Re
     raise VolumeRefusedError("HU or stored values: neither reading looks like CT")
 
 
+def doubts(hu: Array) -> list[str]:
+    """Remarks on HU that are hardly those of a CT: stored values of one that was never rescaled, or rescaled twice."""
+    if hu.min() >= 0:
+        return ["no value below 0 HU: no CT, or never rescaled"]
+    _, tissue = _shares(_sample(hu))
+    return [] if tissue >= _TISSUE_SHARE else ["hardly any soft tissue by HU: shifted, or rescaled twice"]
+
+
+def _sample(values: Array) -> Array:
+    return values.ravel(order="K")[:: max(1, values.size // _SAMPLE_VOXELS)]  # as it lies in memory: no copy
+
+
+def _shares(sample: Array) -> tuple[float, float]:
+    """Of air or lung, and of soft tissue."""
+    air, tissue = (float(np.mean((sample >= low) & (sample <= high))) for low, high in (_AIR_HU, _TISSUE_HU))
+    return air, tissue
+
+
 def looks_like_hu(sample: Array) -> bool:
     """Whether some voxels are air or lung and some are soft tissue."""
-    air, tissue = (np.mean((sample >= low) & (sample <= high)) for low, high in (_AIR_HU, _TISSUE_HU))
-    return bool(air >= _AIR_SHARE and tissue >= _TISSUE_SHARE)
+    air, tissue = _shares(sample)
+    return air >= _AIR_SHARE and tissue >= _TISSUE_SHARE

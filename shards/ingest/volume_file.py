@@ -16,7 +16,7 @@ import numpy as np
 
 from shards.errors import ConfigError
 from shards.ingest.class_map import ANATOMY_IDS, ClassMap, class_map
-from shards.ingest.hounsfield import Hounsfield, Rescale, hounsfield
+from shards.ingest.hounsfield import Hounsfield, Rescale, doubts, hounsfield
 from shards.ingest.nifti import read_nifti, without_ending
 from shards.ingest.segment import TotalSegmentator
 from shards.ingest.view_files import Fact, OpenedView, View, path_within
@@ -108,7 +108,7 @@ class VolumeReader:
     ) -> ReadVolume:
         """HU that lie on the grid of their file, to the one form. `spacing_mm` and errors as in `read`."""
         grid = as_stored if spacing_mm is None else _with_spacing(as_stored, spacing_mm)
-        notes = [] if values.hu.min() < 0 else ["no value below 0 HU: no CT, or never rescaled"]
+        notes = doubts(values.hu)
         segmented = masks is None and self.segmenter is not None
         if masks is None and self.segmenter is not None:
             if not grid.aligned:  # models know upright volumes only

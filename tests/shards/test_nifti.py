@@ -126,6 +126,9 @@ def test_values_that_no_ct_in_hu_has_are_told(tmp_path: Path) -> None:
     magnetic = np.random.default_rng(0).integers(0, 800, (6, 5, 3)).astype(np.int16)
     read = VolumeReader(options=OWN).read(save(tmp_path / "a.nii.gz", magnetic))
     assert read.notes == ("no value below 0 HU: no CT, or never rescaled",)
+    twice = VolumeReader(options=OWN).read(save(tmp_path / "b.nii.gz", body() - np.int16(1024)))
+    assert twice.notes == ("hardly any soft tissue by HU: shifted, or rescaled twice",)
+    assert not VolumeReader(options=OWN).read(save(tmp_path / "c.nii.gz", body())).notes
 
 
 # --- refused by name ---
