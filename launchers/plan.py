@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cores", type=float, default=CORES, help=f"of a node, for its loaders (assumed: {CORES})")
     add("--loader-ms", type=float, help="CPU time of a study in the loader (default: as ci.bench measured, scaled)")
     add("--data", metavar="MANIFEST", help="read sizes from here; default: data.train of the recipe, if it is set")
-    add("--study-bytes", type=float, help="bytes read a study, where there is no manifest")
+    add("--study-bytes", type=float, help="bytes read a study, where no manifest tells; unknown: no store lines")
     add("--studies", type=int, help="in an epoch, where there is no manifest")
     add("--epochs", type=float, help="instead of the recipe's trainer.steps")
     add("--price-per-gpu-hour", "--price", dest="price", type=float, help="in your currency, as all prices")

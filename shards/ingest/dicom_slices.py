@@ -67,6 +67,8 @@ def slice_of(dataset: FileDataset) -> Slice:
         raise RefusedError("values are no HU by RescaleType")
     rows, columns = (int(number_of(dataset, name) or 0) for name in ("Rows", "Columns"))
     slope = number_of(dataset, "RescaleSlope")
+    if not slope and "RescaleSlope" in dataset:
+        raise RefusedError("RescaleSlope is 0 or no number")
     return Slice(
         dataset=dataset, instance=text_of(dataset, "SOPInstanceUID"), position=np.asarray(position),
         along_row=along_row / lengths[0], along_column=along_column / lengths[1], spacing=(spacing[0], spacing[1]),

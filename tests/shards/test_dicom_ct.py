@@ -186,6 +186,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "slice without position or orientation": {"ImagePositionPatient": None},
     "slice without pixel spacing": {"PixelSpacing": None},
     "values are no HU by RescaleType": {"RescaleType": "US"},
+    "RescaleSlope is 0 or no number": {"RescaleSlope": 0},
     "localizer, no slice of a volume": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
     "modality MR": {"Modality": "MR"},
 }
