@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -236,7 +237,29 @@ def _fractions(text: str) -> dict[str, float]:
         raise ConfigError(f"--fractions {text}: write e.g. train=0.8,validation=0.1,test=0.1") from None
 
 
-def _pack(arguments: argparse.Namespace, console: Console) -> Manifest:
+class _Asked(argparse.Namespace):
+    """The command line, and which of its options somebody has looked at."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        super().__init__(**vars(given))
+        self.__dict__["_seen"] = set[str]()
+
+    def __getattribute__(self, name: str) -> Any:
+        values = super().__getattribute__("__dict__")
+        if name in values:
+            values["_seen"].add(name)
+        return super().__getattribute__(name)
+
+    def refuse_unread(self) -> None:
+        """Raises ConfigError, naming them, where options were set that this source does not look at."""
+        values, defaults = self.__dict__, vars(parser().parse_args([]))
+        unread = [name for name in defaults if name not in values["_seen"] and values[name] != defaults[name]]
+        if unread:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+            raise ConfigError(f"{options}: without effect on --source {self.source} as it is asked; leave it out")
+
+
+def _pack(arguments: _Asked, console: Console) -> Manifest:
     kind = SOURCES[arguments.source]
     alone = bool(arguments.segment or kind.one_process)  # a model that splits its own work
     config = writer.WriterConfig(
@@ -257,11 +280,12 @@ def _pack(arguments: argparse.Namespace, console: Console) -> Manifest:
         from launchers import ray_data
 
         run = partial(ray_data.streamed, address=arguments.ray)
+    arguments.refuse_unread()
     with _progress(console) as show:
         return writer.write_shards(source, arguments.output, config, on_progress=show, audit=audit, run=run)
 
 
-def _adopt(arguments: argparse.Namespace) -> Manifest:
+def _adopt(arguments: _Asked) -> Manifest:
     if not arguments.input:
         raise ConfigError("--source adopt needs --input [SPLIT=]URL, e.g. --input 'train=s3://bucket/{000..127}.tar'")
     splits: dict[str, list[str]] = {}
@@ -269,13 +293,9 @@ def _adopt(arguments: argparse.Namespace) -> Manifest:
         split, equals, pattern = text.partition("=")
         named = equals == "=" and split.replace("_", "").replace("-", "").isalnum()
         splits.setdefault(split if named else "train", []).append(pattern if named else text)
-    return adopt.adopt(
-        splits,
-        arguments.output,
-        headers_only=arguments.headers_only,
-        chunk_bytes=arguments.chunk_bytes,
-        overwrite=arguments.overwrite,
-    )
+    settings = {name: getattr(arguments, name) for name in ("headers_only", "chunk_bytes", "overwrite")}
+    arguments.refuse_unread()
+    return adopt.adopt(splits, arguments.output, **settings)
 
 
 @contextmanager
@@ -370,7 +390,7 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
     return EXIT_FAULTS if faults else 0
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> int:
+def _run(arguments: _Asked, console: Console) -> int:
     if arguments.verify:
         return _verify(arguments, console)
     reading = [name for name, kind in SOURCES.items() if kind.refuses_burned_in_text]
@@ -390,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["forget"]:
         return pack_forget.main(words[1:])
-    arguments = parser().parse_args(words)
+    arguments = _Asked(parser().parse_args(words))
     return command.run(lambda console: _run(arguments, console), "shards")
 
 

@@ -159,6 +159,24 @@ def test_unknown_option_exits_2() -> None:
     assert stop.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("source", "options", "named"),
+    [
+        (("phantom", "--samples", "4,2,2"), ("--normal", "0.5", "--own-spacing"), "--normal, --own-spacing"),
+        (("phantom", "--samples", "4,2,2"), ("--input", "."), "--input"),
+        (("adopt", "--input", "a.tar"), ("--shard-samples", "5"), "--shard-samples"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    source: tuple[str, ...], options: tuple[str, ...], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--source", *source, "--output", tmp_path / "out", *options) == 2
+    said = one_line(capsys)
+    assert f"without effect on --source {source[0]}" in said
+    assert all(option in said for option in named.split(", "))
+    assert not (tmp_path / "out").exists()
+
+
 def test_output_without_permission(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pack_table(folder, Path("/proc/nowhere"), "--public") == 2
     assert "/proc/nowhere" in one_line(capsys)
