@@ -224,7 +224,8 @@ class Checkpoints:
             except RoentgenError as error:
                 answer = {"error": str(error), "of_config": isinstance(error, ConfigError)}
             except OSError as error:  # said by all ranks, or the others would wait for an answer
-                answer = {"error": f"{self.folder}: cannot be read ({error}); mend its rights", "of_config": True}
+                said = f"{self.folder}: cannot be read or fetched ({error}); mend its rights, or make room"
+                answer = {"error": said, "of_config": True}
         answer = broadcast_json(answer, self.world.device)
         if "error" in answer:
             raise (ConfigError if answer["of_config"] else DataError)(answer["error"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from core.checkpoint_files import LATEST, find_weights
 from core.models.initialise import load_weights, read_weights
@@ -36,9 +37,7 @@ def load_checkpoint_weights(task: Task, source: str) -> str:
     Raises:
         ConfigError: names that differ, listed.
     """
-    path = Path(source)
-    if path.is_dir() and (path / LATEST).is_file():
-        path = find_weights(path)
+    path = _newest(Path(source))
     weights = read_weights(path)
     own = {**dict(task.named_parameters()), **dict(task.named_buffers())}
     wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
@@ -66,21 +65,25 @@ def load_towers(task: Task, init: InitConfig) -> str:
         towers = sides[side]
         if len(towers) != 1:
             raise ConfigError(f"{path}: this task has {len(towers)} {side} towers, not one")
-        weights, prefix = Path(path), ""
-        if (weights / LATEST).is_file():
-            weights = find_weights(weights)
-            prefix = tower_prefix(towers[0], weights)
+        weights = _newest(Path(path))
+        prefix = tower_prefix(towers[0], weights) if weights != Path(path) else ""
         reports.append(load_weights(towers[0], weights, prefix=prefix).summary())
     return "; ".join(reports)
 
 
+def _newest(path: Path) -> Path:
+    """The newest checkpoint's weights where this is a run directory, else the path itself."""
+    return find_weights(path) if (path / LATEST).is_file() else path
+
+
 def tower_prefix(tower: VisionEncoder | VolumeEncoder | TextEncoder, weights: Path) -> str:
-    """What the names of such a tower begin with in the weights of another task.
+    """What the names of such a tower begin with in a safetensors file of another task's weights.
 
     Raises:
         ConfigError: there is none, or more than one.
     """
-    names = set(read_weights(weights))
+    with safe_open(weights, framework="pt") as file:  # their names alone, without reading them
+        names = set(file.keys())
     own = [name for name, _ in tower.named_parameters()]
     found = [
         name.removesuffix(own[0])

@@ -1,12 +1,12 @@
 """Does ECAMP teach an encoder more than masked images, or uniformly masked words, do? Three seeds of chest phantoms.
 
 Phantoms of `standard` difficulty. As published, every contestant starts from the encoder of one MAE, taught by the same
-phantoms for START_STEPS; from there all see the same studies in the same order for the same number of steps; processor
-seconds stand beside. Encoders are judged frozen, at their own 64 px: a linear probe taught with the labels of 1 % of
-the patients (macro AUC over findings, mean of PROBE_DRAWS draws of them), and a decoder of the structures (Dice, mean
-over structures). `mae` goes on as ECAMP's image part alone, `uniform` is MRM (`chest:mrm_tiny`). A step of `mae` is
-cheaper, so that it runs once more, for as many steps as fill ECAMP's processor time: that pair is printed, not judged,
-since there it sees more images.
+phantoms for as many steps again; from there all see the same studies in the same order for the same number of steps;
+processor seconds stand beside. Encoders are judged frozen, at their own 64 px: a linear probe taught with the labels of
+1 % of the patients (macro AUC over findings, mean of PROBE_DRAWS draws of them), and a decoder of the structures (Dice,
+mean over structures). `mae` goes on as ECAMP's image part alone, `uniform` is MRM (`chest:mrm_tiny`). A step of `mae`
+is cheaper, so that it runs once more, for as many steps as fill ECAMP's processor time: that pair is printed, not
+judged, since there it sees more images.
 
 The judged runs come first and are printed before the ablations start; finished runs of the same settings are kept, so
 an experiment that was cut off goes on: delete runs/bench_ecamp after a change of code.
@@ -45,7 +45,6 @@ DESCRIPTION = "ECAMP against masked images alone and uniform masking, with its a
 SEEDS = (0, 1, 2)
 DIFFICULTY = "standard"
 FULL = Size(samples=(3000, 600, 600), steps=750, warmup_steps=40)
-START_STEPS = 750
 QUICK = Size(samples=(96, 24, 24), steps=3, warmup_steps=1, log_every=1)
 FOLDER = REPOSITORY / "runs" / "bench_ecamp"
 SHARE, PROBE_DRAWS = 0.01, 100
@@ -148,7 +147,7 @@ def run_one(name: str, seed: int, size: Size, *, quick: bool, steps: int | None 
         return Row(**found)
     if not experiment.manifest.exists():
         experiment.pack(DIFFICULTY, "--entities")
-    first_weights(replace(experiment, size=replace(size, steps=size.steps if quick else START_STEPS)), start)
+    first_weights(replace(experiment, size=size), start)
     shutil.rmtree(experiment.folder / run_name, ignore_errors=True)
     train_s = processor_seconds(lambda: experiment.pretrain(recipe, overrides, run_name))
     probe, dice = judged(experiment, run_name, quick=quick)
