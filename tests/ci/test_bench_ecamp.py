@@ -22,10 +22,12 @@ def test_every_contestant_is_a_setting_of_its_own() -> None:
 
 
 def test_intervals_and_figures() -> None:
-    gains = [0.01, 0.03, 0.05]
+    gains = [0.01, 0.03, 0.05, 0.02, 0.04]
     low, mean, high = ecamp.interval(gains)
-    expected = stats.t.interval(0.95, 2, loc=np.mean(gains), scale=stats.sem(gains))
-    assert (low, high) == pytest.approx(expected, abs=1e-5) and mean == pytest.approx(0.03)
+    expected = stats.t.interval(0.95, 4, loc=np.mean(gains), scale=stats.sem(gains))
+    assert (low, high) == pytest.approx(expected) and mean == pytest.approx(0.03)
+    half = 4.3027 * 0.02 / 3**0.5  # of two degrees of freedom, as tables have it
+    assert ecamp.interval(gains[:3]) == pytest.approx((0.03 - half, 0.03, 0.03 + half), abs=1e-5)
 
     def row(name: str, seed: int, probe: float) -> ecamp.Row:
         return ecamp.Row(contestant=name, seed=seed, probe=probe, dice=0.5 + probe / 10, train_s=1.0, commit="c")
@@ -37,6 +39,7 @@ def test_intervals_and_figures() -> None:
     assert set(figures) == {name for name in bars() if name.startswith("ecamp.")}
     assert figures["ecamp.probe1_minus_mae"].value == pytest.approx(low)
     assert figures["ecamp.probe1_minus_mae"].holds is (low >= 0)
+    assert "the first 3 alone +0.030 (-0.020 to +0.080)" in figures["ecamp.probe1_minus_mae"].note
 
 
 def test_equal_time_gives_mae_as_many_more_steps_as_its_steps_are_cheaper() -> None:
