@@ -351,12 +351,16 @@ def _is_dictionary(hint: Any) -> bool:
 def _convert(value: Any, text: str, hint: Any, key: str) -> Any:
     """`value` as the field's type, as plain JSON again."""
     adapter = pydantic.TypeAdapter(hint)
-    for attempt in (value, text):
+    # What reads as a list or a group is meant as one: as text it would become a path that nobody has.
+    for attempt in (value,) if isinstance(value, list | dict) else (value, text):
         try:
             return json.loads(adapter.dump_json(adapter.validate_python(attempt)))
         except pydantic.ValidationError as error:
             problem = error
-    raise ConfigError(f"--set {key}={text}: {_describe(hint)} is needed ({problem.errors()[0]['msg'].lower()})")
+    # Of the forms that a value may have, the one that went furthest is the one that was meant.
+    found = max(problem.errors(), key=lambda one: len(one["loc"]))
+    inside = f"{found['loc'][-1]}: " if len(found["loc"]) > 1 else ""
+    raise ConfigError(f"--set {key}={text}: {_describe(hint)} is needed ({inside}{found['msg'].lower()})")
 
 
 def _describe(hint: Any) -> str:
@@ -366,6 +370,8 @@ def _describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join("none" if part is type(None) else _describe(part) for part in arguments)
     if origin is tuple:
+        if dataclasses.is_dataclass(arguments[0]):
+            return f"a list of groups of {', '.join(part.name for part in dataclasses.fields(arguments[0]))}"
         return "a list such as [1, 2]"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ConfigDict
 
 from shards import keyed
 from shards.batch import Batch, StudyRecord
@@ -45,6 +46,8 @@ class MixtureSet:
 
     `reads`: reports in a language that is not learned, or labels that are not trusted, are left unread.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt `reads` would read everything
 
     manifest: str
     quota: int

@@ -287,7 +287,10 @@ def train_wordpiece(
     for character in [c for c in counts if c.isspace()]:
         del counts[character]
     if not counts:
-        raise ConfigError("the corpus has no text to train a tokenizer on; check the report sections that were chosen")
+        raise ConfigError(
+            "no text to train a tokenizer on; name the sections that the reports have with data.sections, or, for data "
+            "without reports, a vocabulary or the tokenizer folder of another run with data.tokenizer"
+        )
     # Characters beyond a quarter of the vocabulary are rarities (symbols, foreign scripts) and become unknown.
     room = (vocab_size - len(SPECIAL_TOKENS)) // 4
     kept = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:room])

@@ -69,6 +69,10 @@ def test_mixture_by_override() -> None:
     )
     with pytest.raises(ConfigError, match="add up to 90, global_batch_size is 96"):
         apply_overrides(config, ['data.train=[{"manifest": "a.json", "quota": 90}]'])
+    with pytest.raises(ConfigError, match=r"a list of groups of manifest, quota, .* is needed \(raeds: unexpected"):
+        apply_overrides(config, ['data.train=[{"manifest": "a.json", "quota": 96, "raeds": "labels"}]'])
+    with pytest.raises(ConfigError, match=r"is needed \(reads: input should be 'everything', 'report' or 'labels'"):
+        apply_overrides(config, ['data.train=[{"manifest": "a.json", "quota": 96, "reads": "label"}]'])
 
 
 @pytest.mark.parametrize(
