@@ -11,10 +11,12 @@ import hashlib
 import io
 import json
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from rich.table import Table
 from core.evaluation.classification import Features, with_validation
 from core.evaluation.comparison import Scored, by_subgroup, compare
 from core.evaluation.fitting import FitConfig
+from core.evaluation.images import ImageSplit, share_of_patients
 from core.evaluation.segmentation import DECODERS
 from core.evaluation.transfer import TASKS, Outputs, Splits, TransferConfig, learn, not_asked_of, scored
 from core.metrics import Metrics
@@ -98,12 +101,14 @@ class KeptOutputs:
         folder.mkdir(parents=True, exist_ok=True)
 
     def of(self, settings: Mapping[str, Any], make: Callable[[], Outputs]) -> Outputs:
-        """Those of these settings, made if they are not there."""
+        """Those of these settings, made if they are not there or damaged."""
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
         path = self.folder / f"{digest}.npz"
-        if path.exists():
+        try:
             with np.load(path, allow_pickle=False) as found:
                 return dict(found)
+        except (FileNotFoundError, EOFError, ValueError, BadZipFile, zlib.error):
+            pass  # a damaged one is made again
         outputs = make()
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **outputs)  # type: ignore[arg-type]
@@ -136,6 +141,7 @@ def transfer(
         if not of_images:
             break
         splits = read_splits(encoder, options, progress)
+        check_boxes(splits.train, options)
         for task in of_images:
             for percent in options.percents:
                 learned = []
@@ -216,6 +222,20 @@ def read_splits(encoder: TransferEncoder, options: Options, progress: Progress) 
         return splits
     features = Features.of(encoder.vision, train, validation, splits.test, autocast=encoder.autocast)
     return replace(splits, features=features)
+
+
+def check_boxes(train: ImageSplit, options: Options) -> None:
+    """Raises ConfigError, before anything is learned, where a share for detection has no box to learn from."""
+    if not any(task.startswith("detection") for task in options.tasks):
+        return
+    drawn = np.array([len(boxes) > 0 for boxes in train.boxes])
+    for percent in options.percents:
+        for seed in options.seeds:
+            if not drawn[share_of_patients(train, percent / 100, seed).numpy()].any():
+                raise ConfigError(
+                    f"detection: among {percent:g} % of the patients, as seed {seed} draws them, no image has a box "
+                    f"({drawn.sum()} of {len(drawn)} training images have one); leave --percents {percent:g} out"
+                )
 
 
 def digest_of(encoder: TransferEncoder) -> str:

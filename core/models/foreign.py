@@ -84,7 +84,8 @@ class ForeignEncoder:
 def load_encoder(path: str | Path, given: Given | None = None) -> ForeignEncoder:
     """The image encoder in a weights file or Hugging Face folder, in evaluation mode, at its own image size.
 
-    Raises ConfigError where the file holds no image encoder of a known dialect, or one with parts that ours lacks.
+    Raises ConfigError where the file holds no image encoder of a known dialect, one with parts that ours lacks, or
+    values that are not finite.
     """
     given = given or Given()
     weights = read_weights(path)
@@ -103,6 +104,9 @@ def load_encoder(path: str | Path, given: Given | None = None) -> ForeignEncoder
             f"{path}: {len(missing)} tensors of the encoder are missing: {', '.join(missing[:5])}; the file is cut, or "
             f"names them otherwise: it has {', '.join(report.unexpected[:5]) or 'nothing else'}"
         )
+    broken = [name for name, tensor in encoder.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise ConfigError(f"{path}: not a number in {', '.join(broken[:5])} ({len(broken)} tensors); use other weights")
     mean, std = _normalisation(path, kernel_name, config.channels, given)
     return ForeignEncoder(encoder=encoder.eval(), report=replace(report, missing=missing), mean=mean, std=std)
 

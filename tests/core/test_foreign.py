@@ -196,3 +196,6 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     save_file(weights, path)
     with pytest.raises(ConfigError, match="says nothing of its heads"):
         load_encoder(path, Given(heads=3))
+    save_file(weights | {"blocks.1.norm1.bias": torch.full((128,), torch.nan)}, path)
+    with pytest.raises(ConfigError, match=r"not a number in transformer\.blocks\.1\..* \(1 tensors\)"):
+        load_encoder(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -81,6 +82,16 @@ def test_every_task_is_scored_kept_and_resumed(
         transfer.main([*options, "--steps", "3"])
 
 
+def test_a_damaged_file_of_what_was_learned_is_made_again(tmp_path: Path) -> None:
+    kept = transfer.KeptOutputs(tmp_path)
+    assert kept.of({"seed": 0}, lambda: {"dice": np.ones(9)})["dice"].sum() == 9
+    assert kept.of({"seed": 0}, dict)["dice"].sum() == 9
+    (path,) = tmp_path.iterdir()
+    for damaged in (b"", path.read_bytes()[:60], path.read_bytes().replace(b"PK\x01", b"PK\x07"), b"\x93NUMPY"):
+        path.write_bytes(damaged)
+        assert kept.of({"seed": 0}, lambda: {"dice": np.zeros(9)})["dice"].sum() == 0
+
+
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
@@ -115,3 +126,5 @@ def test_detection_is_scored_over_all_images(
     of = json.loads((tmp_path / "transfer.json").read_text())["tasks"]["detection"]["100"]
     assert 0 <= of["figures"]["timm"]["value"] < 0.5
     assert of["differences"]["hf"]["value"] == pytest.approx(0.0, abs=0.02)
+    assert transfer.main([*options, "--percents", "1", "100"]) == 2
+    assert "draws them, no image has a box (18 of 24 training images have one)" in capsys.readouterr().err
