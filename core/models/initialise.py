@@ -248,6 +248,9 @@ _OPEN_CLIP_BLOCK: tuple[tuple[str, str], ...] = (
 )
 
 
+_OF_STEM = re.compile(r"(?:.*\.)?stem\.convolutions\.")
+
+
 def translate(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
     """Our name of a foreign tensor (query, key and value still apart); None if no rule knows it."""
     for pattern, ours in rules:
@@ -295,9 +298,11 @@ def load_weights(
 
     `prefix` is cut from the file's names first (`image_encoder.` and the like), names without it are left out. Learned
     positions are interpolated (vision) or cut or left partly as drawn (text) when sizes differ, patch weights are
-    resized (`resize_patches`), and summed for a grey encoder; a volume encoder inflates those of a 2D one. RoBERTa's
-    table of positions (XLM-R, CamemBERT) loses its first two rows, which stand for padding. ConfigError, with the list,
-    when shapes disagree or less than half of the encoder is there (a norm fits anything); it is then unchanged.
+    resized (`resize_patches`), and summed for a grey encoder; a volume encoder inflates those of a 2D one. An encoder
+    with a stem keeps the patch weights that it has, unless the file's take a stem's map as well. RoBERTa's table of
+    positions (XLM-R, CamemBERT) loses its first two rows, which stand for padding. ConfigError, with the list, when
+    shapes disagree, less than half of the encoder is there (a norm fits anything) or only the file has a stem; the
+    encoder is then unchanged.
     """
     wanted = dict(encoder.named_parameters())
     rules = _TEXT_RULES if isinstance(encoder, TextEncoder) else VISION_RULES
@@ -313,6 +318,8 @@ def load_weights(
             continue
         load.tensors[ours] = tensor.to(torch.float32)
         load.origin[ours] = [name]
+    if not any(name.startswith("stem.") for name in wanted) and any(_OF_STEM.match(name) for name in load.unexpected):
+        raise ConfigError(f"{path}: its encoder has a stem of convolutions; give this one the same (task.vision.stem)")
     _join_qkv(load)
     for name, part in encoder.named_modules():
         weight = f"{name}.weight"
@@ -374,8 +381,11 @@ def _join_qkv(load: _Load) -> None:
 
 def _fit_vision(encoder: VisionEncoder, load: _Load) -> None:
     config, tensors = encoder.config, load.tensors
-    kernel = tensors.get("patch.weight")
-    if kernel is not None and kernel.ndim == 2 and kernel.shape[1] != config.channels * config.patch_size**2:
+    kernel, pixels = tensors.get("patch.weight"), config.channels * config.patch_size**2
+    if kernel is not None and config.stem:
+        if kernel.ndim == 4:
+            load.leave_out("patch.weight")  # those of a stem take its map, not pixels
+    elif kernel is not None and kernel.ndim == 2 and kernel.shape[1] != pixels:
         patch = math.isqrt(kernel.shape[1] // config.channels)  # our own, of another patch
         if patch * patch * config.channels == kernel.shape[1]:
             tensors["patch.weight"] = kernel.view(-1, config.channels, patch, patch)

@@ -42,7 +42,8 @@ def timm_weights(encoder: VisionEncoder) -> dict[str, Tensor]:
     config = encoder.config
     for name, unlike in (
         ("input_norm", config.input_norm), ("patch_bias", not config.patch_bias),
-        ("norm_epsilon", config.norm_epsilon != NORM_EPSILON),
+        ("norm_epsilon", config.norm_epsilon != NORM_EPSILON), ("stem", config.stem != ()),
+        ("pool", config.pool == "max"),
     ):  # fmt: skip
         if unlike:
             raise ConfigError(f"task.vision.{name}={getattr(config, name)}: timm's ViT cannot be told so in a config")

@@ -3,6 +3,10 @@
 Patches are cut by a reshape and projected by one matrix product, so `keep` drops masked patches before any work is done
 on them. Positions belong to patches only; a checkpoint's class position is folded into the class token on loading.
 
+A stem of convolutions may come before the patches (after Xiao et al. 2021, arXiv 2106.14881): a thin line looks alike
+wherever it lies in a patch, which a matrix over all pixels of a patch has to learn place by place. Patches to be left
+out are blanked before it, so that it shows nothing of them.
+
 Letters: V = images, C = channels, P = patch side, N = patches of an image, M = kept patches, R = registers, D = width.
 """
 
@@ -75,23 +79,64 @@ def resize_patches(kernel: Tensor, patch_size: int) -> Tensor:
     return solved.view(*kernel.shape[:2], patch_size, patch_size).to(kernel.dtype)
 
 
+def cut_patches(values: Tensor, side: int) -> Tensor:
+    """`[V, C, H, W]` -> `[V, N, C * side * side]`, row-major."""
+    images, channels, height, width = values.shape
+    cut = values.reshape(images, channels, height // side, side, width // side, side)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(images, -1, channels * side * side)
+
+
+def patches_as_image(keep: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """1 in the pixels of the patches `keep [V, M]` of a grid, else 0: `[V, 1, rows * side, columns * side]` fp32."""
+    shown = torch.zeros(len(keep), rows * columns, device=keep.device).scatter(1, keep, 1.0)
+    return shown.view(-1, 1, rows, columns).repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
+
+
+class VisionStem(nn.Module):
+    """Stages that halve both sides: `[V, C, H, W]` -> `[V, C', H / 2^n, W / 2^n]`.
+
+    A stage is two convolutions of 3 x 3 pixels, the first with a stride of two, each normed over the channels of a
+    place, so that blanked patches change no other's norm.
+    """
+
+    def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        inputs = (channels, *widths)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(given, width, kernel_size=3, stride=stride, padding=1)
+            for before, width in zip(inputs, widths, strict=False)
+            for given, stride in ((before, 2), (width, 1))
+        )
+        self.norms = nn.ModuleList(LayerNorm(width, eps=1e-6) for width in widths for _ in range(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.contiguous(memory_format=torch.channels_last)
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = F.relu(norm(convolution(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return x
+
+
 class VisionEncoder(nn.Module):
     """Own ViT. Weights of timm, MAE, DINOv2, Hugging Face and open_clip key names load through `initialise`."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`pool`: the class token, or the mean of patch tokens; `input_norm`: CLIP's LayerNorm before the blocks."""
+        """`pool`: the class token, or the mean or maximum of patch tokens, the latter for findings of a single patch.
+
+        `input_norm`: CLIP's LayerNorm before the blocks. `stem`: channels of its stages, none: no stem.
+        """
 
         image_size: int = 224
         patch_size: int = 16
         channels: int = 1
+        stem: tuple[int, ...] = ()
         width: int = 768
         depth: int = 12
         heads: int = 12
         mlp_ratio: float = 4.0
         class_token: bool = True
         registers: int = 0
-        pool: Literal["class", "mean"] = "class"
+        pool: Literal["class", "mean", "max"] = "class"
         positions: Literal["learned", "sincos"] = "learned"
         patch_bias: bool = True
         input_norm: bool = False
@@ -108,6 +153,11 @@ class VisionEncoder(nn.Module):
                 )
             if self.pool == "class" and not self.class_token:
                 raise ConfigError("pool='class' needs class_token=True; use pool='mean'")
+            if min(self.stem, default=1) < 1 or self.patch_size % 2 ** len(self.stem):
+                raise ConfigError(
+                    f"stem={self.stem}: {len(self.stem)} stages halve patch_size={self.patch_size} as often; "
+                    "give fewer, of at least 1 channel, or larger patches"
+                )
             if self.channels not in (1, 3):
                 raise ConfigError(f"channels={self.channels}: an encoder takes 1 (grey) or 3")
 
@@ -120,7 +170,9 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.patch = nn.Linear(config.channels * config.patch_size**2, width, bias=config.patch_bias)
+        self.stem = VisionStem(config.channels, config.stem) if config.stem else None
+        side = config.patch_size // 2 ** len(config.stem)
+        self.patch = nn.Linear((config.channels, *config.stem)[-1] * side**2, width, bias=config.patch_bias)
         self.class_token = nn.Parameter(torch.zeros(1, width)) if config.class_token else None
         self.registers = nn.Parameter(torch.zeros(config.registers, width)) if config.registers else None
         rows, columns = config.grid
@@ -142,17 +194,31 @@ class VisionEncoder(nn.Module):
 
     def patches(self, pixel_values: Tensor) -> Tensor:
         """`[V, C, H, W]` -> `[V, N, C * P * P]`, row-major; a grey image is repeated for a three-channel encoder."""
+        return cut_patches(self._of_channels(pixel_values), self.config.patch_size)
+
+    def _of_channels(self, pixel_values: Tensor) -> Tensor:
         config = self.config
         if pixel_values.shape[1] == 1 and config.channels == 3:
             pixel_values = pixel_values.expand(-1, 3, -1, -1)
-        images, channels, height, width = pixel_values.shape
-        side = config.patch_size
-        if channels != config.channels or height % side or width % side:
+        channels, height, width = pixel_values.shape[1:]
+        if channels != config.channels or height % config.patch_size or width % config.patch_size:
             raise ConfigError(
-                f"pixel_values {tuple(pixel_values.shape)} do not fit channels={config.channels}, patch_size={side}"
+                f"pixel_values {tuple(pixel_values.shape)} do not fit channels={config.channels}, "
+                f"patch_size={config.patch_size}"
             )
-        cut = pixel_values.reshape(images, channels, height // side, side, width // side, side)
-        return cut.permute(0, 2, 4, 1, 3, 5).reshape(images, -1, channels * side * side)
+        return pixel_values
+
+    def _shown(self, pixel_values: Tensor, keep: Tensor | None) -> Tensor:
+        """What is projected: the kept patches' pixels, or the stem's map of them alone, `[V, M, ...]`."""
+        side = self.config.patch_size
+        values = self._of_channels(pixel_values)
+        if self.stem is not None:
+            if keep is not None:
+                values = values * patches_as_image(keep, values.shape[2] // side, values.shape[3] // side, side)
+            values = self.stem(values.to(compute_dtype(self.patch.weight)))
+            side //= 2 ** len(self.config.stem)
+        patches = cut_patches(values, side)
+        return patches if keep is None else patches.gather(1, keep[:, :, None].expand(-1, -1, patches.shape[2]))
 
     def positions_for(self, height: int, width: int) -> Tensor:
         """Positions of the patches of an image of this size, `[N, D]`."""
@@ -166,13 +232,12 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor, keep: Tensor | None = None) -> VisionOutput:
         """`pixel_values [V, C, H, W]`; `keep [V, M]` int64, indices of the patches to encode, else all N of them."""
-        patches = self.patches(pixel_values)
+        shown = self._shown(pixel_values, keep)
         positions = self.positions_for(*pixel_values.shape[2:])
         if keep is not None:
-            patches = patches.gather(1, keep[:, :, None].expand(-1, -1, patches.shape[2]))  # [V, M, C * P * P]
             positions = positions[keep]  # [V, M, D]
         dtype = compute_dtype(self.patch.weight)
-        x = self.patch(patches.to(dtype)) + positions.to(dtype)  # [V, M, D]
+        x = self.patch(shown.to(dtype)) + positions.to(dtype)  # [V, M, D]
         prefix = [token for token in (self.class_token, self.registers) if token is not None]
         if prefix:
             x = torch.cat([*(t.to(dtype).expand(x.shape[0], -1, -1) for t in prefix), x], dim=1)
@@ -181,7 +246,10 @@ class VisionEncoder(nn.Module):
         x = self.norm(self.transformer(x, DenseLayout(images, length))).view(images, length, -1)
         first_patch = sum(token.shape[0] for token in prefix)
         tokens = x[:, first_patch:]
-        pooled = x[:, 0] if self.config.pool == "class" else tokens.float().mean(dim=1)
+        if self.config.pool == "class":
+            pooled = x[:, 0]
+        else:
+            pooled = tokens.float().mean(dim=1) if self.config.pool == "mean" else tokens.float().amax(dim=1)
         return VisionOutput(tokens=tokens, prefix=x[:, :first_patch], pooled=pooled)
 
 

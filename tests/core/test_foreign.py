@@ -150,7 +150,9 @@ def test_our_encoders_under_timms_names(changed: dict[str, Any], tmp_path: Path)
 
 
 def test_what_timm_has_no_place_for_is_refused_by_name() -> None:
-    for changed in ({"norm_epsilon": 1e-5}, {"input_norm": True}, {"patch_bias": False}):
+    for changed in (
+        {"norm_epsilon": 1e-5}, {"input_norm": True}, {"patch_bias": False}, {"stem": (4, 4)}, {"pool": "max"},
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match=rf"task\.vision\.{next(iter(changed))}="):
             timm_weights(vision(replace(VISION, **changed)))
 

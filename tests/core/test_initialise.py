@@ -260,6 +260,28 @@ class Payload:
         return (print, ("executed",))
 
 
+def test_a_stems_patch_weights_are_neither_resized_nor_replaced(tmp_path: Path) -> None:
+    config = VisionEncoder.Config(image_size=32, patch_size=8, width=8, depth=1, heads=1, stem=(4, 4, 256))
+    ours, other = (VisionEncoder(config) for _ in range(2))
+    draw_weights(ours, 0)
+    draw_weights(other, 1)
+    save_file(ours.state_dict(), tmp_path / "ours.safetensors")
+    report = load_weights(other, tmp_path / "ours.safetensors")
+    assert not report.missing and not report.reshaped and torch.equal(other.patch.weight, ours.patch.weight)
+
+    for prefix in ("", "vision."):
+        save_file(
+            {f"{prefix}{name}": value for name, value in ours.state_dict().items()}, tmp_path / "prefixed.safetensors"
+        )
+        with pytest.raises(ConfigError, match=r"has a stem of convolutions; give this one the same"):
+            load_weights(VisionEncoder(replace(config, stem=())), tmp_path / "prefixed.safetensors", prefix=prefix)
+
+    drawn = other.patch.weight.clone()
+    save_file({**other.state_dict(), "patch.weight": torch.zeros(8, 1, 8, 8)}, tmp_path / "pixels.safetensors")
+    assert load_weights(other, tmp_path / "pixels.safetensors").unexpected == ("patch.weight",)
+    assert torch.equal(other.patch.weight, drawn)
+
+
 def test_only_data_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("weights.pkl", "weights.npz", "weights"):
         (tmp_path / name).write_bytes(pickle.dumps({"x": torch.zeros(1)}))

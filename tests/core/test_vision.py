@@ -24,11 +24,14 @@ def pixels(images: int, channels: int, side: int) -> torch.Tensor:
     return torch.randn(images, channels, side, side, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("pool", ["class", "mean"])
+@pytest.mark.parametrize("pool", ["class", "mean", "max"])
 @pytest.mark.parametrize("registers", [0, 3])
 @pytest.mark.parametrize("positions", ["learned", "sincos"])
-def test_shapes_and_gradients(pool, registers: int, positions) -> None:
-    config = replace(SMALL, pool=pool, registers=registers, positions=positions, layer_scale=1e-2, input_norm=True)
+@pytest.mark.parametrize("stem", [(), (4, 6)])
+def test_shapes_and_gradients(pool, registers: int, positions, stem: tuple[int, ...]) -> None:
+    config = replace(
+        SMALL, pool=pool, registers=registers, positions=positions, layer_scale=1e-2, input_norm=True, stem=stem
+    )
     encoder = build(config)
     out = encoder(pixels(2, 1, 24))
     assert out.tokens.shape == (2, 9, 16) and out.prefix.shape == (2, 1 + registers, 16) and out.pooled.shape == (2, 16)
@@ -40,6 +43,11 @@ def test_no_class_token() -> None:
     out = build(replace(SMALL, class_token=False, pool="mean"))(pixels(2, 1, 24))
     assert out.prefix.shape == (2, 0, 16)
     torch.testing.assert_close(out.pooled, out.tokens.mean(1))
+
+
+def test_the_maximum_of_the_patches() -> None:
+    out = build(replace(SMALL, pool="max"))(pixels(2, 1, 24))
+    torch.testing.assert_close(out.pooled, out.tokens.max(dim=1).values)
 
 
 def test_patches_are_the_convolution() -> None:
@@ -56,8 +64,26 @@ def test_grey_images_into_three_channels() -> None:
     torch.testing.assert_close(encoder(x).pooled, encoder(x.repeat(1, 3, 1, 1)).pooled)
 
 
-def test_keep_encodes_only_the_visible_patches_in_their_order() -> None:
-    encoder = build(SMALL)
+def test_a_stem_halves_both_sides_in_each_stage_and_moves_with_its_input() -> None:
+    encoder = build(replace(SMALL, stem=(4, 6), channels=3))
+    assert encoder.stem is not None and encoder.patch.weight.shape == (16, 6 * 2 * 2)
+    one = torch.zeros(1, 3, 48, 48)
+    one[..., 16:20, 16:20] = pixels(1, 3, 4)
+    further = one.roll((4, 8), dims=(2, 3))
+    before, after = (encoder.stem(image) for image in (one, further))
+    assert before.shape == (1, 6, 12, 12) and before.std() > 0
+    torch.testing.assert_close(before[..., :8, :8], after[..., 1:9, 2:10])
+
+
+@pytest.mark.parametrize("bad", [(4, 4, 4, 4), (0,)])
+def test_a_stem_that_does_not_fit_the_patch_is_refused(bad: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"stages halve patch_size=8 as often; give fewer, of at least 1 channel"):
+        replace(SMALL, stem=bad)
+
+
+@pytest.mark.parametrize("stem", [(), (4, 6)])
+def test_keep_encodes_only_the_visible_patches_in_their_order(stem: tuple[int, ...]) -> None:
+    encoder = build(replace(SMALL, stem=stem))
     x = pixels(2, 1, 24)
     everything = torch.arange(9).expand(2, -1)
     torch.testing.assert_close(encoder(x, everything).pooled, encoder(x).pooled)
