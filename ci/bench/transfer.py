@@ -38,7 +38,7 @@ DESCRIPTION = "tiny encoders of every task and a random one on NIH, Kermany, cov
 
 FOLDER = REPOSITORY / "runs" / "bench_transfer"
 DIFFICULTY, SEED = "standard", 0
-FULL = Size(samples=(3000, 200, 400), steps=600, warmup_steps=60)
+FULL = Size(samples=(3000, 200, 400), steps=400, warmup_steps=40)
 QUICK = Size(samples=(192, 12, 24), steps=2, warmup_steps=1, log_every=1)
 RECIPES = tuple(
     sorted(name for name, of in vars(chest).items() if name.endswith("_tiny") and of.__module__ == chest.__name__)
@@ -58,7 +58,7 @@ class Effort:
     recipes: tuple[str, ...] = RECIPES
     sets: tuple[str, ...] = SETS
     seeds: int = 3
-    steps: int = 300
+    steps: int = 200
     replicates: int = 1000
     limit: int | None = None
 
@@ -134,7 +134,7 @@ def as_table(archive: Path, target: Path) -> Path:
 def pretrained(recipe: str, base: Path, size: Size) -> Path:
     """The run directory of a recipe on phantoms, trained unless these settings were run before."""
     experiment = Experiment(folder=base / "pretraining", seed=SEED, size=size)
-    overrides = experiment.overrides("trainer.evaluate_every=None")
+    overrides = experiment.overrides("trainer.evaluate_every=None", "engine.precision=fp32")
     config = schema.apply_overrides(schema.load_recipe(f"chest:{recipe}"), overrides)
     settings = settings_of(config, generator_hash())
     run_dir = experiment.folder / recipe
