@@ -124,9 +124,13 @@ def parameter_groups(module: nn.Module, config: OptimConfig, turns: Sequence[str
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     if not named:
         raise ConfigError("no parameter is trainable; unfreeze a tower in the recipe")
+    possible = [*(name for name, _ in named), *getattr(module, "optional_parameters", ())]
     for pattern in config.multipliers:
-        if not any(_multiplier(name, {pattern: 0.0}) == 0.0 for name, _ in named):
-            raise ConfigError(f"optim.multipliers: {pattern!r} matches no trainable parameter, such as {named[0][0]!r}")
+        if not any(_multiplier(name, {pattern: 0.0}) == 0.0 for name in possible):
+            raise ConfigError(
+                f"optim.multipliers: {pattern!r} matches no trainable parameter, such as {named[0][0]!r}; mend it or "
+                "leave it out"
+            )
     layer_factors = _layer_factors([name for name, _ in named], config.layer_decay)
     groups: dict[tuple[bool, float, int | None], list[nn.Parameter]] = {}
     for name, parameter in named:

@@ -277,7 +277,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         table = Table(title=title, caption=f"not asked: {caption}" if caption else None, caption_justify="left")
         table.add_column("encoder")
         for percent, of in percents.items():
-            table.add_column(f"{percent} % of labels ({of['seeds']} seeds)", justify="right")
+            table.add_column(f"{percent} % of labels ({of['seeds']} seed{'s' * (of['seeds'] > 1)})", justify="right")
         for name in first["figures"]:
             table.add_row(name, *(interval(of["figures"][name], UNDEFINED) for of in percents.values()))
         for name in first["differences"]:

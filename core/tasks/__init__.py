@@ -65,6 +65,8 @@ class Task(nn.Module, ABC):
     # Names of modules that learn in turn: at each step one of them, with all that is in none; () if nothing rests.
     turns: tuple[str, ...] = ()
     turn: int = 0  # which of `turns` learns at this step; set by the engine
+    # Parameters that a setting of the task leaves out: a recipe's multiplier of theirs is no mistake then.
+    optional_parameters: ClassVar[tuple[str, ...]] = ()
 
     def take_tokenizer(self, tokenizer: Any) -> None:
         """Called once before anything is encoded, with the tokenizer of the texts: for words of the task's own."""

@@ -55,6 +55,7 @@ class StudyAlign(TwoTowerTask):
     """Each study picks its report out of the batch, each report its study, whatever the number of views."""
 
     fields = (*TwoTowerTask.fields, "draw_key")
+    optional_parameters = ("view_pool.score.weight", "logit_bias.bias")
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TwoTowerTask.Config):

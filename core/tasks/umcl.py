@@ -33,6 +33,7 @@ class UMCL(TwoTowerTask):
 
     steps: Tensor
     fields = (*TwoTowerTask.fields, "labels", "text_is_report")
+    optional_parameters = ("bank.context_tokens",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TwoTowerTask.Config):

@@ -1,4 +1,4 @@
-"""The UMCL experiment: how runs become figures and a table, and that every contestant is a recipe that can be built."""
+"""The UMCL experiment: how runs become figures and a table, and that every contestant is another recipe."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_row_reads_the_report_of_evaluate() -> None:
     assert (row.seed, row.zero_shot, row.spread) == (3, 0.7, 0.02) and math.isnan(row.learned)
 
 
-def test_every_contestant_is_another_recipe_that_can_be_built() -> None:
+def test_every_contestant_is_another_recipe() -> None:
     contestants = JUDGED | VARIANTS
     assert len(VARIANTS) == 11
     built = []
@@ -62,6 +62,5 @@ def test_every_contestant_is_another_recipe_that_can_be_built() -> None:
         train = mixture(contestant, {kind: Path(kind) for kind in SHARES})
         change = [*contestant.change, f"data.train={json.dumps(train)}"]
         config = apply_overrides(load_recipe(contestant.recipe), change)
-        config.task.build(vocab_size=30)
         built.append((config.identity(), train))
         assert all(other != built[-1] for other in built[:-1]), name

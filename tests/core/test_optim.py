@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from configs.chest import clip_b16, siglip_tiny, umcl_b16
+from configs.schema import apply_overrides, load_recipe
 from core import optim
 from core.optim import OptimConfig, build, decays, parameter_groups, schedule_factor
 from core.tasks import Task
@@ -84,8 +85,20 @@ def test_the_learning_rate_falls_from_block_to_block() -> None:
     assert umcl_b16().optim.layer_decay == {"towers.vision": 0.75}
 
 
+@pytest.mark.parametrize(
+    ("recipe", "change"), [("bone:align_tiny", "task.pooling=mean"), ("bone:align_sigmoid_tiny", "task.loss=info_nce")]
+)
+def test_a_multiplier_of_what_a_switch_leaves_out_is_no_mistake(recipe: str, change: str) -> None:
+    config = apply_overrides(load_recipe(recipe), [change])
+    multipliers = {"view_pool": 5.0, "logit_bias": 10.0}  # of those two one is gone, or both
+    task = config.task.build(vocab_size=50)
+    assert len(parameter_groups(task, OptimConfig(multipliers=multipliers))) >= 2
+    with pytest.raises(ConfigError, match="'view_pol' matches no"):
+        parameter_groups(task, OptimConfig(multipliers={"view_pol": 5.0}))
+
+
 def test_refusals() -> None:
-    with pytest.raises(ConfigError, match="matches no trainable parameter"):
+    with pytest.raises(ConfigError, match=r"matches no trainable parameter, such as .*; mend it or leave it out"):
         parameter_groups(siglip(), OptimConfig(multipliers={"logit_bais": 2.0}))
     with pytest.raises(ConfigError, match=r"'towers\.visoin' has no trainable blocks"):
         parameter_groups(siglip(), OptimConfig(layer_decay={"towers.visoin": 0.5}))
