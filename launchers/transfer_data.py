@@ -215,7 +215,8 @@ class _Reading:
         ids = [self.data.whole.masks[name] for name in self.structures]
         if ids and not shown.masks:
             raise BadSampleError("", "", "no label map")
-        masks = frame.masks([shown.masks[key] for key in sorted(shown.masks)], ids)
+        label_maps = [shown.masks[key] for key in sorted(shown.masks)]
+        masks = frame.masks(label_maps, ids, view.height, view.width)
         corners, labels = [], []
         for box in record.boxes:
             if box.view != view.id:

@@ -40,10 +40,12 @@ class Frame:
             size=config.image_size,
         )  # fmt: skip
 
-    def masks(self, label_maps: Sequence[bytes | memoryview], ids: Sequence[int]) -> np.ndarray:
+    def masks(
+        self, label_maps: Sequence[bytes | memoryview], ids: Sequence[int], height: int, width: int
+    ) -> np.ndarray:
         """[len(ids), size, size] bool: where a label map, an encoded image, holds each id; the nearest pixel counts.
 
-        Raises BadSampleError without a place where one does not decode.
+        Raises BadSampleError without a place where one does not decode or has not the image's `height` and `width`.
         """
         found = np.zeros((len(ids), self.size, self.size), dtype=bool)
         centre = (np.arange(self.size) + 0.5) / self.size
@@ -54,6 +56,8 @@ class Frame:
                 stored = np.asarray(Image.open(io.BytesIO(encoded)))
             except (OSError, ValueError) as error:
                 raise BadSampleError("", "", f"label map: does not decode ({type(error).__name__})") from None
+            if stored.shape != (height, width):
+                raise BadSampleError("", "", "label map: not of its image's size, or not of one channel")
             inside_rows = (rows >= 0) & (rows < stored.shape[0])
             inside_columns = (columns >= 0) & (columns < stored.shape[1])
             shown = stored[rows.clip(0, stored.shape[0] - 1)][:, columns.clip(0, stored.shape[1] - 1)]

@@ -21,7 +21,7 @@ from core.models.vision import VisionEncoder
 from launchers.transfer_data import TransferEncoder, age_band, open_encoder, random_like, read_images
 from shards.batch import Box
 from shards.decode import Decoder
-from shards.errors import ConfigError
+from shards.errors import BadSampleError, ConfigError
 from shards.image_truth import Frame
 from shards.ingest.phantom_chest import ChestPhantom
 from shards.transforms import augment
@@ -62,12 +62,18 @@ def test_masks_and_boxes_lie_on_the_pixels(fit: str) -> None:
     window, bits = np.array([[0.0, 255.0]], dtype=np.float32), np.array([8])
     shown = Decoder(config).decode([png(image)], augment.identity(1), window, bits)[0][0, 0].numpy()
     frame = Frame.of(40, 24, config)
-    mask = frame.masks([png(np.where(image > 0, 3, 1))], [3, 7])
+    mask = frame.masks([png(np.where(image > 0, 3, 1))], [3, 7], 40, 24)
     assert not mask[1].any() and np.mean(mask[0] != (shown > 0.39)) < 0.03
     box = frame.box(Box(view="0", label="x", left=6, top=14, width=6, height=8), 40, 24)
     assert not isinstance(box, str)
     left, top, right, bottom = (round(side) for side in box)
     assert mask[0][top:bottom, left:right].all() and mask[0].sum() == (bottom - top) * (right - left)
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (24, 40), (40, 24, 3)])
+def test_a_label_map_of_another_size_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(BadSampleError, match="label map: not of its image's size, or not of one channel"):
+        Frame.of(40, 24, CONFIG).masks([png(np.ones(shape))], [1], 40, 24)
 
 
 @pytest.mark.parametrize(
