@@ -162,6 +162,9 @@ def test_config_is_plain_data() -> None:
         if is_dataclass(value):
             for field in fields(value):
                 check(getattr(value, field.name))
+        elif isinstance(value, tuple):
+            for part in value:
+                check(part)
         else:
             assert value is None or isinstance(value, bool | int | float | str)
 
