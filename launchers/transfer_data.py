@@ -215,13 +215,12 @@ class _Reading:
         ids = [self.data.whole.masks[name] for name in self.structures]
         if ids and not shown.masks:
             raise BadSampleError("", "", "no label map")
-        label_maps = [shown.masks[key] for key in sorted(shown.masks)]
-        masks = frame.masks(label_maps, ids, view.height, view.width)
+        masks = frame.masks([shown.masks[key] for key in sorted(shown.masks)], ids)
         corners, labels = [], []
         for box in record.boxes:
             if box.view != view.id:
                 continue
-            found = frame.box(box, view.height, view.width)
+            found = frame.box(box)
             if isinstance(found, str):
                 self.skipped[found] += 1
                 continue

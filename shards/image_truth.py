@@ -21,7 +21,8 @@ from shards.errors import BadSampleError
 class Frame:
     """The part of an image that is shown: rows from `top`, columns from `left`, of `height` and `width` pixels.
 
-    It may reach beyond the image, where pixels are black. `size`: pixels a side of what is shown.
+    It may reach beyond the image, where pixels are black. `size`: pixels a side of what is shown; `image_size`: height
+    and width of the image itself.
     """
 
     top: float
@@ -29,6 +30,7 @@ class Frame:
     height: float
     width: float
     size: int
+    image_size: tuple[int, int]
 
     @classmethod
     def of(cls, height: int, width: int, config: Decoder.Config) -> Frame:
@@ -37,15 +39,13 @@ class Frame:
         shown = (height, width) if config.fit == "stretch" else (side, side)
         return cls(
             top=(height - shown[0]) / 2, left=(width - shown[1]) / 2, height=shown[0], width=shown[1],
-            size=config.image_size,
+            size=config.image_size, image_size=(height, width),
         )  # fmt: skip
 
-    def masks(
-        self, label_maps: Sequence[bytes | memoryview], ids: Sequence[int], height: int, width: int
-    ) -> np.ndarray:
+    def masks(self, label_maps: Sequence[bytes | memoryview], ids: Sequence[int]) -> np.ndarray:
         """[len(ids), size, size] bool: where a label map, an encoded image, holds each id; the nearest pixel counts.
 
-        Raises BadSampleError without a place where one does not decode or has not the image's `height` and `width`.
+        Raises BadSampleError without a place where one does not decode or has not the image's height and width.
         """
         found = np.zeros((len(ids), self.size, self.size), dtype=bool)
         centre = (np.arange(self.size) + 0.5) / self.size
@@ -56,7 +56,7 @@ class Frame:
                 stored = np.asarray(Image.open(io.BytesIO(encoded)))
             except (OSError, ValueError) as error:
                 raise BadSampleError("", "", f"label map: does not decode ({type(error).__name__})") from None
-            if stored.shape != (height, width):
+            if stored.shape != self.image_size:
                 raise BadSampleError("", "", "label map: not of its image's size, or not of one channel")
             inside_rows = (rows >= 0) & (rows < stored.shape[0])
             inside_columns = (columns >= 0) & (columns < stored.shape[1])
@@ -66,13 +66,13 @@ class Frame:
                 found[place] |= (shown == number) & inside
         return found
 
-    def box(self, box: Box, height: int, width: int) -> tuple[float, float, float, float] | str:
+    def box(self, box: Box) -> tuple[float, float, float, float] | str:
         """(left, top, right, bottom) in pixels of what is shown, or why there is no such box.
 
-        A box must have an extent and lie in its image of `height` and `width`, or it is a mistake of the table; what
+        A box must have an extent and lie in its image, or it is a mistake of the table; what
         the crop leaves of it must be a pixel wide and high.
         """
-        if (fault := box.fault(height, width)) is not None:
+        if (fault := box.fault(*self.image_size)) is not None:
             return fault
         across, down = self.size / self.width, self.size / self.height
         left, right = ((x - self.left) * across for x in (box.left, box.left + box.width))

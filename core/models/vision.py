@@ -248,8 +248,10 @@ class VisionEncoder(nn.Module):
         tokens = x[:, first_patch:]
         if self.config.pool == "class":
             pooled = x[:, 0]
+        elif self.config.pool == "mean":
+            pooled = tokens.float().mean(dim=1)
         else:
-            pooled = tokens.float().mean(dim=1) if self.config.pool == "mean" else tokens.float().amax(dim=1)
+            pooled = tokens.float().amax(dim=1)
         return VisionOutput(tokens=tokens, prefix=x[:, :first_patch], pooled=pooled)
 
 

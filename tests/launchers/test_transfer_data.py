@@ -62,9 +62,9 @@ def test_masks_and_boxes_lie_on_the_pixels(fit: str) -> None:
     window, bits = np.array([[0.0, 255.0]], dtype=np.float32), np.array([8])
     shown = Decoder(config).decode([png(image)], augment.identity(1), window, bits)[0][0, 0].numpy()
     frame = Frame.of(40, 24, config)
-    mask = frame.masks([png(np.where(image > 0, 3, 1))], [3, 7], 40, 24)
+    mask = frame.masks([png(np.where(image > 0, 3, 1))], [3, 7])
     assert not mask[1].any() and np.mean(mask[0] != (shown > 0.39)) < 0.03
-    box = frame.box(Box(view="0", label="x", left=6, top=14, width=6, height=8), 40, 24)
+    box = frame.box(Box(view="0", label="x", left=6, top=14, width=6, height=8))
     assert not isinstance(box, str)
     left, top, right, bottom = (round(side) for side in box)
     assert mask[0][top:bottom, left:right].all() and mask[0].sum() == (bottom - top) * (right - left)
@@ -73,7 +73,7 @@ def test_masks_and_boxes_lie_on_the_pixels(fit: str) -> None:
 @pytest.mark.parametrize("shape", [(20, 12), (24, 40), (40, 24, 3)])
 def test_a_label_map_of_another_size_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(BadSampleError, match="label map: not of its image's size, or not of one channel"):
-        Frame.of(40, 24, CONFIG).masks([png(np.ones(shape))], [1], 40, 24)
+        Frame.of(40, 24, CONFIG).masks([png(np.ones(shape))], [1])
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_label_map_of_another_size_is_refused(shape: tuple[int, ...]) -> None:
 def test_a_bad_box_says_why(sides: tuple[float, ...], why: str) -> None:
     left, top, width, height = sides
     box = Box.model_construct(view="0", label="x", left=left, top=top, width=width, height=height)
-    assert Frame.of(40, 24, CONFIG).box(box, 40, 24) == why
+    assert Frame.of(40, 24, CONFIG).box(box) == why
 
 
 def test_phantoms_come_with_masks_boxes_and_groups(phantoms: Path) -> None:
