@@ -95,8 +95,9 @@ def patches_as_image(keep: Tensor, rows: int, columns: int, side: int) -> Tensor
 class VisionStem(nn.Module):
     """Stages that halve both sides: `[V, C, H, W]` -> `[V, C', H / 2^n, W / 2^n]`.
 
-    A stage is two convolutions of 3 x 3 pixels, the first with a stride of two, each normed over the channels of a
-    place, so that blanked patches change no other's norm.
+    A stage is two convolutions of 3 x 3 pixels, the first with a stride of two, each channel normed over the places of
+    its image (arXiv 1607.08022): of all norms of one image, what a few places show tells most there. Blanked places do
+    not count and stay blank, as if the image ended there.
     """
 
     def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
@@ -107,13 +108,30 @@ class VisionStem(nn.Module):
             for before, width in zip(inputs, widths, strict=False)
             for given, stride in ((before, 2), (width, 1))
         )
-        self.norms = nn.ModuleList(LayerNorm(width, eps=1e-6) for width in widths for _ in range(2))
+        self.norms = nn.ModuleList(nn.GroupNorm(width, width, eps=1e-6) for width in widths for _ in range(2))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, shown: Tensor | None = None) -> Tensor:
+        """`shown [V, 1, H, W]`: 1 where `images` are not blanked, in whole patches."""
         x = images.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = F.relu(norm(convolution(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+            x = convolution(x)
+            if shown is None:
+                x = F.relu(norm(x))
+            else:
+                stride = shown.shape[2] // x.shape[2]
+                here = shown[:, :, ::stride, ::stride]
+                x = F.relu(norm_over(x, here, norm.weight, norm.bias, norm.eps)) * here.to(x.dtype)
         return x
+
+
+def norm_over(x: Tensor, shown: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """`x [V, C, H, W]`, each channel by its mean and variance where `shown [V, 1, H, W]` is 1, in fp32."""
+    values = x.float()
+    count = shown.sum(dim=(2, 3), keepdim=True).clamp(min=1.0)
+    centred = values - (values * shown).sum(dim=(2, 3), keepdim=True) / count
+    variance = (centred.square() * shown).sum(dim=(2, 3), keepdim=True) / count
+    normed = centred * (variance + epsilon).rsqrt()
+    return (normed * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)).to(x.dtype)
 
 
 class VisionEncoder(nn.Module):
@@ -213,9 +231,11 @@ class VisionEncoder(nn.Module):
         side = self.config.patch_size
         values = self._of_channels(pixel_values)
         if self.stem is not None:
+            shown = None
             if keep is not None:
-                values = values * patches_as_image(keep, values.shape[2] // side, values.shape[3] // side, side)
-            values = self.stem(values.to(compute_dtype(self.patch.weight)))
+                shown = patches_as_image(keep, values.shape[2] // side, values.shape[3] // side, side)
+                values = values * shown
+            values = self.stem(values.to(compute_dtype(self.patch.weight)), shown)
             side //= 2 ** len(self.config.stem)
         patches = cut_patches(values, side)
         return patches if keep is None else patches.gather(1, keep[:, :, None].expand(-1, -1, patches.shape[2]))

@@ -72,7 +72,18 @@ def test_a_stem_halves_both_sides_in_each_stage_and_moves_with_its_input() -> No
     further = one.roll((4, 8), dims=(2, 3))
     before, after = (encoder.stem(image) for image in (one, further))
     assert before.shape == (1, 6, 12, 12) and before.std() > 0
-    torch.testing.assert_close(before[..., :8, :8], after[..., 1:9, 2:10])
+    torch.testing.assert_close(before[..., 2:8, 2:8], after[..., 3:9, 4:10])  # the border is further off
+
+
+def test_blanked_places_are_to_a_stem_as_if_the_image_ended_there() -> None:
+    stem = build(replace(SMALL, stem=(4, 6))).stem
+    assert stem is not None
+    small, larger, shown = pixels(1, 1, 24), torch.zeros(1, 1, 24, 72), torch.zeros(1, 1, 24, 72)
+    larger[..., :24], shown[..., :24] = small, 1.0
+    expected, found = stem(small), stem(larger, shown)
+    torch.testing.assert_close(found[..., :6], expected, atol=1e-5, rtol=1e-5)
+    assert (found[..., 6:] == 0).all()
+    torch.testing.assert_close(stem(small, torch.ones_like(small)), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [(4, 4, 4, 4), (0,)])
