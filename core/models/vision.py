@@ -92,12 +92,31 @@ def patches_as_image(keep: Tensor, rows: int, columns: int, side: int) -> Tensor
     return shown.view(-1, 1, rows, columns).repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
 
 
+class PlaceNorm(nn.GroupNorm):
+    """Each channel of an image by its mean and variance over places (arXiv 1607.08022), of those shown where told."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, eps=1e-6)
+
+    def forward(self, x: Tensor, shown: Tensor | None = None) -> Tensor:
+        """`x [V, C, H, W]`, `shown [V, 1, H, W]` 1 or 0; statistics of the shown are fp32."""
+        if shown is None:
+            return super().forward(x)
+        values = x.float()
+        count = shown.sum(dim=(2, 3), keepdim=True).clamp(min=1.0)
+        centred = values - (values * shown).sum(dim=(2, 3), keepdim=True) / count
+        variance = (centred.square() * shown).sum(dim=(2, 3), keepdim=True) / count
+        normed = centred * (variance + self.eps).rsqrt()
+        weight, bias = (values.view(1, -1, 1, 1) for values in (self.weight, self.bias))
+        return (normed * weight + bias).to(x.dtype)
+
+
 class VisionStem(nn.Module):
     """Stages that halve both sides: `[V, C, H, W]` -> `[V, C', H / 2^n, W / 2^n]`.
 
     A stage is two convolutions of 3 x 3 pixels, the first with a stride of two, each channel normed over the places of
-    its image (arXiv 1607.08022): of all norms of one image, what a few places show tells most there. Blanked places do
-    not count and stay blank, as if the image ended there.
+    its image, so that a line keeps its strength beside the noise around it. Blanked places do not count and stay blank,
+    as if the image ended there.
     """
 
     def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
@@ -108,30 +127,20 @@ class VisionStem(nn.Module):
             for before, width in zip(inputs, widths, strict=False)
             for given, stride in ((before, 2), (width, 1))
         )
-        self.norms = nn.ModuleList(nn.GroupNorm(width, width, eps=1e-6) for width in widths for _ in range(2))
+        self.norms = nn.ModuleList(PlaceNorm(width) for width in widths for _ in range(2))
 
     def forward(self, images: Tensor, shown: Tensor | None = None) -> Tensor:
         """`shown [V, 1, H, W]`: 1 where `images` are not blanked, in whole patches."""
         x = images.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = convolution(x)
-            if shown is None:
-                x = F.relu(norm(x))
-            else:
+            x, here = convolution(x), None
+            if shown is not None:
                 stride = shown.shape[2] // x.shape[2]
                 here = shown[:, :, ::stride, ::stride]
-                x = F.relu(norm_over(x, here, norm.weight, norm.bias, norm.eps)) * here.to(x.dtype)
+            x = F.relu(norm(x, here))
+            if here is not None:
+                x = x * here.to(x.dtype)
         return x
-
-
-def norm_over(x: Tensor, shown: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """`x [V, C, H, W]`, each channel by its mean and variance where `shown [V, 1, H, W]` is 1, in fp32."""
-    values = x.float()
-    count = shown.sum(dim=(2, 3), keepdim=True).clamp(min=1.0)
-    centred = values - (values * shown).sum(dim=(2, 3), keepdim=True) / count
-    variance = (centred.square() * shown).sum(dim=(2, 3), keepdim=True) / count
-    normed = centred * (variance + epsilon).rsqrt()
-    return (normed * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)).to(x.dtype)
 
 
 class VisionEncoder(nn.Module):
