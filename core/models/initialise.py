@@ -285,6 +285,11 @@ class _Load:
         self.tensors[name] = new
         self.reshaped.append(f"{name}: {why}, {old} -> {tuple(new.shape)}")
 
+    @property
+    def has_stem(self) -> bool:
+        """Whether the file's patches are of a stem's map, whatever their number."""
+        return any(name.startswith("stem.") for name in self.tensors)
+
     def leave_out(self, name: str) -> None:
         """Not used after all."""
         self.unexpected.extend(self.origin.get(name, [name]))
@@ -383,7 +388,7 @@ def _fit_vision(encoder: VisionEncoder, load: _Load) -> None:
     config, tensors = encoder.config, load.tensors
     kernel, pixels = tensors.get("patch.weight"), config.channels * config.patch_size**2
     if kernel is not None and config.stem:
-        if kernel.ndim == 4:
+        if kernel.ndim == 4 or not load.has_stem:
             load.leave_out("patch.weight")  # those of a stem take its map, not pixels
     elif kernel is not None and kernel.ndim == 2 and kernel.shape[1] != pixels:
         patch = math.isqrt(kernel.shape[1] // config.channels)  # our own, of another patch
@@ -439,7 +444,7 @@ def _inflate(encoder: VolumeEncoder, load: _Load) -> None:
     config, tensors = encoder.config, load.tensors
     depth, height, width = config.patch_size
     kernel = tensors.get("patch.weight")
-    if kernel is not None and kernel.ndim == 4 and config.stem:
+    if kernel is not None and config.stem and (kernel.ndim == 4 or not load.has_stem):
         load.leave_out("patch.weight")
     elif kernel is not None and kernel.ndim == 4:  # [D, C, P, P]
         grey = kernel.sum(1, keepdim=True)

@@ -281,6 +281,17 @@ def test_a_stems_patch_weights_are_neither_resized_nor_replaced(tmp_path: Path) 
     assert load_weights(other, tmp_path / "pixels.safetensors").unexpected == ("patch.weight",)
     assert torch.equal(other.patch.weight, drawn)
 
+    # Pixels of our own patches, as many as the stem's map has numbers, are pixels all the same.
+    plain, stemmed = (VisionEncoder(replace(config, depth=4, stem=stem)) for stem in ((), (4, 4, 64)))
+    draw_weights(plain, 0)
+    draw_weights(stemmed, 1)
+    assert plain.patch.weight.shape == stemmed.patch.weight.shape
+    drawn = stemmed.patch.weight.clone()
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    report = load_weights(stemmed, tmp_path / "plain.safetensors")
+    assert report.unexpected == ("patch.weight",) and "patch.weight" in report.missing
+    assert torch.equal(stemmed.patch.weight, drawn)
+
 
 def test_only_data_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("weights.pkl", "weights.npz", "weights"):
