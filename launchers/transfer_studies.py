@@ -12,7 +12,7 @@ from core.evaluation.comparison import Scored, by_subgroup, compare
 from core.evaluation.fitting import FitConfig
 from core.evaluation.studies import StudySplit, share_of_known, study_features
 from core.evaluation.study_fitting import fine_tune_targets
-from core.evaluation.targets import Outputs, Target, probe_target, scored_by, target_named
+from core.evaluation.targets import Outputs, Target, constant, probe_target, scored_by, target_named
 from launchers.transfer_data import TransferEncoder
 from launchers.transfer_study_data import read_studies
 from shards import keyed
@@ -77,8 +77,11 @@ def study_reports(
     manifest = whole.sha256
     for encoder, weights in zip(encoders, digests, strict=True):
         studies = open_studies(encoder, options, progress)
+        targets = [target_named(name, studies.splits["train"]) for name in options.targets]
+        for target in targets:
+            _refuse_unscored(target, studies, options)
         for task in options.tasks:
-            for target in (target_named(name, studies.splits["train"]) for name in options.targets):
+            for target in targets:
                 for percent in options.percents:
                     of_seeds = []
                     for seed in seeds_of(task, percent, options):
@@ -93,6 +96,23 @@ def study_reports(
                         progress(f"{encoder.name}: {task} of {target.name} at {percent:g} %", 1, 1)
                     learned.setdefault((task, target, percent), {})[encoder.name] = of_seeds
     return _reports(learned, studies, options), {name: dict(of.skipped) for name, of in studies.splits.items()}
+
+
+def _refuse_unscored(target: Target, studies: Studies, options: StudyOptions) -> None:
+    """Raises ConfigError where a figure of the target is not defined on the test studies: before anything is learned.
+
+    None is known of the target, or all are alike.
+    """
+    truth = target.truth(studies.splits["test"])
+    known = np.flatnonzero(np.isfinite(truth))
+    blind, patients = constant(target, truth[known], len(known)), studies.patients["test"][known]
+    for figure in target.figures:
+        if scored_by(figure, target, [blind], truth[known], patients)(np.arange(len(known))) is None:
+            what = f"{len(known)} studies that know it are all alike" if len(known) else "no study knows it"
+            raise ConfigError(
+                f"target {target.name!r}: no {figure} in {options.split} of {options.data}: {what}; leave it out of "
+                "--targets, or use a larger split"
+            )
 
 
 def seeds_of(task: str, percent: float, options: StudyOptions) -> tuple[int, ...]:

@@ -60,6 +60,7 @@ def test_grades_numbers_and_labels_are_scored_by_study(
     [
         ([], "study tasks need --targets"),
         (["--targets", "kl"], "target 'kl': the data have no such label or measurement; there is fracture"),
+        (["--targets", "fracture", "--limit", "1"], "target 'fracture': no AUROC in test of"),  # of one class
     ],
 )
 def test_bad_targets_are_one_line(
