@@ -24,13 +24,14 @@ from shards.reports.identity import Deidentified
 SECRET = b"0123456789abcdef0123456789abcdef"
 OTHER_SECRET = b"fedcba9876543210fedcba9876543210"
 STUDIES = 42
-REASONS = {  # of each fault, one that must be counted
+REASONS: dict[str, str | tuple[str, ...]] = {  # of each fault, one that must be counted
     "study without report": "study: no report of its patient and day",
     "report without study": "report: no study of its patient and day",
     "two reports one day": "report: several reports of one ",
     "two studies one day": "study: several studies of one ",
     "impossible date of report": "report: impossible date", "impossible date of study": "study: impossible date",
-    "date before birth": "report: date before birth", "no text": "report: ", "two languages": "report: two languages",
+    "date before birth": "report: date before birth", "two languages": "report: two languages",
+    "no text": ("report: no text", "report: cleaning: report is a PDF file"),  # of a scan, with or without pypdf
     "another language": "report: neither French nor English",
     "another part": "report: another part of the body than its study",
     "two patients in one folder": "study with views in a folder of two patients",
