@@ -46,7 +46,9 @@ def timm_weights(encoder: VisionEncoder) -> dict[str, Tensor]:
         ("pool", config.pool == "max"),
     ):  # fmt: skip
         if unlike:
-            raise ConfigError(f"task.vision.{name}={getattr(config, name)}: timm's ViT cannot be told so in a config")
+            raise ConfigError(
+                f"task.vision.{name}={getattr(config, name)}: timm's ViT cannot be told so; export in the usual form"
+            )
     wide = {f"{name}.weight" for name, part in encoder.named_modules() if isinstance(part, Linear) and part.wide}
     weights: dict[str, Tensor] = {}
     for name, value in encoder.state_dict().items():
