@@ -123,7 +123,7 @@ def align_tiny() -> TrainConfig:
             # What tells most is a pixel or two wide, and turning and cropping blur it.
             augment=augment.Config(crop_area_fraction=(0.8, 1.0), crop_aspect_ratio=1.1, rotation_degrees=5.0),
         ),
-        optim=OptimConfig(learning_rate=1e-3, weight_decay=0.1, warmup_steps=50),
+        optim=OptimConfig(learning_rate=2e-3, weight_decay=0.1, warmup_steps=50),
         engine=EngineConfig(zero_stage=2, precision="bf16"),
         trainer=TrainerConfig(steps=1000, log_every=20, evaluate_every=250, save_every=250, picture_every=250),
         evaluation=EvaluationConfig(prompts=prompts.BONE_PHANTOM_PROMPTS),
@@ -160,7 +160,9 @@ def mae_tiny() -> TrainConfig:
     """The image encoder of bone:align_tiny taught to fill in masked images."""
     base = align_tiny()
     task = MAE.Config(
-        vision=replace(base.task.vision, positions="sincos"), decoder=DecoderConfig(width=64, depth=2, heads=4)
+        # Filling in teaches every patch and the strongest none: it is judged by their mean, as its authors do.
+        vision=replace(base.task.vision, positions="sincos", pool="mean"),
+        decoder=DecoderConfig(width=64, depth=2, heads=4),
     )
     data = replace(base.data, masking=masking.Config(patch_size=8, patch_mask_ratio=0.75))
     optim = replace(base.optim, betas=(0.9, 0.95), weight_decay=0.05)
