@@ -121,7 +121,7 @@ def align_tiny() -> TrainConfig:
             sampling="all_views",
             max_views=3,
             # What tells most is a pixel or two wide, and turning and cropping blur it.
-            augment=augment.Config(crop_area_fraction=(0.8, 1.0), crop_aspect_ratio=1.1, rotation_degrees=5.0),
+            augment=augment.Config(crop_area_fraction=(1.0, 1.0), crop_aspect_ratio=1.0, rotation_degrees=0.0),
         ),
         optim=OptimConfig(learning_rate=2e-3, weight_decay=0.1, warmup_steps=50),
         engine=EngineConfig(zero_stage=2, precision="bf16"),

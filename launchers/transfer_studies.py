@@ -78,8 +78,9 @@ def study_reports(
     for encoder, weights in zip(encoders, digests, strict=True):
         studies = open_studies(encoder, options, progress)
         targets = [target_named(name, studies.splits["train"]) for name in options.targets]
-        for target in targets:
-            _refuse_unscored(target, studies, options)
+        if not learned:  # the test studies' truth is the same for every encoder
+            for target in targets:
+                _refuse_unscored(target, studies, options)
         for task in options.tasks:
             for target in targets:
                 for percent in options.percents:
@@ -135,8 +136,8 @@ def open_studies(encoder: TransferEncoder, options: StudyOptions, progress: Prog
     features = {}
     if PROBE in options.tasks:
         features = {
-            name: study_features(encoder.vision, encoder.pool, split, autocast=encoder.autocast)
-            for name, split in splits.items()
+            name: study_features(encoder.vision, encoder.pool, splits[name], autocast=encoder.autocast)
+            for name in ("train", "test")
         }
     return Studies(
         splits=splits, features=features, patients={name: of.patient_key.numpy() for name, of in splits.items()}
@@ -157,7 +158,7 @@ def _learning(
         if not len(rows["train"]):
             raise ConfigError(f"target {target.name!r} is not known of any training study of {options.data}")
         if task == PROBE:
-            return probe_target(target, studies.features, studies.splits, rows, with_sex=options.with_sex)
+            return probe_target(target, studies.features, studies.splits, rows["train"], with_sex=options.with_sex)
         config = replace(options.fit, seed=seed)
         found = fine_tune_targets(
             [target], encoder.vision, encoder.pool, studies.splits, rows, config, autocast=encoder.autocast
@@ -182,9 +183,8 @@ def _reports(
                 name: scored_by(figure, target, [_rows(one, known) for one in outputs], truth[known], patients)
                 for name, outputs in of_encoders.items()
             }
-            of = compare(scores, patients, replicates=options.replicates) if len(known) else None
-            if of is None:
-                raise ConfigError(f"target {target.name!r}: nothing in {options.split} of {options.data} to score")
+            of = compare(scores, patients, replicates=options.replicates)
+            assert of is not None  # refused before anything was learned
             name = f"{task}/{target.name}/{figure.replace(' ', '_')}"
             found.setdefault(name, {})[f"{percent:g}"] = {
                 "figure": f"{figure}, lower is better" if figure == "MAE" else figure,

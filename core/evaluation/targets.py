@@ -1,13 +1,14 @@
 """What is asked of a study: a label, an ordinal grade or a number; heads on frozen features, and figures of them.
 
 Heads are small and have one answer: logistic regression, proportional odds (McCullagh 1980), ridge regression. Their
-strength is chosen on validation patients. Letters: n = studies, D = width, G = grades, r = replicates.
+strength is chosen by cross-validation among the patients who teach. Letters: n = studies, D = width, G = grades,
+r = replicates.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GroupKFold
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from core.evaluation.comparison import Areas, Means, Scored, Statistic
-from core.evaluation.probe import Column
-from core.evaluation.statistics import TiedOrder, area_under_curve
+from core.evaluation.statistics import TiedOrder
 from core.evaluation.studies import StudySplit
 from shards.errors import ConfigError
 
@@ -28,6 +30,7 @@ Kind = Literal["label", "grade", "number"]
 Outputs = dict[str, np.ndarray]
 MOST_GRADES = 10  # a measurement of whole values up to this many is a grade, any other a number
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation, as scikit-learn's C
+FOLDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,32 +79,26 @@ def probe_target(
     target: Target,
     features: Mapping[str, np.ndarray],
     splits: Mapping[str, StudySplit],
-    rows: Mapping[str, np.ndarray],
+    rows: np.ndarray,
     *,
     with_sex: bool = False,
 ) -> Outputs:
-    """What a head says of all test studies, taught on `rows["train"]`, its strength chosen on `rows["validation"]`.
+    """What a head says of all studies of the split "test", taught on `rows` of "train".
 
-    `features`: split -> `[n, D]`. `with_sex`: two more inputs, F and M. Outputs: `score [n]` of a label or grade,
-    `value [n]` of a grade or number; constant where the rows cannot teach (one class, no study).
+    Its strength is the one that tells best of patients left out of these rows: a share of the labels that leaves a
+    handful of validation studies would choose by chance. `features`: split -> `[n, D]`. `with_sex`: two more inputs, F
+    and M. Outputs: `score [n]` of a label or grade, `value [n]` of a grade or number; constant where the rows cannot
+    teach (one class, no study).
     """
-    taken = {name: _inputs(features[name], split, with_sex) for name, split in splits.items()}
-    truth = {name: target.truth(split) for name, split in splits.items()}
-    column = Column(
-        train=taken["train"][rows["train"]], validation=taken["validation"][rows["validation"]], test=taken["test"]
-    )
-    column = column.standardised(np.ones(len(column.train), dtype=bool))
-    taught, chosen_on = truth["train"][rows["train"]], truth["validation"][rows["validation"]]
-    if len(np.unique(taught)) < 2:
-        return constant(target, taught, len(column.test))
-    best: tuple[float, Outputs] | None = None
-    for strength in STRENGTHS:
-        on_validation, on_test = _fitted(target, column, taught, strength)
-        goodness = _goodness(target, on_validation, chosen_on)
-        if best is None or goodness > best[0] + 1e-6:
-            best = goodness, on_test
-    assert best is not None
-    return best[1]
+    train, test = (_inputs(features[name], splits[name], with_sex) for name in ("train", "test"))
+    truth, patients = target.truth(splits["train"])[rows], splits["train"].patient_key.numpy()[rows]
+    if len(np.unique(truth)) < 2:
+        return constant(target, truth, len(test))
+    scaler = StandardScaler().fit(train[rows])
+    taught = scaler.transform(train[rows])
+    found = [_goodness(target, _left_out(target, taught, truth, patients, one), truth) for one in STRENGTHS]
+    best = next(place for place, value in enumerate(found) if value >= max(found) - 1e-6)  # the strictest of equals
+    return _fitted(target, taught, truth, STRENGTHS[best])(scaler.transform(test))
 
 
 def constant(target: Target, taught: np.ndarray, count: int) -> Outputs:
@@ -117,32 +114,41 @@ def _inputs(features: np.ndarray, split: StudySplit, with_sex: bool) -> np.ndarr
     return np.concatenate([features, sex], axis=1)
 
 
-def _fitted(target: Target, column: Column, taught: np.ndarray, strength: float) -> tuple[Outputs, Outputs]:
+def _left_out(target: Target, x: np.ndarray, truth: np.ndarray, patients: np.ndarray, strength: float) -> Outputs:
+    """What is said of each study by a head that was taught the other folds' patients; constant of a lone patient."""
+    folds = min(FOLDS, len(np.unique(patients)))
+    said = constant(target, truth, len(truth))
+    for taught, held in GroupKFold(folds).split(x, groups=patients) if folds > 1 else ():
+        if len(np.unique(truth[taught])) < 2:
+            outputs = constant(target, truth[taught], len(held))
+        else:
+            outputs = _fitted(target, x[taught], truth[taught], strength)(x[held])
+        for name, values in outputs.items():
+            said[name][held] = values
+    return said
+
+
+def _fitted(target: Target, x: np.ndarray, truth: np.ndarray, strength: float) -> Callable[[np.ndarray], Outputs]:
+    """A head: features `[n, D]` -> outputs."""
     if target.kind == "label":
         model = LogisticRegression(C=strength, max_iter=300)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(column.train, taught)
-        validation = model.decision_function(column.validation) if len(column.validation) else np.zeros(0)
-        return {"score": validation}, {"score": model.decision_function(column.test)}
+            model.fit(x, truth)
+        return lambda of: {"score": model.decision_function(of)}
     if target.kind == "number":
-        ridge = Ridge(alpha=1.0 / strength).fit(column.train, taught)
-        validation = ridge.predict(column.validation) if len(column.validation) else np.zeros(0)
-        return {"value": validation}, {"value": ridge.predict(column.test)}
-    fitted = ProportionalOdds.fit(column.train, taught.astype(np.int64), target.grades, strength)
-    return fitted.outputs(column.validation), fitted.outputs(column.test)
+        ridge = Ridge(alpha=1.0 / strength).fit(x, truth)
+        return lambda of: {"value": ridge.predict(of)}
+    return ProportionalOdds.fit(x, truth.astype(np.int64), target.grades, strength).outputs
 
 
 def _goodness(target: Target, outputs: Outputs, truth: np.ndarray) -> float:
-    """Higher is better; 0 where nothing can tell."""
-    if not len(truth):
-        return 0.0
+    """Higher is better: log-likelihood of a label, less error of a grade or number."""
     if target.kind == "number":
         return -float(np.abs(outputs["value"] - truth).mean())
     if target.kind == "grade":
         return -float(np.square(outputs["value"] - truth).mean())
-    found = area_under_curve(outputs["score"], truth == 1)
-    return found if np.isfinite(found) else 0.0
+    return -float(np.logaddexp(0, np.where(truth == 1, -1, 1) * outputs["score"]).mean())
 
 
 @dataclass(frozen=True, kw_only=True)

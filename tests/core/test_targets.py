@@ -118,13 +118,13 @@ def test_frozen_features_tell_label_grade_and_number_and_sex_helps() -> None:
         )
         for name, split in SPLITS.items()
     }
-    high = probe_target(target_named("high", SPLITS["train"]), features, SPLITS, ROWS)
+    high = probe_target(target_named("high", SPLITS["train"]), features, SPLITS, ROWS["train"])
     truth = SPLITS["test"].labels[:, 0].numpy()
     assert area_under_curve(high["score"], truth == 1) > 0.95
-    grade = probe_target(GRADE, features, SPLITS, ROWS)
+    grade = probe_target(GRADE, features, SPLITS, ROWS["train"])
     assert cohen_kappa_score(grade["value"], SPLITS["test"].measurements["grade"], weights="quadratic") > 0.8
     length = Target(name="length", kind="number")
-    rows = known_rows(length)
+    rows = known_rows(length)["train"]
     errors = []
     for with_sex in (False, True):
         value = probe_target(length, features, SPLITS, rows, with_sex=with_sex)["value"]
@@ -134,9 +134,30 @@ def test_frozen_features_tell_label_grade_and_number_and_sex_helps() -> None:
 
 def test_what_cannot_be_taught_is_constant() -> None:
     features = {name: np.zeros((len(split), 2)) for name, split in SPLITS.items()}
-    rows = {"train": np.flatnonzero(GRADE.truth(SPLITS["train"]) == 2)[:3], "validation": np.arange(0)}
+    rows = np.flatnonzero(GRADE.truth(SPLITS["train"]) == 2)[:3]
     found = probe_target(GRADE, features, SPLITS, rows)
     assert set(found["value"]) == {2.0} and set(found["score"]) == {0.0}
+
+
+@pytest.mark.parametrize("told", [0.0, 3.0])
+def test_a_heads_strength_is_what_serves_patients_left_out(told: float) -> None:
+    """Both studies of a patient have the same features, so that one would give the other away."""
+    train, draws = SPLITS["train"], np.random.default_rng(3)
+    labels = torch.from_numpy((np.arange(len(train)) // 2 % 2).astype(np.int8))[:, None]
+    noise = draws.normal(size=(len(train) // 2, 16)).repeat(2, axis=0)
+    noise[:, 0] += told * (2 * labels[:, 0].numpy() - 1)
+    features = {"train": noise, "test": noise}
+    splits = {"train": replace(train, labels=labels), "test": train}
+    score = probe_target(target_named("high", train), features, splits, np.arange(len(train)))["score"]
+    assert np.ptp(score) > 1 if told else np.ptp(score) < 0.2
+
+
+def test_a_lone_patient_teaches_what_she_can() -> None:
+    features = {name: np.arange(len(split), dtype=np.float64)[:, None] for name, split in SPLITS.items()}
+    pairs = SPLITS["train"].labels[:, 0].view(-1, 2)
+    place = int(torch.nonzero(pairs[:, 0] != pairs[:, 1])[0])
+    found = probe_target(target_named("high", SPLITS["train"]), features, SPLITS, np.array([2 * place, 2 * place + 1]))
+    assert np.ptp(found["score"]) > 0
 
 
 def test_shares_nest_by_patient_and_are_of_those_known() -> None:
