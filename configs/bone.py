@@ -57,6 +57,11 @@ SYNONYMS: tuple[tuple[str, ...], ...] = (
 )
 
 
+def _asked() -> EvaluationConfig:
+    """Prompts name limb and bone, of which a study shows one: the nearest count."""
+    return EvaluationConfig(prompts=prompts.BONE_PHANTOM_PROMPTS, prompt_temperature=0.05)
+
+
 def align_b16() -> TrainConfig:
     """Studies aligned with French reports, ViT-B/16 at 224 px and XLM-RoBERTa, batch 768: for GPUs.
 
@@ -101,7 +106,7 @@ def _at_resolution(pixels: int) -> TrainConfig:
         # 50 epochs of 219,675 pairs.
         trainer=TrainerConfig(steps=14_300, log_every=20, evaluate_every=500, save_every=500, picture_every=5000),
         checkpoint=CheckpointConfig(keep_last=2, keep_every=5000),
-        evaluation=EvaluationConfig(prompts=prompts.BONE_PHANTOM_PROMPTS),
+        evaluation=_asked(),
     )
 
 
@@ -126,7 +131,7 @@ def align_tiny() -> TrainConfig:
         optim=OptimConfig(learning_rate=2e-3, weight_decay=0.1, warmup_steps=50),
         engine=EngineConfig(zero_stage=2, precision="bf16"),
         trainer=TrainerConfig(steps=1000, log_every=20, evaluate_every=250, save_every=250, picture_every=250),
-        evaluation=EvaluationConfig(prompts=prompts.BONE_PHANTOM_PROMPTS),
+        evaluation=_asked(),
     )
 
 

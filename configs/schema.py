@@ -27,6 +27,7 @@ from core.checkpoint import CheckpointConfig
 from core.credentials import HIDDEN
 from core.engine import EngineConfig
 from core.evaluation.embed import protocols_in_training
+from core.evaluation.zero_shot import check_temperature
 from core.first_weights import InitConfig
 from core.models.volume import VolumeEncoder
 from core.optim import OptimConfig
@@ -88,8 +89,9 @@ class EvaluationConfig:
 
     `protocols`: `uncertainty` costs no more encoding than the other two, and corrupts nothing (evaluate.py does).
     `prompts`: label -> {"positive": sentences, "negative": sentences}, for zero-shot classification; other labels get
-    those of configs/prompts.py. `anatomy_of`: label -> anatomy in whose embedding the `anatomy` protocol looks for it.
-    `paraphrases`: other wordings of the prompts, for how far its figures hang on the words.
+    those of configs/prompts.py. `prompt_temperature`: `zero_shot` pools the similarities to a label's prompts by a
+    softmax of this temperature, None: by their mean. `anatomy_of`: label -> anatomy in whose embedding the `anatomy`
+    protocol looks for it. `paraphrases`: other wordings of the prompts, for how far its figures hang on the words.
     `around_anatomies`: evaluate.py crops volumes so that it sees every anatomy whole, not at their centre.
     """
 
@@ -98,9 +100,13 @@ class EvaluationConfig:
         "retrieval",
     )
     prompts: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
+    prompt_temperature: float | None = None
     anatomy_of: dict[str, str] = field(default_factory=dict)
     paraphrases: tuple[dict[str, dict[str, tuple[str, ...]]], ...] = ()
     around_anatomies: bool = True
+
+    def __post_init__(self) -> None:
+        check_temperature(self.prompt_temperature)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,7 +178,10 @@ def evaluate(run: PastRun, options: Options, progress: Progress = lambda what, d
 def _ask_zero_shot(asking: Asking) -> None:
     assert asking.test is not None
     run = asking.run
-    config = ZeroShot.Config(text_length=run.text_length, seen=asking.splits.seen, **asking.common)
+    config = ZeroShot.Config(
+        text_length=run.text_length, seen=asking.splits.seen, temperature=run.config.evaluation.prompt_temperature,
+        **asking.common,
+    )  # fmt: skip
     zero_shot = ZeroShot(asking.prompts, config)
     scores = zero_shot.run(run.encoders, run.tokenizer, asking.test, asking.splits.labels, run.device, run.autocast)
     asking.take(zero_shot, scores)["prompts_from"] = asking.prompts_from

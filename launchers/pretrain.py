@@ -508,7 +508,8 @@ def _evaluators(
             if Retrieval.protocol in protocols:
                 measured[Retrieval.protocol] = Retrieval(Retrieval.Config(replicates=1)).run(split)
             if ZeroShot.protocol in protocols and chosen:
-                zero_shot = ZeroShot(chosen, ZeroShot.Config(**common))
+                asked = ZeroShot.Config(temperature=config.evaluation.prompt_temperature, **common)
+                zero_shot = ZeroShot(chosen, asked)
                 measured[ZeroShot.protocol] = zero_shot.run(model, tokenizer, split, labels, device)
             if AnatomyZeroShot.protocol in protocols and chosen:
                 by_anatomy = AnatomyZeroShot(chosen, config.evaluation.anatomy_of, ZeroShot.Config(**common))

@@ -40,7 +40,7 @@ from core.evaluation.statistics import area_under_curve, replicates_of
 from core.evaluation.studies import StudySplit, share_of_known, study_features
 from core.evaluation.study_fitting import fine_tune_targets
 from core.evaluation.targets import Outputs, Target, probe_target, scored_by
-from core.evaluation.zero_shot import ZeroShot, scores_of
+from core.evaluation.zero_shot import ZeroShot
 from launchers.evaluation_maps import study_vectors
 from launchers.past_run import open_run
 from launchers.transfer_data import TransferEncoder, open_encoder, pool_of, vision_of
@@ -189,9 +189,13 @@ def run_one(name: str, experiment: Experiment, *, quick: bool) -> tuple[Row, Ans
 def zero_shot_fracture(run_dir: Path, test: StudySplit) -> tuple[float, float]:
     """AUROC of fracture by the recipe's prompts, of all studies and within strata of limb and cast."""
     with open_run(str(run_dir)) as run:
-        asked = ZeroShot(run.config.evaluation.prompts, ZeroShot.Config(text_length=run.text_length))
-        to = asked.directions(run.encoders, run.tokenizer, [FRACTURE.name], run.device, run.autocast)
-        scores = scores_of(study_vectors(run, test, run.encoders.embed_images), to)[:, 0]
+        asking = run.config.evaluation
+        asked = ZeroShot(
+            asking.prompts, ZeroShot.Config(text_length=run.text_length, temperature=asking.prompt_temperature)
+        )
+        images = study_vectors(run, test, run.encoders.embed_images)
+        found = asked.scores(run.encoders, run.tokenizer, images, [FRACTURE.name], run.device, run.autocast)
+    scores = found[:, 0]
     present = FRACTURE.truth(test) == 1
     casts = test.labels[:, test.label_names.index("cast")].tolist()
     strata = np.unique([f"{part} {cast}" for part, cast in zip(test.groups["body part"], casts, strict=True)],

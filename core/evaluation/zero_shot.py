@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from scipy.special import logsumexp
 from torch import Tensor
 
 from core.evaluation.embed import EmbeddedSplit, Encoders, precision
@@ -44,7 +45,9 @@ class ZeroShot:
     """AUC per label and macro AUC of prompt ensembles, with intervals by patient.
 
     Score of a label = mean similarity to its positive prompts - mean similarity to its negative ones (the similarity to
-    the mean of the unit embeddings). Studies where a label is uncertain or not annotated are left out for that label.
+    the mean of the unit embeddings). With a temperature t the mean of similarities s is t log mean exp(s / t), which
+    counts the nearest prompts most: of prompts that name different places an image can be like a few only. Studies
+    where a label is uncertain or not annotated are left out for that label.
     """
 
     protocol = "zero_shot"
@@ -54,10 +57,12 @@ class ZeroShot:
         """`text_length` in tokens; `replicates` of the bootstrap; `batch_size` prompts are encoded at once.
 
         `seen`: labels that training named, if it named any: of a class that was taught no zero-shot figure is strictly
-        one, so the others are averaged apart.
+        one, so the others are averaged apart. `temperature`: of cosines, None for plain means; about what the task
+        divides by serves.
         """
 
         text_length: int = 128
+        temperature: float | None = None
         replicates: int = 1000
         level: float = 0.95
         seed: int = 0
@@ -65,8 +70,9 @@ class ZeroShot:
         seen: tuple[str, ...] | None = None
 
     def __init__(self, prompts: Prompts, config: Config | None = None) -> None:
-        """Raises ConfigError for a label without positive prompts, or with an unknown member."""
+        """Raises ConfigError for a label without positive prompts or with an unknown member, or a bad temperature."""
         self.prompts, self.config = check_prompts(prompts), config or ZeroShot.Config()
+        check_temperature(self.config.temperature)
         self._report: dict[str, Any] = {}
 
     def run(
@@ -85,8 +91,7 @@ class ZeroShot:
         Raises ConfigError when no label of the data has prompts.
         """
         scored = self.scored(labels)
-        directions = self.directions(task, tokenizer, scored, device, autocast)
-        scores = scores_of(split.need("image_embeds"), directions)
+        scores = self.scores(task, tokenizer, split.need("image_embeds"), scored, device, autocast)
         truth = split.labels[:, [list(labels).index(name) for name in scored]].numpy()
 
         def areas_of(columns: Sequence[int]) -> AreasUnderCurve:
@@ -104,6 +109,7 @@ class ZeroShot:
             "studies": len(split),
             "level": self.config.level,
             "labels_without_prompts": [name for name in labels if name not in self.prompts],
+            "temperature": self.config.temperature,
             "prompts": {name: {side: len(texts) for side, texts in self.prompts[name].items()} for name in scored},
             "unseen": [scored[k] for k in unseen],
             "macro_of": {which: macro.to_json() for which, macro in apart.items()},
@@ -126,7 +132,31 @@ class ZeroShot:
             )
         return scored
 
-    @torch.no_grad()
+    def scores(
+        self,
+        task: Encoders,
+        tokenizer: Encode,
+        image_embeds: Tensor,
+        names: Sequence[str],
+        device: torch.device,
+        autocast: torch.dtype | None,
+    ) -> np.ndarray:
+        """Unit vectors `[n, E]` of images -> `[n, K]` float64, higher where a label's positive prompts are nearer."""
+        temperature = self.config.temperature
+        if temperature is None:
+            return scores_of(image_embeds, self.directions(task, tokenizer, names, device, autocast))
+        embeds = self._embeds(task, tokenizer, names, device, autocast)
+
+        def near(name: str, side: str) -> np.ndarray:
+            texts = self.prompts[name].get(side)
+            if not texts:
+                return np.zeros(len(image_embeds))
+            similarity = scores_of(image_embeds, torch.stack([embeds[text] for text in texts], dim=1))
+            pooled: np.ndarray = temperature * (logsumexp(similarity / temperature, axis=1) - np.log(len(texts)))
+            return pooled
+
+        return np.stack([near(name, "positive") - near(name, "negative") for name in names], axis=1)
+
     def directions(
         self,
         task: Encoders,
@@ -136,6 +166,29 @@ class ZeroShot:
         autocast: torch.dtype | None,
     ) -> Tensor:
         """[E, K] float32 on the CPU: mean positive prompt less mean negative prompt of each label."""
+        embeds = self._embeds(task, tokenizer, names, device, autocast)
+
+        def mean(texts: Sequence[Prompt]) -> Tensor:
+            return torch.stack([embeds[text] for text in texts]).mean(dim=0)
+
+        columns = []
+        for name in names:
+            column = mean(self.prompts[name]["positive"])
+            if self.prompts[name].get("negative"):
+                column = column - mean(self.prompts[name]["negative"])
+            columns.append(column)
+        return torch.stack(columns, dim=1)
+
+    @torch.no_grad()
+    def _embeds(
+        self,
+        task: Encoders,
+        tokenizer: Encode,
+        names: Sequence[str],
+        device: torch.device,
+        autocast: torch.dtype | None,
+    ) -> dict[Prompt, Tensor]:
+        """Every prompt of these labels -> its unit vector `[E]`, float32 on the CPU."""
         texts = list(dict.fromkeys(text for name in names for side in self.prompts[name].values() for text in side))
         was_training = getattr(task, "training", False)
         if isinstance(task, torch.nn.Module):
@@ -150,15 +203,15 @@ class ZeroShot:
         finally:
             if isinstance(task, torch.nn.Module):
                 task.train(was_training)
-        place = {text: row for row, text in enumerate(texts)}
-        rows = torch.cat(embeds)  # [texts, E]
-        columns = []
-        for name in names:
-            column = rows[[place[text] for text in self.prompts[name]["positive"]]].mean(dim=0)
-            if self.prompts[name].get("negative"):
-                column = column - rows[[place[text] for text in self.prompts[name]["negative"]]].mean(dim=0)
-            columns.append(column)
-        return torch.stack(columns, dim=1)
+        return dict(zip(texts, torch.cat(embeds), strict=True))
+
+
+def check_temperature(temperature: float | None) -> None:
+    """Raises ConfigError where cosines cannot be pooled with it."""
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise ConfigError(
+            f"temperature={temperature} of prompts must be positive, 0.05 say; leave it out for their mean"
+        )
 
 
 def encode_prompts(tokenizer: Encode, prompts: Sequence[Prompt], max_length: int) -> tuple[Tensor, Tensor]:

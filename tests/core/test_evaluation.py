@@ -276,6 +276,24 @@ def test_zero_shot_score_is_mean_positive_less_mean_negative_similarity() -> Non
     assert dict(every.run(task, tokenizer, split, ["bone", "aorta"], CPU)) == found
 
 
+def test_prompts_pooled_at_a_temperature_count_the_nearest_and_at_a_high_one_are_the_mean() -> None:
+    images = unit(torch.randn(30, 4, generator=torch.Generator().manual_seed(2)))
+    task, tokenizer = ToyTask(), WordTokenizer()
+    prompts = {"aorta": {"positive": ["a", "c"], "negative": ["b", "d"]}, "bone": {"positive": ["b"]}}
+
+    def scores(temperature: float | None) -> np.ndarray:
+        asked = ZeroShot(prompts, ZeroShot.Config(temperature=temperature))
+        return asked.scores(task, tokenizer, images, ["aorta", "bone"], CPU, None)
+
+    near = {word: (images @ task.embed_texts(*tokenizer.encode([word], 8))[0]).numpy() for word in "abcd"}
+    nearest = np.maximum(near["a"], near["c"]) - np.maximum(near["b"], near["d"])
+    np.testing.assert_allclose(scores(1e-4), np.stack([nearest, near["b"]], axis=1), atol=1e-3)
+    np.testing.assert_allclose(scores(1e4), scores(None), atol=1e-3)
+    assert np.abs(scores(0.05) - scores(None)).max() > 0.1
+    with pytest.raises(ConfigError, match=r"temperature=-1.0 of prompts must be positive"):
+        ZeroShot(prompts, ZeroShot.Config(temperature=-1.0))
+
+
 def test_prompts_in_parts_are_encoded_in_parts_and_plain_ones_beside_them_as_ever() -> None:
     ids, mask = encode_prompts(WordTokenizer(), [((1, "a b"), (4, "c")), "b a"], 8)
     assert ids.tolist() == [[0, 1, 3, 2], [1, 0, 0, 0]] and mask.sum(dim=1).tolist() == [4, 2]
