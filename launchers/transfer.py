@@ -59,8 +59,8 @@ tasks:
   detection_fine_tune     the same, with the encoder
   study_probe             small heads on frozen features, the views of a study pooled, for each of --targets: logistic
                           regression of a label (AUROC, AUPRC), proportional odds of an ordinal grade (quadratic kappa,
-                          accuracy, AUROC), ridge regression of a number (MAE). A measurement of a few whole values is
-                          a grade, any other a number
+                          accuracy, AUROC), ridge regression of a number (MAE), their strength by cross-validation
+                          among those who teach. A measurement of a few whole values is a grade, any other a number
   study_fine_tune         the same targets, with the encoder; with --random: taught from scratch
 
 Each task is taught with a share of the training patients' labels, another draw and head for each seed. Figures are
