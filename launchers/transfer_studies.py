@@ -12,7 +12,16 @@ from core.evaluation.comparison import Scored, by_subgroup, compare
 from core.evaluation.fitting import FitConfig
 from core.evaluation.studies import StudySplit, share_of_known, study_features
 from core.evaluation.study_fitting import fine_tune_targets
-from core.evaluation.targets import Outputs, Target, constant, probe_target, scored_by, target_named
+from core.evaluation.targets import (
+    FOLDS,
+    STRENGTHS,
+    Outputs,
+    Target,
+    constant,
+    probe_target,
+    scored_by,
+    target_named,
+)
 from launchers.transfer_data import TransferEncoder
 from launchers.transfer_study_data import read_studies
 from shards import keyed
@@ -91,6 +100,7 @@ def study_reports(
                             "weights": weights, "manifest": manifest, "split": options.split, "limit": options.limit,
                             "with_sex": options.with_sex, "fit": asdict(options.fit),
                             "image_size": encoder.decode.image_size,
+                            "head": [FOLDS, *STRENGTHS] if task == PROBE else None,
                         }  # fmt: skip
                         make = _learning(task, target, encoder, studies, percent / 100, seed, options)
                         of_seeds.append(kept(settings, make))
