@@ -50,7 +50,7 @@ from shards.batch import NOT_ANNOTATED
 from shards.ingest.phantom_bone import generator_hash, split_seed
 from shards.ingest.phantom_bone_scene import STANDARD, draw_scene
 
-DESCRIPTION = "bone alignment against its initialisation, scratch and masked images on four tasks (two hours)"
+DESCRIPTION = "bone alignment against its initialisation, scratch and masked images on four tasks (an hour and a half)"
 
 SEEDS = (3, 4, 5)  # 0 to 2 were looked at before heads and augmentation were as they are
 DIFFICULTY = "standard"
